@@ -1,0 +1,109 @@
+"""MixLoRAAdapter: the parameters of one adapter, and its computation on top of a frozen layer."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from .config import MixLoRAConfig
+from .functional import Factors, FrozenLinear, mixlora
+from .routing import Routing, RoutingContext
+
+
+class MixLoRAAdapter(nn.Module):
+    """The pools and routers that adapt one linear layer.
+
+    Parameters (None where the configuration has none): ``lora_A`` [E, d_in], ``lora_B`` [E, d_out], ``router_A``
+    and ``router_B`` [E, d_route], ``router_AB`` [r, E, d_in]. Under ``gate="binary"`` nothing trains the routers,
+    and they do not require a gradient.
+
+    Args:
+        in_features, out_features: d_in and d_out.
+        config: what to compute.
+        device, dtype: of the parameters; float32 by default, whatever the frozen layer has.
+        backend: see ``MixLoRALinear``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        config: MixLoRAConfig,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ):
+        super().__init__()
+        self.in_features, self.out_features, self.config = in_features, out_features, config
+        self.backend = backend
+        E, options = config.num_factors, {"device": device, "dtype": dtype or torch.float32}
+        d_route = in_features if config.task_dim is None else config.task_dim
+        shapes = {
+            "lora_A": (E, in_features),
+            "lora_B": (E, out_features),
+            "router_A": (E, d_route) if config.has_routers else None,
+            "router_B": (E, d_route) if config.has_routers else None,
+            "router_AB": (config.r, E, in_features) if config.has_conditioning else None,
+        }
+        for name, shape in shapes.items():
+            parameter = None if shape is None else nn.Parameter(torch.empty(shape, **options))
+            if name.startswith("router") and parameter is not None:
+                parameter.requires_grad_(config.gate != "binary")
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """``lora_B`` zero, so that the adapted layer starts as the frozen one; the rest as ``nn.Linear``, uniform
+        within 1 / sqrt(fan-in), where ``router_AB``, one product with all r factors, has a fan-in of r * d_in."""
+        nn.init.zeros_(self.lora_B)
+        for name in ("lora_A", "router_A", "router_B", "router_AB"):
+            parameter = getattr(self, name)
+            if parameter is not None:
+                fan_in = parameter.shape[-1] * (self.config.r if name == "router_AB" else 1)
+                nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+
+    @property
+    def backend(self) -> str | None:
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str | None) -> None:
+        self._backend = backends.check_name(name)
+
+    @property
+    def factors(self) -> Factors:
+        return Factors(self.lora_A, self.lora_B, self.router_A, self.router_B, self.router_AB)
+
+    def forward(
+        self, x: Tensor, base: nn.Module | Tensor, context: RoutingContext | None = None
+    ) -> tuple[Tensor, Routing]:
+        """The adapted output and the routing; see ``mixlora_kernels.mixlora``.
+
+        ``base`` is the frozen layer, or its output for x where that is already there (several adapters).
+        """
+        frozen = base
+        if isinstance(base, nn.Module):
+            frozen = FrozenLinear(base.weight, base.bias) if can_fuse(base) else base(x)
+        return mixlora(x, frozen, self.factors, self.config, context, training=self.training, backend=self.backend)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, {self.config}"
+
+
+def can_fuse(base: nn.Module) -> bool:
+    """Whether the frozen product may be taken without calling the layer: a plain nn.Linear that computes nothing
+    else, has no hooks to run (some fetch the weight), and a weight that is a tensor like any other and frozen."""
+    return (
+        type(base) is nn.Linear
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        and "forward" not in vars(base)
+        and all(
+            type(t) in (Tensor, nn.Parameter) and not t.requires_grad
+            for t in base._parameters.values()
+            if t is not None
+        )
+        and base._parameters.get("weight") is not None
+    )

@@ -1,0 +1,102 @@
+"""route: from the routers' logits to the factors of each instance, and back.
+
+Everything here is of the size [B, r, E] or of the parameters alone. Equations 6 to 8:
+
+    p_A = softmax(logits_a)                           index_a = top_r(p_A)
+    c_i = T[i, :, index_a[i]]                         T[i] = router_AB[i] · lora_Aᵀ
+    p_CFS = softmax(Σ_i softmax(c_i))
+    p_B = softmax(logits_b) + p_CFS                   index_b = top_r(p_B)
+
+T depends on parameters alone; an instance only looks up r of its columns.
+"""
+
+import torch
+from torch import Tensor
+
+_softmax_backward = torch.ops.aten._softmax_backward_data
+
+
+def condition_table(lora_A: Tensor, router_AB: Tensor, conditioning: str) -> Tensor:
+    """T [r, E, E]: what is said of each factor of B (second) by each factor of A in slot i (third)."""
+    if conditioning == "published":
+        return router_AB.sum(-1)[:, :, None] * lora_A.sum(-1)
+    return (router_AB.flatten(0, 1) @ lora_A.T).view(router_AB.shape[0], -1, lora_A.shape[0])
+
+
+def condition_table_backward(dtable: Tensor, lora_A: Tensor, router_AB: Tensor, conditioning: str):
+    """The gradients of ``lora_A`` and ``router_AB`` from that of T."""
+    if conditioning == "published":
+        dlora_A = (dtable * router_AB.sum(-1)[:, :, None]).sum((0, 1))[:, None].expand_as(lora_A)
+        return dlora_A, (dtable * lora_A.sum(-1)).sum(-1)[..., None].expand_as(router_AB)
+    dtable = dtable.flatten(0, 1)  # [r * E, E]
+    return dtable.T @ router_AB.flatten(0, 1), (dtable @ lora_A).view_as(router_AB)
+
+
+def top_r(p: Tensor, r: int) -> Tensor:
+    # A stable sort, because topk promises nothing about ties; ours go to the lower index.
+    return torch.sort(p, dim=-1, descending=True, stable=True)[1][:, :r].contiguous()
+
+
+def route(logits: Tensor, table: Tensor | None, r: int, gate: str):
+    """Choose r factors of A and r of B for each instance, from the routers' logits [B, 2E], those of A first.
+
+    Returns ``index_a, index_b, gate, probs_a, probs_b`` as in ``Routing``, and what the backward needs.
+    """
+    p = torch.softmax(logits.view(len(logits), 2, -1), -1)  # [B, 2, E]
+    probs_a, p_ifs = p.unbind(1)
+    index_a = top_r(probs_a, r)  # [B, r]
+    if table is None:
+        probs_b, p_cfs, q = p_ifs, None, None
+    else:
+        q = torch.softmax(table.gather(2, _columns(index_a, table)), 1)  # [r, E, B]
+        p_cfs = torch.softmax(q.sum(0).T, -1)  # [B, E]
+        probs_b = p_ifs + p_cfs
+    index_b = top_r(probs_b, r)
+    if gate == "weighted":
+        weight = _shares(probs_a, index_a)[0] * _shares(probs_b, index_b)[0]
+    else:
+        weight = probs_a.new_ones(index_a.shape)
+    return index_a, index_b, weight, probs_a.clone(), probs_b.clone(), (p, p_cfs, q)
+
+
+def route_backward(dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, saved, gate: str):
+    """From the gradients of the gate [B, r] and of the probabilities [B, E] (None where there is none) to those
+    of the logits [B, 2E] and of T [r, E, E]; the latter is None without conditioning."""
+    p, p_cfs, q = saved
+    dp = torch.zeros_like(p)  # [B, 2, E]
+    da, db = dp.unbind(1)
+    if dgate is not None and gate != "binary":
+        dchosen_a = dchosen_b = dgate
+        if gate == "weighted":
+            (share_a, sum_a), (share_b, sum_b) = _shares(probs_a, index_a), _shares(probs_b, index_b)
+            dchosen_a = _share_backward(dgate * share_b, share_a, sum_a)
+            dchosen_b = _share_backward(dgate * share_a, share_b, sum_b)
+        da.scatter_(1, index_a, dchosen_a)
+        db.scatter_(1, index_b, dchosen_b)
+    if dprobs_a is not None:
+        da += dprobs_a
+    if dprobs_b is not None:
+        db += dprobs_b
+    dtable = None
+    if q is not None:
+        dq = _softmax_backward(db, p_cfs, -1, db.dtype)  # [B, E], the same for every slot
+        dc = _softmax_backward(dq.T.expand_as(q), q, 1, q.dtype)  # [r, E, B]
+        r, E, _ = q.shape
+        dtable = dc.new_zeros(r, E, E).scatter_add_(2, _columns(index_a, q), dc)
+    return _softmax_backward(dp, p, -1, dp.dtype).flatten(1), dtable
+
+
+def _columns(index_a: Tensor, like: Tensor) -> Tensor:
+    """index_a [B, r] as the index of T's columns, [r, E, B]."""
+    return index_a.T.unsqueeze(1).expand(-1, like.shape[1], -1)
+
+
+def _shares(probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen probabilities renormalised over the r chosen [B, r], and their sums [B, 1]."""
+    chosen = probs.gather(1, index)
+    total = chosen.sum(-1, keepdim=True)
+    return chosen / total, total
+
+
+def _share_backward(dshare: Tensor, share: Tensor, total: Tensor) -> Tensor:
+    return (dshare - (dshare * share).sum(-1, keepdim=True)) / total

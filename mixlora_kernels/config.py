@@ -1,0 +1,97 @@
+"""MixLoRAConfig: what one adapter computes."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Routing = Literal["instance", "task", "random"]
+Conditioning = Literal["factors", "none", "published"]
+Gate = Literal["straight_through", "binary", "weighted"]
+Pool = Literal["sequence", "prompt", "all"]
+Decode = Literal["prompt", "token"]
+
+
+@dataclass
+class MixLoRAConfig:
+    """Hyper-parameters of Conditional Mixture-of-LoRA (MixLoRA, ACL 2024).
+
+    Args:
+        r: factors chosen for each instance, 1 <= r <= num_factors.
+        num_factors: size E of each of the two pools of rank-1 factors.
+        alpha: numerator of ``scaling = alpha / r``; ``None`` means ``2 * num_factors`` (Appendix B).
+        dropout: probability of zeroing an element of the input of ``lora_A``, 0 <= dropout < 1.
+            Applied in training mode only, in steps of 2**-16, and never to what the routers read.
+        routing: what the routers read. ``"instance"``: the mean of the hidden states (Equation 5);
+            ``"task"``: the mean of a task embedding (Equation 10); ``"random"``: nothing, r distinct
+            factors are drawn for each instance (Table 2).
+        conditioning: how the factors chosen for A bear on the choice for B. ``"factors"``: Equation 7;
+            ``"none"``: not at all (Figure 4); ``"published"``: the product of sums that the released
+            code computes.
+        gate: what multiplies a chosen pair of factors. ``"straight_through"``: 1, with the gradient of
+            the two probabilities that chose it; ``"binary"``: 1, and the routers stay fixed;
+            ``"weighted"``: the product of the two probabilities, each renormalised over the r chosen.
+        pool: which tokens of a model's input an instance's mean runs over. ``"sequence"``: all that are
+            not padding; ``"prompt"``: the instruction's only; ``"all"``: padding included. It tells
+            whoever builds the masks of a whole model; a layer that is given a mask obeys the mask.
+        decode: what routes a generated token. ``"prompt"``: the routing found at prefill is kept;
+            ``"token"``: every step routes anew.
+        task_dim: width of the task embedding; needed by, and only by, ``routing="task"``.
+
+    Raises:
+        ValueError: a value out of range, an unknown choice, or settings that contradict one another.
+    """
+
+    r: int = 4
+    num_factors: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    routing: Routing = "instance"
+    conditioning: Conditioning = "factors"
+    gate: Gate = "straight_through"
+    pool: Pool = "sequence"
+    decode: Decode = "prompt"
+    task_dim: int | None = None
+
+    def __post_init__(self):
+        for name in ("r", "num_factors"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        if self.r > self.num_factors:
+            raise ValueError(f"r must not exceed num_factors, got r={self.r} and num_factors={self.num_factors}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+        choices = {"routing": Routing, "conditioning": Conditioning, "gate": Gate, "pool": Pool, "decode": Decode}
+        for name, literal in choices.items():
+            value = getattr(self, name)
+            if value not in get_args(literal):
+                raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(literal)))}, got {value!r}")
+        if (self.routing == "task") != (self.task_dim is not None):
+            raise ValueError(
+                "task_dim, the width of the task embedding, must be given with routing='task' and only then, "
+                f"got routing={self.routing!r} and task_dim={self.task_dim!r}"
+            )
+        if self.task_dim is not None and self.task_dim < 1:
+            raise ValueError(f"task_dim must be at least 1, got {self.task_dim!r}")
+        if self.routing == "random" and self.gate == "weighted":
+            raise ValueError("gate='weighted' needs the routers' probabilities, which routing='random' does not have")
+
+    @classmethod
+    def published(cls, **settings) -> "MixLoRAConfig":
+        """What the released code computes: fixed routers, its own conditioning, padding averaged in, and
+        every decoding step routed anew. ``settings`` override or add to these."""
+        return cls(**{"gate": "binary", "conditioning": "published", "pool": "all", "decode": "token", **settings})
+
+    @property
+    def scaling(self) -> float:
+        """``alpha / r``, the factor before the update in Equation 1."""
+        return (2 * self.num_factors if self.alpha is None else self.alpha) / self.r
+
+    @property
+    def has_routers(self) -> bool:
+        """Whether anything is learned about the choice of factors."""
+        return self.routing != "random"
+
+    @property
+    def has_conditioning(self) -> bool:
+        """Whether the choice for A bears on the choice for B."""
+        return self.has_routers and self.conditioning != "none"

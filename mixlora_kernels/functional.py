@@ -1,0 +1,292 @@
+"""The differentiable operation: it checks its input, chooses the backend, and is one autograd.Function for all.
+
+With u = drop(x) · lora_Aᵀ [N, E], c = scaling and v = dy · lora_Bᵀ [N, E], one token t of an instance has
+
+    y       += Σ_i c gate_i · u[index_a[i]] · lora_B[index_b[i]]
+    dgate_i  = c Σ_t u[index_a[i]] · v[index_b[i]]              (the sum is the instance's)
+    du[index_a[i]] = c gate_i · v[index_b[i]]
+    dlora_B  = Σ_t sᵀ dy,  s[index_b[i]] = c gate_i · u[index_a[i]]
+    dlora_A  = Σ_t duᵀ drop(x)      + what comes through T of the conditional router
+    dx       = dy · W + drop(du · lora_A) + pooled share · (dlogits_a · router_A + dlogits_b · router_B)
+
+and dgate goes through gate, softmax and T (backends/torch/route.py) to dlogits_a, dlogits_b and dT. A factor
+that nobody chose has a zero column in du, in s and a zero row in dT: its gradient is exactly zero.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import backends, reference
+from .backends.torch import dropout as block_dropout
+from .config import MixLoRAConfig
+from .routing import Instances, Routing, RoutingContext, find_instances, find_task
+
+
+class Factors(NamedTuple):
+    """The parameters of one adapter; a router is None where the configuration has none."""
+
+    lora_A: Tensor  # [E, d_in]
+    lora_B: Tensor  # [E, d_out]
+    router_A: Tensor | None  # [E, d_route]
+    router_B: Tensor | None  # [E, d_route]
+    router_AB: Tensor | None  # [r, E, d_in]
+
+
+class FrozenLinear(NamedTuple):
+    """A frozen product that may run inside the operation's node, where the update is added in place."""
+
+    weight: Tensor  # [d_out, d_in]
+    bias: Tensor | None  # [d_out]
+
+
+class Options(NamedTuple):
+    """What the operation needs to know beside tensors."""
+
+    r: int
+    scale: float  # scaling, and the 1 / (1 - p) of dropout
+    p: float
+    gate: str
+    conditioning: str | None  # None: no table
+    pools: bool  # whether the routers read x
+    backend: ModuleType
+
+
+def mixlora(
+    x: Tensor,
+    base: Tensor | FrozenLinear,
+    factors: Factors,
+    config: MixLoRAConfig,
+    context: RoutingContext | None = None,
+    *,
+    training: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Routing]:
+    """Conditional Mixture-of-LoRA on top of a frozen linear map: Equations 1 and 5 to 9.
+
+    Args:
+        x: hidden states [B, ..., d_in], or [L, d_in] for one instance, or [N, d_in] or [1, N, d_in] packed.
+        base: the frozen map's output [..., d_out], or the map itself; its product then runs in the same
+            autograd node, so that nothing of the size of x or y is allocated but y and x's gradient.
+        factors: the adapter's parameters, in any floating dtype.
+        config: what to compute.
+        context: what the instances are, and which of their tokens are pooled; see ``RoutingContext``.
+        training: whether dropout applies.
+        backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for the best one for x's device.
+
+    Returns:
+        y [..., d_out] in the base's dtype, and the ``Routing`` of the B instances.
+
+    Raises:
+        TypeError, ValueError: x, base or context do not fit; nothing was computed.
+    """
+    context = context or RoutingContext()
+    check_input(x, base, factors)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        with torch.autocast(x.device.type, enabled=False):
+            return _mixlora(x, base, factors, config, context, training, backend)
+    return _mixlora(x, base, factors, config, context, training, backend)
+
+
+def _mixlora(x, base, factors, config, context, training, backend):
+    precise = torch.promote_types(x.dtype, torch.float32)
+    routed = context.routing is None and config.has_routers
+    instances = find_instances(x, context, pooled=routed and config.routing == "instance")
+    p = config.dropout if training and block_dropout.dropped_levels(config.dropout) else 0.0
+    pooled = None
+    if routed and config.routing == "task":
+        pooled = find_task(context, instances.count, config.task_dim).to(precise)
+    given = context.routing or (None if routed else draw_routing(instances.count, config, x.device, precise))
+    if given is not None:
+        check_routing(given, instances.count, config)
+    seed = block_dropout.draw_seed(x.device) if p else None
+    module = backends.select(backend, x)
+    if module is reference:
+        return _reference(x, base, factors, config, context, instances, given, seed, p)
+    options = Options(
+        r=config.r,
+        scale=config.scaling * (block_dropout.keep_scale(p) if p else 1.0),
+        p=p,
+        gate=config.gate,
+        conditioning=config.conditioning if config.has_conditioning else None,
+        pools=config.routing == "instance",
+        backend=module,
+    )
+    weight, bias = base if isinstance(base, FrozenLinear) else (None, None)
+    y = None if isinstance(base, FrozenLinear) else base.reshape(-1, base.shape[-1])
+    chosen = (None, None, None) if given is None else (given.gate, given.index_a, given.index_b)
+    y, *routing = _MixLoRA.apply(
+        x.reshape(-1, x.shape[-1]), y, weight, bias, *factors, pooled, *chosen, seed, instances, options
+    )
+    return y.view(*x.shape[:-1], y.shape[-1]), given or Routing(*routing)
+
+
+class _MixLoRA(torch.autograd.Function):
+    """One node for the adapter and, where it is given as weights, the frozen product. N tokens, 2-D tensors."""
+
+    @staticmethod
+    def forward(
+        ctx, x, y, weight, bias, lora_A, lora_B, router_A, router_B, router_AB,
+        pooled, gate, index_a, index_b, seed, instances: Instances, options: Options,
+    ):  # fmt: skip
+        backend, routed = options.backend, index_a is None
+        precise = torch.promote_types(x.dtype, torch.float32)
+        routers = torch.cat((router_A, router_B)).to(precise) if routed else None  # [2E, d_route]
+        u, logits, mean = backend.project(x, lora_A, routers if options.pools else None, instances, seed, options.p)
+        probs_a = probs_b = None
+        saved = (None, None, None)
+        if routed:
+            logits = logits if options.pools else pooled @ routers.T  # [B, 2E]
+            table = None
+            if options.conditioning is not None:
+                table = backend.condition_table(lora_A.to(precise), router_AB.to(precise), options.conditioning)
+            index_a, index_b, gate, probs_a, probs_b, saved = backend.route(logits, table, options.r, options.gate)
+        in_place = y is None
+        if in_place:
+            y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        scaled = gate * options.scale
+        y, chosen, s = backend.expand(y, u, lora_B, index_a, index_b, scaled, instances, in_place)
+
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.routed, ctx.dtype = options, routed, x.dtype
+        ctx.count, ctx.length = instances.count, instances.length
+        learns = any(ctx.needs_input_grad[i] for i in (4, 6, 7, 8))  # lora_A and the routers: their gradient reads x
+        ctx.save_for_backward(
+            x if learns else None, weight, lora_A, lora_B, router_A, router_B, router_AB,
+            pooled if mean is None else mean, seed, chosen, s, scaled, index_a, index_b, probs_a, probs_b,
+            *saved, instances.cu_seqlens, instances.segment, instances.mask,
+        )  # fmt: skip
+        if not routed:
+            return y, None, None, None, None, None
+        ctx.mark_non_differentiable(index_a, index_b, *((gate,) if options.gate == "binary" else ()))
+        return y, index_a, index_b, gate, probs_a, probs_b
+
+    @staticmethod
+    def backward(ctx, dy, _index_a, _index_b, dgate, dprobs_a, dprobs_b):
+        (
+            x, weight, lora_A, lora_B, router_A, router_B, router_AB, pooled, seed,
+            chosen, s, scaled, index_a, index_b, probs_a, probs_b, *saved, cu_seqlens, segment, mask,
+        ) = ctx.saved_tensors  # fmt: skip
+        need_x, need_y, _, _, need_A, need_B, need_RA, need_RB, need_RAB, need_pooled, need_gate = ctx.needs_input_grad[
+            :11
+        ]
+        options, backend = ctx.options, ctx.options.backend
+        instances = Instances(ctx.count, ctx.length, cu_seqlens, segment, mask)
+        precise = torch.promote_types(ctx.dtype, torch.float32)
+        if dy is None:  # a loss of the probabilities alone
+            dy = s.new_zeros(s.shape[0], lora_B.shape[1])
+
+        # expand
+        routes = ctx.routed and not (options.gate == "binary" and dprobs_a is None and dprobs_b is None)
+        du, dlora_B, dweight = backend.expand_backward(
+            dy, chosen, s, lora_B, index_a, index_b, scaled, instances, need_B, routes or need_gate
+        )
+        if dweight is not None:
+            dgate = dweight * options.scale if dgate is None else dweight * options.scale + dgate
+
+        # route
+        dlogits = routers = drouters = dpooled = dlora_A_table = drouter_AB = None
+        if routes:
+            dlogits, dtable = backend.route_backward(
+                dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, saved, options.gate
+            )
+            routers = torch.cat((router_A, router_B)).to(precise)
+            if dtable is not None:
+                dlora_A_table, drouter_AB = backend.condition_table_backward(
+                    dtable, lora_A.to(precise), router_AB.to(precise), options.conditioning
+                )
+            if not options.pools:
+                drouters, dpooled = dlogits.T @ pooled, dlogits @ routers
+
+        # project
+        dx = dy @ weight.to(dy.dtype) if need_x and weight is not None else None
+        read = (dlogits, routers, pooled) if options.pools else (None, None, None)
+        dx, dlora_A, drouters_pooled = backend.project_backward(
+            dx, x, du.to(ctx.dtype), lora_A, *read, instances, seed, options.p, need_x, need_A
+        )
+        if need_A:
+            dlora_A = dlora_A.to(lora_A.dtype)
+            if dlora_A_table is not None:
+                dlora_A.add_(dlora_A_table)
+        drouters = drouters if drouters_pooled is None else drouters_pooled
+        drouter_A, drouter_B = (None, None) if drouters is None else drouters.chunk(2)
+        return (
+            dx if need_x else None,
+            dy if need_y else None,
+            None,
+            None,
+            dlora_A if need_A else None,
+            dlora_B.to(lora_B.dtype) if need_B else None,
+            drouter_A.to(router_A.dtype) if need_RA and routes else None,
+            drouter_B.to(router_B.dtype) if need_RB and routes else None,
+            drouter_AB.to(router_AB.dtype) if need_RAB and drouter_AB is not None else None,
+            dpooled if need_pooled else None,
+            dgate if need_gate else None,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+def _reference(x, base, factors, config, context, instances, given, seed, p):
+    """The same through ``reference``, an instance at a time."""
+    frozen = F.linear(x, *(None if t is None else t.to(x.dtype) for t in base)) if type(base) is FrozenLinear else base
+    tokens, frozen = x.reshape(-1, x.shape[-1]), frozen.reshape(-1, frozen.shape[-1])
+    dropped = tokens
+    if seed is not None:
+        dropped = tokens * block_dropout.keep_mask(seed, tokens, p) * block_dropout.keep_scale(p)
+    starts = context.cu_seqlens.tolist() if instances.length is None else None
+    outputs, routings = [], []
+    for b in range(instances.count):
+        rows = slice(starts[b], starts[b + 1]) if starts else slice(b * instances.length, (b + 1) * instances.length)
+        y, routing = reference.mixlora(
+            tokens[rows], frozen[rows], *factors, r=config.r, scaling=config.scaling,
+            conditioning=config.conditioning, gate=config.gate,
+            mask=None if instances.mask is None else instances.mask[rows],
+            task=None if context.task is None else context.task[b].reshape(-1, context.task.shape[-1]),
+            task_mask=None if context.task_mask is None else context.task_mask[b],
+            chosen=None if given is None else tuple(t[b] for t in given[:3]), dropped=dropped[rows],
+        )  # fmt: skip
+        outputs.append(y)
+        routings.append(routing)
+    y = torch.cat(outputs).view(*x.shape[:-1], -1)
+    return y, Routing(*map(torch.stack, zip(*routings))) if given is None else given
+
+
+def draw_routing(count: int, config: MixLoRAConfig, device: torch.device, dtype: torch.dtype) -> Routing:
+    """Table 2's baseline: r distinct factors for each instance, from torch's generator for the device."""
+    index_a, index_b = (
+        torch.rand(count, config.num_factors, device=device).argsort(-1)[:, : config.r].contiguous() for _ in "ab"
+    )
+    probs = torch.full((count, config.num_factors), 1 / config.num_factors, device=device, dtype=dtype)
+    return Routing(index_a, index_b, torch.ones(index_a.shape, device=device, dtype=dtype), probs, probs)
+
+
+def check_input(x: Tensor, base: Tensor | FrozenLinear, factors: Factors) -> None:
+    d_in, d_out = factors.lora_A.shape[1], factors.lora_B.shape[1]
+    if not x.is_floating_point():
+        raise TypeError(f"x must have a floating dtype, got {x.dtype}")
+    if x.dim() < 2 or x.shape[-1] != d_in:
+        raise ValueError(f"x must have the shape [B, L, {d_in}] or [L, {d_in}], got {tuple(x.shape)}")
+    if x.device != factors.lora_A.device:
+        raise ValueError(f"x must be on the adapter's device, {factors.lora_A.device}, got {x.device}")
+    if isinstance(base, FrozenLinear):
+        if base.weight.shape != (d_out, d_in):
+            raise ValueError(f"the base's weight must have the shape {(d_out, d_in)}, got {tuple(base.weight.shape)}")
+        if base.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"x must have the base's dtype, {base.weight.dtype}, got {x.dtype}")
+    elif base.shape != (*x.shape[:-1], d_out):
+        raise ValueError(f"the base must map x to the shape {(*x.shape[:-1], d_out)}, got {tuple(base.shape)}")
+
+
+def check_routing(routing: Routing, count: int, config: MixLoRAConfig) -> None:
+    for name in ("index_a", "index_b", "gate"):
+        shape = tuple(getattr(routing, name).shape)
+        if shape != (count, config.r):
+            raise ValueError(f"routing.{name} must have the shape [B, r] = {(count, config.r)}, got {shape}")

@@ -1,0 +1,107 @@
+"""The paper, equation by equation, in plain torch: the oracle that everything else is compared with.
+
+Read it beside "Multimodal Instruction Tuning with Conditional Mixture of LoRA" (ACL 2024). One instance at a
+time, one equation a function, gradients by autograd, any floating dtype; it imports nothing of this package.
+
+Shapes: h [L, d_in] hidden states of one instance, lora_A [E, d_in], lora_B [E, d_out], router_A and router_B
+[E, d_route], router_AB [r, E, d_in]; d_route is d_in, or the width of the task embedding.
+"""
+
+import torch
+from torch import Tensor
+
+
+def average(h: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Equation 5 (and 10, where h is a task embedding): the mean of the pooled tokens, [L, d] -> [d]."""
+    if mask is not None:
+        h = h[mask.bool()]
+    return h.mean(dim=0)
+
+
+def top_r(p: Tensor, r: int) -> Tensor:
+    """The indices of the r largest of p [E], largest first; of equal ones the lower index first."""
+    return torch.sort(p, descending=True, stable=True).indices[:r]
+
+
+def select_a(pooled: Tensor, router_A: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """Equation 6: the probabilities p_A [E] and the factors chosen for A, [r]."""
+    p_a = torch.softmax(router_A @ pooled, dim=-1)
+    return p_a, top_r(p_a, r)
+
+
+def conditional(A: Tensor, router_AB: Tensor) -> Tensor:
+    """Equation 7: what the chosen factors A [r, d_in] say of each factor of B, [E]."""
+    return sum(torch.softmax(router_AB[i] @ A[i], dim=-1) for i in range(len(A)))
+
+
+def conditional_published(A: Tensor, router_AB: Tensor) -> Tensor:
+    """Equation 7 as the released code has it: 'rd,rfe->re' sums d and f apart, a product of sums."""
+    return sum(torch.softmax(A[i].sum() * router_AB[i].sum(dim=-1), dim=-1) for i in range(len(A)))
+
+
+def select_b(pooled: Tensor, router_B: Tensor, r: int, r_cfs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Equation 8: p_IFS + p_CFS [E] and the factors chosen for B, [r]; ``r_cfs`` is Equation 7's result."""
+    p_b = torch.softmax(router_B @ pooled, dim=-1)
+    if r_cfs is not None:
+        p_b = p_b + torch.softmax(r_cfs, dim=-1)
+    return p_b, top_r(p_b, r)
+
+
+def gates(kind: str, chosen_a: Tensor, chosen_b: Tensor) -> Tensor:
+    """What multiplies each of the r pairs, from the probabilities that chose them, [r] each."""
+    if kind == "binary":  # g[i] = 1 below Equation 6
+        return torch.ones_like(chosen_a)
+    if kind == "straight_through":  # the same 1, through which the routers learn
+        return 1 + (chosen_a - chosen_a.detach()) + (chosen_b - chosen_b.detach())
+    if kind == "weighted":
+        return (chosen_a / chosen_a.sum()) * (chosen_b / chosen_b.sum())
+    raise ValueError(f"unknown gate {kind!r}")
+
+
+def update(h: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:
+    """Equations 4 and 9: sum_i gate_i b_i (a_i . h) for every token of h, [L, d_in] -> [L, d_out]."""
+    return (h @ A.T) * gate @ B
+
+
+def route(pooled, lora_A, router_A, router_B, router_AB, *, r, conditioning="factors", gate="straight_through"):
+    """Section 4.1 for one instance, from its pooled states [d_route].
+
+    Returns ``index_a, index_b`` [r], ``gate`` [r], and ``p_a, p_b`` [E].
+    """
+    p_a, index_a = select_a(pooled, router_A, r)
+    A = lora_A[index_a]
+    r_cfs = {"none": lambda: None, "factors": lambda: conditional(A, router_AB),
+             "published": lambda: conditional_published(A, router_AB)}[conditioning]()  # fmt: skip
+    p_b, index_b = select_b(pooled, router_B, r, r_cfs)
+    return index_a, index_b, gates(gate, p_a[index_a], p_b[index_b]), p_a, p_b
+
+
+def mixlora(
+    h, frozen, lora_A, lora_B, router_A=None, router_B=None, router_AB=None, *, r, scaling,
+    conditioning="factors", gate="straight_through", mask=None, task=None, task_mask=None, chosen=None, dropped=None,
+):  # fmt: skip
+    """Equation 1 with the update of Equation 9, for one instance.
+
+    Args:
+        h: hidden states [L, d_in].
+        frozen: ``W h`` (and bias), [L, d_out].
+        mask: tokens that Equation 5 averages over, [L]; None means all.
+        task: task embedding [T, d_task] to route by instead of h (Appendix A); ``task_mask`` [T] likewise.
+        chosen: ``(index_a, index_b, gate)`` to use instead of routing.
+        dropped: the input of A with dropout applied, [L, d_in]; None means h.
+
+    Returns:
+        y [L, d_out], and ``(index_a, index_b, gate, p_a, p_b)``; the probabilities are None with ``chosen``.
+    """
+    # Routing is done in float32 at least: in half precision, ties at the border of the top r are common.
+    precise = torch.promote_types(h.dtype, torch.float32)
+    if chosen is not None:
+        routing = (*chosen, None, None)
+    else:
+        read, pooled_tokens = (h, mask) if task is None else (task, task_mask)
+        pooled = average(read.to(precise), pooled_tokens)
+        parameters = (None if p is None else p.to(precise) for p in (lora_A, router_A, router_B, router_AB))
+        routing = route(pooled, *parameters, r=r, conditioning=conditioning, gate=gate)
+    index_a, index_b, weight = routing[:3]
+    A, B = lora_A[index_a].to(h.dtype), lora_B[index_b].to(h.dtype)
+    return frozen + scaling * update(h if dropped is None else dropped, A, B, weight.to(h.dtype)), routing

@@ -1,0 +1,216 @@
+"""What an instance is (RoutingContext, Instances) and what was chosen for it (Routing)."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """What was chosen for each of B instances. Slot i of A is paired with slot i of B.
+
+    Attributes:
+        index_a, index_b: [B, r] int64, the factors chosen, most probable first.
+        gate: [B, r], what multiplies each pair.
+        probs_a, probs_b: [B, E], p_A of Equation 6 and p_IFS + p_CFS of Equation 8; 1/E for random routing.
+            float32, or float64 where the input is; differentiable with respect to whatever they were
+            computed from, so that a loss may use them.
+    """
+
+    index_a: Tensor
+    index_b: Tensor
+    gate: Tensor
+    probs_a: Tensor
+    probs_b: Tensor
+
+    def detach(self) -> "Routing":
+        """The same choice without its graph, to be kept beyond one step."""
+        return Routing(*(tensor.detach() for tensor in self))
+
+
+class RoutingContext(NamedTuple):
+    """What a layer has to be told about its input beyond the hidden states. Every field is optional.
+
+    Attributes:
+        mask: [B, L] bool or integer (for packed input [N]); True, or not 0, marks the tokens that an
+            instance's mean runs over. The update itself is applied to every token.
+        cu_seqlens: [B + 1] int32 or int64, where each packed instance begins, and N at the end.
+        task: [B, d_task] or [B, T, d_task], the task embedding of each instance, for ``routing="task"``.
+        task_mask: [B, T] bool or integer, the embedding's tokens that count.
+        routing: a choice to reuse; no routing is computed.
+    """
+
+    mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    task: Tensor | None = None
+    task_mask: Tensor | None = None
+    routing: Routing | None = None
+
+
+class Instances(NamedTuple):
+    """How N tokens divide into B instances: rows of equal length, or segments packed end to end.
+
+    Attributes:
+        count: B.
+        length: L where every instance is a row of L tokens; None where they are packed.
+        cu_seqlens, segment: for packed tokens, where each instance begins [B + 1] and which instance each
+            token belongs to [N], int64; else None.
+        mask: [N] bool, the tokens that are pooled; None means all.
+    """
+
+    count: int
+    length: int | None
+    cu_seqlens: Tensor | None = None
+    segment: Tensor | None = None
+    mask: Tensor | None = None
+
+    def by_token(self, values: Tensor) -> Tensor:
+        """View [N, K] so that ``expand``'s results fit it."""
+        return values if self.length is None else values.view(self.count, self.length, -1)
+
+    def index(self, device: torch.device) -> Tensor:
+        """The instance of each token, [N] int64."""
+        if self.length is None:
+            return self.segment
+        return torch.arange(self.count, device=device).repeat_interleave(self.length)
+
+    def expand(self, values: Tensor) -> Tensor:
+        """Give every token its instance's values: [B, K] -> [B, L, K] without a copy, or [N, K]."""
+        return values[self.segment] if self.length is None else values.unsqueeze(1).expand(-1, self.length, -1)
+
+    def sum(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Add up each instance's tokens, the adjoint of ``expand``: [B, L, K] or [N, K] -> [B, K]."""
+        if self.length is not None:
+            return values.sum(dim=1, dtype=dtype)
+        total = values.new_zeros(self.count, values.shape[-1], dtype=dtype)
+        return total.index_add_(0, self.segment, values.to(dtype))
+
+    def share(self, dtype: torch.dtype) -> Tensor | float:
+        """What one pooled token counts in its instance's mean: 1 / pooled tokens, [B, 1] or one number.
+
+        An instance without a pooled token (refused on the CPU; on a device, where looking would stall it,
+        it gets this far) has a mean of 0.
+        """
+        if self.mask is not None:
+            pooled = self.sum(self.by_token(self.mask.unsqueeze(-1)), dtype)
+        elif self.length is not None:
+            return 1.0 / self.length
+        else:
+            pooled = self.cu_seqlens.diff().unsqueeze(-1).to(dtype)
+        return 1.0 / pooled.clamp(min=1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """The adjoint of the mean over pooled tokens: [B, K] -> [N, K]."""
+        tokens = self.expand(values * self.share(values.dtype)).reshape(-1, values.shape[-1])
+        return tokens if self.mask is None else tokens.masked_fill(~self.mask.unsqueeze(-1), 0)
+
+
+def find_instances(x: Tensor, context: RoutingContext, pooled: bool) -> Instances:
+    """Read from a layer's input [B, ..., d_in] or [L, d_in] and its context what the instances are.
+
+    ``pooled`` says whether a mean over tokens will be taken, so that every instance must have one.
+
+    Raises:
+        TypeError: ``mask`` or ``cu_seqlens`` of a wrong dtype.
+        ValueError: their shape, device or values do not fit the input.
+    """
+    tokens = x.shape[:-1].numel()
+    packed = context.cu_seqlens is not None
+    if packed and x.dim() > 2 and x.shape[:-2].numel() != 1:
+        raise ValueError(f"cu_seqlens needs packed x, [N, d_in] or [1, N, d_in], got x of shape {tuple(x.shape)}")
+    count = context.cu_seqlens.numel() - 1 if packed else x.shape[0] if x.dim() > 2 else 1
+    cu_seqlens = segment = None
+    if packed:
+        cu_seqlens = _check_cu_seqlens(context.cu_seqlens, x, tokens)
+        segment = torch.bucketize(torch.arange(tokens, device=x.device), cu_seqlens[1:], right=True)
+    length = None if packed else tokens // count if count else 0
+    mask = None if context.mask is None else _check_mask(context.mask, x, count, packed)
+    instances = Instances(count, length, cu_seqlens, segment, mask)
+    if pooled:
+        _check_pooled(instances)
+    return instances
+
+
+def find_task(context: RoutingContext, count: int, d_task: int) -> Tensor:
+    """Equation 10: the mean of each instance's task embedding, [B, d_task].
+
+    Raises:
+        TypeError: ``task`` is not floating, or ``task_mask`` is.
+        ValueError: ``task`` is missing, or a shape does not fit.
+    """
+    task, mask = context.task, context.task_mask
+    if task is None:
+        raise ValueError(f"routing='task' needs RoutingContext(task=...) of shape [B, {d_task}] or [B, T, {d_task}]")
+    if not task.is_floating_point():
+        raise TypeError(f"task must have a floating dtype, got {task.dtype}")
+    if task.dim() not in (2, 3) or task.shape[0] != count or task.shape[-1] != d_task or 0 in task.shape[1:]:
+        raise ValueError(
+            f"task must have the shape [B, d_task] or [B, T, d_task] with B={count} and d_task={d_task}, "
+            f"got {tuple(task.shape)}"
+        )
+    task = task.to(torch.promote_types(task.dtype, torch.float32))
+    if mask is None:
+        return task if task.dim() == 2 else task.mean(dim=1)
+    if task.dim() != 3 or mask.shape != task.shape[:2]:
+        raise ValueError(
+            f"task_mask must have the shape [B, T] of task [B, T, d_task], got {tuple(mask.shape)} "
+            f"and task {tuple(task.shape)}"
+        )
+    mask = _as_bool(mask, "task_mask")
+    if can_look(mask) and not mask.any(dim=1).all():
+        raise ValueError("every instance needs a token of its task embedding, got a task_mask with a row of none")
+    return task.masked_fill(~mask.unsqueeze(-1), 0).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
+
+
+def _as_bool(mask: Tensor, name: str) -> Tensor:
+    if mask.dtype.is_floating_point or mask.dtype.is_complex:
+        raise TypeError(f"{name} must be bool or integer, got {mask.dtype}")
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def can_look(tensor: Tensor) -> bool:
+    """Whether values may be looked at: on a device it would stall the queue, in a graph it would break it."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _check_mask(mask: Tensor, x: Tensor, count: int, packed: bool) -> Tensor:
+    tokens = x.shape[:-1].numel()
+    shapes = [tuple(x.shape[:-1])] + ([(tokens,), (1, tokens)] if packed or count == 1 else [])
+    if tuple(mask.shape) not in shapes:
+        raise ValueError(f"mask must have the shape {shapes[0]} of x without d_in, got {tuple(mask.shape)}")
+    _check_device(mask, x, "mask")
+    return _as_bool(mask, "mask").reshape(-1)
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, tokens: int) -> Tensor:
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+        raise ValueError(f"cu_seqlens must have the shape [B + 1], got {tuple(cu_seqlens.shape)}")
+    _check_device(cu_seqlens, x, "cu_seqlens")
+    if can_look(cu_seqlens):
+        starts = cu_seqlens.tolist()
+        if starts[0] != 0 or starts[-1] != tokens or any(a >= b for a, b in zip(starts, starts[1:])):
+            raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens of x, got {starts}")
+    return cu_seqlens.long()
+
+
+def _check_pooled(instances: Instances) -> None:
+    if instances.length == 0 and instances.count:
+        raise ValueError("every instance needs a pooled token, got instances of length 0")
+    mask = instances.mask
+    if mask is not None and can_look(mask) and not mask.all():
+        empty = (
+            (instances.sum(instances.by_token(mask.unsqueeze(-1)), torch.int64) == 0)
+            .flatten()
+            .nonzero()
+            .flatten()
+            .tolist()
+        )
+        if empty:
+            raise ValueError(f"every instance needs a pooled token, got a mask with none for instances {empty}")
+
+
+def _check_device(tensor: Tensor, x: Tensor, name: str) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")

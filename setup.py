@@ -1,0 +1,21 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# What each use needs beyond torch. The kernels' tests run in Triton's interpreter, on any machine.
+PEFT = ["transformers>=5.0", "peft>=0.19", "accelerate>=1.10", "safetensors>=0.5"]
+BENCHMARK = [*PEFT, "matplotlib>=3.8", "scikit-learn>=1.4", "pillow>=10"]
+TEST = [*BENCHMARK, "pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "triton>=3.4; platform_system == 'Linux'"]
+
+setup(
+    name="mixlora_kernels",
+    version="0.1.0",
+    description="Conditional Mixture-of-LoRA (MixLoRA, ACL 2024), cheaper than plain LoRA",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["mixlora_kernels", "mixlora_kernels.*"]),
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "numpy"],
+    extras_require={"peft": PEFT, "benchmark": BENCHMARK, "test": TEST},
+)
