@@ -85,7 +85,7 @@ def mixlora(
     """
     context = context or RoutingContext()
     check_input(x, base, factors)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if autocasts(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
         with torch.autocast(x.device.type, enabled=False):
             return _mixlora(x, base, factors, config, context, training, backend)
@@ -152,7 +152,7 @@ class _MixLoRA(torch.autograd.Function):
         y, chosen, s = backend.expand(y, u, lora_B, index_a, index_b, scaled, instances, in_place)
 
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.routed, ctx.dtype = options, routed, x.dtype
+        ctx.options, ctx.routed, ctx.dtype, ctx.device_type = options, routed, x.dtype, x.device.type
         ctx.count, ctx.length = instances.count, instances.length
         learns = any(ctx.needs_input_grad[i] for i in (4, 6, 7, 8))  # lora_A and the routers: their gradient reads x
         ctx.save_for_backward(
@@ -167,6 +167,13 @@ class _MixLoRA(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _index_a, _index_b, dgate, dprobs_a, dprobs_b):
+        if autocasts(ctx.device_type):  # whoever calls backward() under it
+            with torch.autocast(ctx.device_type, enabled=False):
+                return _MixLoRA.gradients(ctx, dy, dgate, dprobs_a, dprobs_b)
+        return _MixLoRA.gradients(ctx, dy, dgate, dprobs_a, dprobs_b)
+
+    @staticmethod
+    def gradients(ctx, dy, dgate, dprobs_a, dprobs_b):
         (
             x, weight, lora_A, lora_B, router_A, router_B, router_AB, pooled, seed,
             chosen, s, scaled, index_a, index_b, probs_a, probs_b, *saved, cu_seqlens, segment, mask,
@@ -268,6 +275,10 @@ def draw_routing(count: int, config: MixLoRAConfig, device: torch.device, dtype:
     return Routing(index_a, index_b, torch.ones(index_a.shape, device=device, dtype=dtype), probs, probs)
 
 
+def autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def check_input(x: Tensor, base: Tensor | FrozenLinear, factors: Factors) -> None:
     d_in, d_out = factors.lora_A.shape[1], factors.lora_B.shape[1]
     if not x.is_floating_point():
@@ -279,14 +290,18 @@ def check_input(x: Tensor, base: Tensor | FrozenLinear, factors: Factors) -> Non
     if isinstance(base, FrozenLinear):
         if base.weight.shape != (d_out, d_in):
             raise ValueError(f"the base's weight must have the shape {(d_out, d_in)}, got {tuple(base.weight.shape)}")
-        if base.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if base.weight.dtype != x.dtype and not autocasts(x.device.type):
             raise TypeError(f"x must have the base's dtype, {base.weight.dtype}, got {x.dtype}")
     elif base.shape != (*x.shape[:-1], d_out):
         raise ValueError(f"the base must map x to the shape {(*x.shape[:-1], d_out)}, got {tuple(base.shape)}")
 
 
 def check_routing(routing: Routing, count: int, config: MixLoRAConfig) -> None:
-    for name in ("index_a", "index_b", "gate"):
-        shape = tuple(getattr(routing, name).shape)
-        if shape != (count, config.r):
-            raise ValueError(f"routing.{name} must have the shape [B, r] = {(count, config.r)}, got {shape}")
+    chosen, pool = ("[B, r]", (count, config.r)), ("[B, E]", (count, config.num_factors))
+    expected = {"index_a": chosen, "index_b": chosen, "gate": chosen, "probs_a": pool, "probs_b": pool}
+    for name, (letters, shape) in expected.items():
+        tensor = getattr(routing, name)
+        if tensor.shape != shape:
+            raise ValueError(f"routing.{name} must have the shape {letters} = {shape}, got {tuple(tensor.shape)}")
+        if name.startswith("index") and tensor.dtype != torch.int64:
+            raise TypeError(f"routing.{name} must be int64, got {tensor.dtype}")

@@ -1,5 +1,6 @@
 """What an instance is (RoutingContext, Instances) and what was chosen for it (Routing)."""
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -66,7 +67,7 @@ class Instances(NamedTuple):
 
     def by_token(self, values: Tensor) -> Tensor:
         """View [N, K] so that ``expand``'s results fit it."""
-        return values if self.length is None else values.view(self.count, self.length, -1)
+        return values if self.length is None else values.view(self.count, self.length, values.shape[-1])
 
     def index(self, device: torch.device) -> Tensor:
         """The instance of each token, [N] int64."""
@@ -123,7 +124,7 @@ def find_instances(x: Tensor, context: RoutingContext, pooled: bool) -> Instance
     if packed:
         cu_seqlens = _check_cu_seqlens(context.cu_seqlens, x, tokens)
         segment = torch.bucketize(torch.arange(tokens, device=x.device), cu_seqlens[1:], right=True)
-    length = None if packed else tokens // count if count else 0
+    length = None if packed else x.shape[-2] if x.dim() == 2 else x.shape[1:-1].numel()
     mask = None if context.mask is None else _check_mask(context.mask, x, count, packed)
     instances = Instances(count, length, cu_seqlens, segment, mask)
     if pooled:
@@ -190,7 +191,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, tokens: int) -> Tensor:
     _check_device(cu_seqlens, x, "cu_seqlens")
     if can_look(cu_seqlens):
         starts = cu_seqlens.tolist()
-        if starts[0] != 0 or starts[-1] != tokens or any(a >= b for a, b in zip(starts, starts[1:])):
+        if starts[0] != 0 or starts[-1] != tokens or min(b - a for a, b in pairwise(starts)) < 1:
             raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens of x, got {starts}")
     return cu_seqlens.long()
 

@@ -67,7 +67,7 @@ def mean(x: Tensor, instances: Instances, dtype: torch.dtype) -> Tensor:
         mask = None
     # Summed as it lies where that makes no copy of x: the CPU's sum first converts the whole of its input.
     if mask is None and instances.length is not None and (x.dtype == dtype or not look):
-        return x.view(instances.count, instances.length, -1).sum(dim=1, dtype=dtype).mul_(1 / instances.length)
+        return instances.by_token(x).sum(dim=1, dtype=dtype) * instances.share(dtype)
     block = BLOCK if look else max(N, 1)  # a compiled graph makes no copy and wants no loop
     total = x.new_zeros(instances.count, x.shape[1], dtype=dtype)
     instance = instances.index(x.device)

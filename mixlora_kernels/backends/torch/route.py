@@ -42,7 +42,7 @@ def route(logits: Tensor, table: Tensor | None, r: int, gate: str):
 
     Returns ``index_a, index_b, gate, probs_a, probs_b`` as in ``Routing``, and what the backward needs.
     """
-    p = torch.softmax(logits.view(len(logits), 2, -1), -1)  # [B, 2, E]
+    p = torch.softmax(logits.view(len(logits), 2, logits.shape[1] // 2), -1)  # [B, 2, E]
     probs_a, p_ifs = p.unbind(1)
     index_a = top_r(probs_a, r)  # [B, r]
     if table is None:
