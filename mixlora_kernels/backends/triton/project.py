@@ -1,0 +1,279 @@
+"""project: u = drop(x) · lora_Aᵀ and what the routers make of the pooled tokens, in one pass over x; and back.
+
+The routers' product commutes with the sum over an instance's pooled tokens, so a tile sums its rows of x first
+(exactly: float32 sums of x's own values) and multiplies that one row with the routers, in float32 whatever x is.
+
+    forward     u[t] = lora_A · drop(x[t])                    z[tile] = routers · Σ_t pooled_t x[t]
+    backward    dx[t] += drop(Σ_i du[t, i] lora_A[index_a[i]]) + pooled_t (dzᵀ · routers)
+                dlora_A[index_a[i]] += Σ_t du[t, i] drop(x[t])            drouters = Σ_b dz[b] (Σ_t pooled_t x[t])ᵀ
+
+u is kept for the whole pool, because the choice of factors comes after it; du has the r chosen columns only.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...routing import Instances
+from ..torch.dropout import dropped_levels
+from . import tuning
+from .dropout import keep_tile
+from .gather import gather_by_factor, gather_by_instance
+from .launch import as_rows, dot_precision, on_device, op
+from .tiles import count_tiles, find_rows, padded_count
+
+
+class Sums(NamedTuple):
+    """The routers' products with the sums over each tile's pooled tokens."""
+
+    planes: Tensor  # [S, tiles, 2E], to be added up over S
+    rows: int  # tokens in a tile
+
+
+def project(x: Tensor, lora_A: Tensor, routers: Tensor | None, instances: Instances, seed: Tensor | None, p: float):
+    """u [S, N, E] float32, S planes to be added up, before the scale 1 / (1 - p).
+
+    And, where ``routers`` [2E, D] is given, the ``Sums`` from which ``route`` takes the logits. The third result is
+    what the backward needs of the means: nothing, it reads x anyway.
+    """
+    u, planes = _project(
+        x, lora_A, routers, instances.cu_seqlens, instances.mask if routers is not None else None, seed,
+        instances.count, instances.length or 0, dropped_levels(p),
+    )  # fmt: skip
+    return u, (None if routers is None else Sums(planes, tuning.rows(x.shape[0]))), None
+
+
+@triton.jit(do_not_specialize=["B", "L", "N", "tiles", "dropped"])
+def project_kernel(
+    x, lora_A, routers, cu_seqlens, mask, seed, u, sums, B, L, N, D, stride_x, tiles, span, dropped,
+    E: tl.constexpr, E_PAD: tl.constexpr, Z_PAD: tl.constexpr, B_PAD: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, split = tl.program_id(0), tl.program_id(1)
+    _, first, end = find_rows(tile, cu_seqlens, B, L, BLOCK_N, B_PAD)
+    rows = first + tl.arange(0, BLOCK_N).to(tl.int64)
+    live = rows < end
+    factors = tl.arange(0, E_PAD)
+    if routers is not None:
+        z = tl.arange(0, Z_PAD)
+        products = tl.zeros([Z_PAD, BLOCK_D], tl.float32)
+        if mask is not None:
+            pooled = tl.load(mask + rows, mask=live, other=0) != 0
+    acc = tl.zeros([BLOCK_N, E_PAD], tl.float32)
+    for start in range(split * span, min(split * span + span, D), BLOCK_D):
+        d = start + tl.arange(0, BLOCK_D)
+        inside = d < D
+        x_tile = tl.load(x + rows[:, None] * stride_x + d[None, :], mask=live[:, None] & inside[None, :], other=0.0)
+        a_tile = tl.load(
+            lora_A + factors[:, None] * D + d[None, :], mask=(factors < E)[:, None] & inside[None, :], other=0.0
+        )  # [E_PAD, BLOCK_D]
+        if routers is not None:
+            read = x_tile.to(tl.float32)
+            if mask is not None:  # chosen, not multiplied by 0: what stands in the padding may be infinite
+                read = tl.where(pooled[:, None], read, 0.0)
+            r_tile = tl.load(
+                routers + z[:, None] * D + d[None, :], mask=(z < 2 * E)[:, None] & inside[None, :], other=0.0
+            )  # [Z_PAD, BLOCK_D]
+            products += r_tile.to(tl.float32) * tl.sum(read, 0)[None, :]
+        if seed is not None:
+            x_tile = tl.where(keep_tile(seed, rows, start, dropped, BLOCK_N, BLOCK_D), x_tile, 0.0)
+        acc = tl.dot(x_tile, tl.trans(a_tile.to(x_tile.dtype)), acc, input_precision=PRECISION)
+    tl.store(
+        u + (split.to(tl.int64) * N + rows[:, None]) * E + factors[None, :],
+        acc,
+        mask=live[:, None] & (factors < E)[None, :],
+    )
+    if routers is not None:
+        tl.store(sums + (split * tiles + tile) * 2 * E + z, tl.sum(products, 1), mask=z < 2 * E)
+
+
+def _plan(x, lora_A, cu_seqlens, B, L):
+    tile = tuning.project(tuning.architecture(x.device), *x.shape, tuning.pad(lora_A.shape[0]), x.element_size())
+    D, packed = x.shape[1], cu_seqlens is not None
+    span = tile.span or triton.cdiv(D, tile.columns) * tile.columns
+    return tile, span, triton.cdiv(D, span), count_tiles(x.shape[0], B, L, packed, tile.rows)
+
+
+def _project_fake(x, lora_A, routers, cu_seqlens, mask, seed, B, L, dropped):
+    _, _, splits, tiles = _plan(x, lora_A, cu_seqlens, B, L)
+    E = lora_A.shape[0]
+    u = x.new_empty(splits, x.shape[0], E, dtype=torch.float32)
+    return u, x.new_empty(splits, 0 if routers is None else tiles, 2 * E, dtype=torch.float32)
+
+
+@op(
+    "project(Tensor x, Tensor lora_A, Tensor? routers, Tensor? cu_seqlens, Tensor? mask, Tensor? seed, "
+    "SymInt B, SymInt L, int dropped) -> (Tensor, Tensor)",
+    _project_fake,
+)
+def _project(x, lora_A, routers, cu_seqlens, mask, seed, B, L, dropped):
+    x, lora_A, (N, D), E = as_rows(x), lora_A.contiguous(), x.shape, lora_A.shape[0]
+    u, sums = _project_fake(x, lora_A, routers, cu_seqlens, mask, seed, B, L, dropped)
+    tile, span, splits, tiles = _plan(x, lora_A, cu_seqlens, B, L)
+    if N:
+        with on_device(x):
+            project_kernel[(tiles, splits)](
+                x, lora_A, routers, cu_seqlens, mask, seed, u, sums, B, L, N, D, x.stride(0), tiles, span, dropped,
+                E=E, E_PAD=tuning.pad(E), Z_PAD=triton.next_power_of_2(2 * E),
+                B_PAD=padded_count(B, cu_seqlens is not None), BLOCK_N=tile.rows, BLOCK_D=tile.columns,
+                PRECISION=dot_precision(), num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+    return u, sums
+
+
+def project_backward(
+    dx, x, du, lora_A, index_a, dlogits, routers, pooled, instances: Instances, seed, p, need_x, need_A
+):
+    """The gradients of x [N, D], of lora_A [E, D] and of the routers [2E, D], None where there is none.
+
+    Args:
+        dx: what x's gradient is added to in place, or None.
+        du: that of u, in the r chosen columns: [N, R].
+        dlogits: that of the routers' products with the sums over pooled tokens [B, 2E], or None.
+    """
+    overwrite = dx is None
+    if need_x and overwrite:
+        dx = du.new_empty(du.shape[0], lora_A.shape[1])
+    if not (need_x or need_A or dlogits is not None):
+        return None, None, None
+    dlora_A, drouters = _project_backward(
+        dx if need_x else None, x, du, lora_A, index_a, dlogits, routers, instances.cu_seqlens,
+        instances.mask if dlogits is not None else None, seed, instances.count, instances.length or 0,
+        dropped_levels(p), overwrite, need_A,
+    )  # fmt: skip
+    return dx, (dlora_A if need_A else None), (None if dlogits is None or x is None else drouters)
+
+
+@triton.jit(do_not_specialize=["B", "L", "dropped"])
+def project_backward_kernel(
+    dx, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, parts, sums, owner,
+    B, L, D, stride_dx, stride_x, dropped,
+    E: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, Z_BLOCK: tl.constexpr, B_PAD: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    OVERWRITE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    chunk, start = tl.program_id(0), tl.program_id(1) * BLOCK_D
+    b, first, end = find_rows(chunk, cu_seqlens, B, L, CHUNK, B_PAD)
+    if start == 0:
+        tl.store(owner + chunk, b)
+    if first < end:
+        d = start + tl.arange(0, BLOCK_D)
+        inside = d < D
+        slots = tl.arange(0, R_PAD)
+        chosen = tl.load(index_a + b * R + slots, mask=slots < R, other=0)
+        a_tile = tl.load(
+            lora_A + chosen[:, None] * D + d[None, :], mask=(slots < R)[:, None] & inside[None, :], other=0.0
+        ).to(du.dtype.element_ty)  # [R_PAD, BLOCK_D]
+        acc = tl.zeros([R_PAD, BLOCK_D], tl.float32)
+        if dlogits is not None:
+            total = tl.zeros([BLOCK_D], tl.float32)
+            share = tl.zeros([BLOCK_D], tl.float32)
+            for z_start in range(0, 2 * E, Z_BLOCK):
+                z = z_start + tl.arange(0, Z_BLOCK)
+                weight = tl.load(dlogits + b * 2 * E + z, mask=z < 2 * E, other=0.0)
+                r_tile = tl.load(
+                    routers + z[:, None] * D + d[None, :], mask=(z < 2 * E)[:, None] & inside[None, :], other=0.0
+                )  # [Z_BLOCK, BLOCK_D]
+                share += tl.sum(weight[:, None] * r_tile.to(tl.float32), 0)
+        for row in range(first, min(first + CHUNK, end), BLOCK_N):
+            rows = row + tl.arange(0, BLOCK_N).to(tl.int64)
+            live = rows < end
+            tile = live[:, None] & inside[None, :]
+            du_tile = tl.load(
+                du + rows[:, None] * R + slots[None, :], mask=live[:, None] & (slots < R)[None, :], other=0.0
+            )  # [BLOCK_N, R_PAD]
+            if seed is not None:
+                keep = keep_tile(seed, rows, start, dropped, BLOCK_N, BLOCK_D)
+            pooled = live
+            if mask is not None:
+                pooled = tl.load(mask + rows, mask=live, other=0) != 0
+            if x is not None:
+                x_tile = tl.load(x + rows[:, None] * stride_x + d[None, :], mask=tile, other=0.0)
+                if dlogits is not None:
+                    total += tl.sum(tl.where(pooled[:, None], x_tile.to(tl.float32), 0.0), 0)
+                if parts is not None:
+                    if seed is not None:
+                        x_tile = tl.where(keep, x_tile, 0.0)
+                    acc = tl.dot(tl.trans(du_tile), x_tile.to(du_tile.dtype), acc, input_precision=PRECISION)
+            if dx is not None:
+                added = tl.dot(du_tile, a_tile, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
+                if seed is not None:
+                    added = tl.where(keep, added, 0.0)
+                if dlogits is not None:
+                    added += tl.where(pooled[:, None], share[None, :], 0.0)
+                place = dx + rows[:, None] * stride_dx + d[None, :]
+                if not OVERWRITE:
+                    added += tl.load(place, mask=tile, other=0.0).to(tl.float32)
+                tl.store(place, added, mask=tile)
+        if parts is not None:
+            tl.store(
+                parts + (chunk.to(tl.int64) * R + slots[:, None]) * D + d[None, :],
+                acc,
+                mask=(slots < R)[:, None] & inside[None, :],
+            )
+        if sums is not None:
+            tl.store(sums + chunk.to(tl.int64) * D + d, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def project_gather_kernel(
+    parts, sums, owner, index_a, dlogits, dlora_A, drouters, chunks, D,
+    E: tl.constexpr, R: tl.constexpr, E_PAD: tl.constexpr, Z_PAD: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add up the chunks: dlora_A by the factor each slot had chosen, drouters by dlogits."""
+    start = tl.program_id(0) * BLOCK_D
+    if parts is not None:
+        gather_by_factor(parts, owner, index_a, None, 1.0, dlora_A, chunks, D, start, E, R, E_PAD, BLOCK_K, BLOCK_D)
+    if sums is not None:
+        gather_by_instance(sums, owner, dlogits, drouters, chunks, D, start, 2 * E, Z_PAD, BLOCK_K, BLOCK_D)
+
+
+def _project_backward_fake(
+    dx, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, B, L, dropped, overwrite, need_A
+):
+    E, D = lora_A.shape
+    dlora_A = lora_A.new_empty((E, D) if need_A and x is not None else (0,))
+    rows = 0 if dlogits is None or x is None else 2 * E
+    return dlora_A, lora_A.new_empty(rows, D, dtype=torch.float32)
+
+
+@op(
+    "project_backward(Tensor(a!)? dx, Tensor? x, Tensor du, Tensor lora_A, Tensor index_a, Tensor? dlogits, "
+    "Tensor? routers, Tensor? cu_seqlens, Tensor? mask, Tensor? seed, SymInt B, SymInt L, int dropped, "
+    "bool overwrite, bool need_A) -> (Tensor, Tensor)",
+    _project_backward_fake,
+)
+def _project_backward(
+    dx, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, B, L, dropped, overwrite, need_A
+):
+    E, D, (N, R), packed = *lora_A.shape, du.shape, cu_seqlens is not None
+    outputs = _project_backward_fake(
+        dx, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, B, L, dropped, overwrite, need_A
+    )
+    x, lora_A, arch = None if x is None else as_rows(x), lora_A.contiguous(), tuning.architecture(du.device)
+    tile = tuning.project_backward(arch, N, D, tuning.pad(R), du.element_size())
+    chunks = count_tiles(N, B, L, packed, tile.span)
+    parts = du.new_empty(chunks, R, D, dtype=torch.float32) if need_A and x is not None else None
+    sums = None if dlogits is None or x is None else du.new_empty(chunks, D, dtype=torch.float32)
+    owner = du.new_empty(chunks, dtype=torch.int32)
+    with on_device(du):
+        if chunks:
+            project_backward_kernel[(chunks, triton.cdiv(D, tile.columns))](
+                dx, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, parts, sums, owner,
+                B, L, D, 0 if dx is None else dx.stride(0), 0 if x is None else x.stride(0), dropped,
+                E=E, R=R, R_PAD=tuning.pad(R), Z_BLOCK=16, B_PAD=padded_count(B, packed), CHUNK=tile.span,
+                BLOCK_N=tile.rows, BLOCK_D=tile.columns, OVERWRITE=overwrite, PRECISION=dot_precision(),
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+        if parts is not None or sums is not None:
+            tile = tuning.gather(arch, 2 * tuning.pad(E))
+            project_gather_kernel[(triton.cdiv(D, tile.columns),)](
+                parts, sums, owner, index_a, dlogits, *outputs, chunks, D, E=E, R=R, E_PAD=tuning.pad(E),
+                Z_PAD=2 * tuning.pad(E), BLOCK_K=tile.rows, BLOCK_D=tile.columns,
+                num_warps=tile.num_warps, num_stages=tile.num_stages,
+            )  # fmt: skip
+    return outputs
