@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...routing import Instances
 from . import tuning
-from .launch import as_rows, on_device, op
+from .launch import as_rows, launch, register
 
 FEW = (
     64  # tokens × slots up to which this beats project and expand: every program reads r rows of lora_A for each token
@@ -22,7 +22,7 @@ def decode(
 ) -> Tensor:
     """Add the update of x [N, D] to y [N, O], in place or not. It has no backward."""
     out = y if in_place else y.clone()
-    _decode(out, x, lora_A, lora_B, index_a, index_b, gate, scale, instances.segment, instances.length or 0)
+    decode_op(out, x, lora_A, lora_B, index_a, index_b, gate, scale, instances.segment, instances.length or 0)
     return out
 
 
@@ -52,22 +52,24 @@ def decode_kernel(
     tl.store(place, y_row + tl.sum(s[:, None] * b_tile.to(tl.float32), 0), mask=o < O)
 
 
-def _decode_fake(y, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, L):
+def fake_decode(y, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, L):
     return None
 
 
-@op(
-    "decode(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor index_a, Tensor index_b, Tensor gate, "
-    "float scale, Tensor? segment, SymInt L) -> ()",
-    _decode_fake,
-)
-def _decode(y, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, L):
+def launch_decode(y, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, L):
     x, (N, O), R = as_rows(x), y.shape, index_a.shape[1]
     tile = tuning.decode(tuning.architecture(y.device), R)
-    if N:
-        with on_device(y):
-            decode_kernel[(N, triton.cdiv(O, tile.columns))](
-                y, x, lora_A.contiguous(), lora_B.contiguous(), index_a, index_b, gate, scale, segment, L,
-                x.shape[1], O, y.stride(0), x.stride(0), R=R, R_PAD=triton.next_power_of_2(R),
-                BLOCK_D=tile.span, BLOCK_O=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
+    launch(
+        decode_kernel, (N, triton.cdiv(O, tile.columns)), y.device,
+        y, x, lora_A.contiguous(), lora_B.contiguous(), index_a, index_b, gate, scale, segment, L,
+        x.shape[1], O, y.stride(0), x.stride(0), R=R, R_PAD=triton.next_power_of_2(R),
+        BLOCK_D=tile.span, BLOCK_O=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+decode_op = register(
+    "decode(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor index_a, Tensor index_b, Tensor gate, "
+    "float scale, Tensor? segment, SymInt L) -> ()",
+    launch_decode,
+    fake_decode,
+)

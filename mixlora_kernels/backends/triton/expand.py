@@ -1,4 +1,4 @@
-"""expand: y += scaling · s · lora_B, where s pairs the r chosen columns of u with the r chosen rows of lora_B; and back.
+"""expand: y += scaling · s · lora_B, where s has the r chosen columns of u for the r chosen rows of lora_B; and back.
 
 All tokens of a tile have the same r factors. So a tile takes the chosen columns of u and the chosen rows of lora_B,
 and the product runs over r slots, not over the pool; nothing is permuted.
@@ -17,14 +17,14 @@ from torch import Tensor
 from ...routing import Instances
 from . import tuning
 from .gather import gather_by_factor
-from .launch import as_rows, dot_precision, on_device, op
+from .launch import as_rows, dot_precision, launch, register
 from .tiles import count_tiles, find_rows, find_tiles, padded_count
 
 
 def expand(y: Tensor, u, lora_B, index_a, index_b, gate, scale: float, instances: Instances, in_place: bool):
     """Add the update to y [N, O], in place or not. Returns y, and for the backward u and the gate."""
     out = y if in_place else torch.empty_like(y, memory_format=torch.contiguous_format)
-    _expand(
+    expand_op(
         out, None if in_place else y, u, lora_B, index_a, index_b, gate, scale,
         instances.cu_seqlens, instances.count, instances.length or 0,
     )  # fmt: skip
@@ -71,36 +71,38 @@ def expand_kernel(
         tl.store(y + rows[:, None] * stride_y + o[None, :], y_tile.to(tl.float32) + added, mask=tile)
 
 
-def _expand_fake(y, base, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L):
+def fake_expand(y, base, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L):
     return None
 
 
-@op(
-    "expand(Tensor(a!) y, Tensor? base, Tensor u, Tensor lora_B, Tensor index_a, Tensor index_b, Tensor gate, "
-    "float scale, Tensor? cu_seqlens, SymInt B, SymInt L) -> ()",
-    _expand_fake,
-)
-def _expand(y, base, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L):
+def launch_expand(y, base, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L):
     (N, O), R, (S, _, E), packed = y.shape, index_a.shape[1], u.shape, cu_seqlens is not None
     base = None if base is None else as_rows(base)
     tile = tuning.expand(tuning.architecture(y.device), N, O, tuning.pad(R), y.element_size())
     tiles = count_tiles(N, B, L, packed, tile.rows)
-    if tiles:
-        with on_device(y):
-            expand_kernel[(tiles, triton.cdiv(O, tile.columns))](
-                y, base, u, lora_B.contiguous(), index_a, index_b, gate, scale, cu_seqlens, B, L, N, O,
-                y.stride(0), 0 if base is None else base.stride(0),
-                E=E, R=R, R_PAD=tuning.pad(R), B_PAD=padded_count(B, packed), S=S,
-                BLOCK_N=tile.rows, BLOCK_O=tile.columns, PRECISION=dot_precision(),
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
+    launch(
+        expand_kernel, (tiles, triton.cdiv(O, tile.columns)), y.device,
+        y, base, u, lora_B.contiguous(), index_a, index_b, gate, scale, cu_seqlens, B, L, N, O,
+        y.stride(0), 0 if base is None else base.stride(0),
+        E=E, R=R, R_PAD=tuning.pad(R), B_PAD=padded_count(B, packed), S=S,
+        BLOCK_N=tile.rows, BLOCK_O=tile.columns, PRECISION=dot_precision(),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+expand_op = register(
+    "expand(Tensor(a!) y, Tensor? base, Tensor u, Tensor lora_B, Tensor index_a, Tensor index_b, Tensor gate, "
+    "float scale, Tensor? cu_seqlens, SymInt B, SymInt L) -> ()",
+    launch_expand,
+    fake_expand,
+)
 
 
 def expand_backward(
     dy: Tensor, chosen, u, lora_B, index_a, index_b, gate, scale: float, instances: Instances, need_B, need_gate
 ):
-    """The gradients of u in its chosen columns [N, R], of lora_B [E, O] and of the gate [B, R], None where not needed."""
-    du, dlora_B, dgate = _expand_backward(
+    """The gradients of u in its chosen columns [N, R], of lora_B [E, O] and of the gate [B, R]; None if not needed."""
+    du, dlora_B, dgate = expand_backward_op(
         dy, u, lora_B, index_a, index_b, gate, scale, instances.cu_seqlens,
         instances.count, instances.length or 0, need_B, need_gate,
     )  # fmt: skip
@@ -166,43 +168,34 @@ def expand_gather_kernel(
             )
     elif role < columns + blocks:
         at = (role - columns).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        total = tl.zeros([BLOCK], tl.float32)
         place = planes + at
+        total = tl.zeros([BLOCK], tl.float32)
         for _ in range(pieces):
             total += tl.load(place, mask=at < N * R, other=0.0)
             place += N * R
         tl.store(du + at, total, mask=at < N * R)
-    else:
-        if dots is not None:
-            b = role - columns - blocks
-            slots = tl.arange(0, R_PAD)
-            first, count, _ = find_tiles(b, cu_seqlens, B, L, CHUNK, B_PAD)
-            total = tl.zeros([BLOCK_K, R_PAD], tl.float32)
-            for start in range(0, pieces * count, BLOCK_K):
-                k = start + tl.arange(0, BLOCK_K)
-                at = (k // count) * chunks + first + k % count
-                total += tl.load(
-                    dots + at[:, None] * R + slots[None, :],
-                    mask=(k < pieces * count)[:, None] & (slots < R)[None, :],
-                    other=0.0,
-                )
-            tl.store(dgate + b * R + slots, tl.sum(total, 0), mask=slots < R)
+    elif dots is not None:
+        b = role - columns - blocks
+        slots = tl.arange(0, R_PAD)
+        first, count, _ = find_tiles(b, cu_seqlens, B, L, CHUNK, B_PAD)
+        sums = tl.zeros([BLOCK_K, R_PAD], tl.float32)
+        for start in range(0, pieces * count, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            row = (k // count) * chunks + first + k % count
+            there = (k < pieces * count)[:, None] & (slots < R)[None, :]
+            sums += tl.load(dots + row[:, None] * R + slots[None, :], mask=there, other=0.0)
+        tl.store(dgate + b * R + slots, tl.sum(sums, 0), mask=slots < R)
 
 
-def _expand_backward_fake(dy, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, need_B, need_gate):
+def fake_expand_backward(dy, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, need_B, need_gate):
     du = dy.new_empty(dy.shape[0], index_a.shape[1])
     dlora_B = lora_B.new_empty(lora_B.shape if need_B else (0,))
     return du, dlora_B, dy.new_empty(index_a.shape if need_gate else (0,), dtype=torch.float32)
 
 
-@op(
-    "expand_backward(Tensor dy, Tensor u, Tensor lora_B, Tensor index_a, Tensor index_b, Tensor gate, float scale, "
-    "Tensor? cu_seqlens, SymInt B, SymInt L, bool need_B, bool need_gate) -> (Tensor, Tensor, Tensor)",
-    _expand_backward_fake,
-)
-def _expand_backward(dy, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, need_B, need_gate):
+def launch_expand_backward(dy, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, need_B, need_gate):
     (N, O), R, (S, _, E), packed = dy.shape, index_a.shape[1], u.shape, cu_seqlens is not None
-    outputs = _expand_backward_fake(dy, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, need_B, need_gate)
+    outputs = fake_expand_backward(dy, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, need_B, need_gate)
     dy, lora_B, arch = as_rows(dy), lora_B.contiguous(), tuning.architecture(dy.device)
     tile = tuning.expand_backward(arch, N, O, tuning.pad(R), dy.element_size())
     chunks, pieces = count_tiles(N, B, L, packed, tile.span), triton.cdiv(O, tile.columns)
@@ -211,20 +204,27 @@ def _expand_backward(dy, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B
     dots = dy.new_empty(pieces, chunks, R, dtype=torch.float32) if need_gate else None
     owner = dy.new_empty(chunks, dtype=torch.int32)
     shared = {"E": E, "R": R, "R_PAD": tuning.pad(R), "B_PAD": padded_count(B, packed), "CHUNK": tile.span}
-    with on_device(dy):
-        if chunks:
-            expand_backward_kernel[(chunks, pieces)](
-                dy, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, planes, parts, dots, owner,
-                B, L, N, O, dy.stride(0), chunks, S=S, BLOCK_N=tile.rows, BLOCK_O=tile.columns,
-                PRECISION=dot_precision(), num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
-            )  # fmt: skip
-        tile, block = tuning.gather(arch, tuning.pad(E)), 1024
-        columns, blocks = triton.cdiv(O, tile.columns) if need_B else 0, triton.cdiv(N * R, block)
-        programs = columns + blocks + (B if need_gate else 0)
-        if programs:
-            expand_gather_kernel[(programs,)](
-                planes, parts, dots, owner, index_b, gate, scale, cu_seqlens, *outputs,
-                B, L, N, O, chunks, pieces, columns, blocks, E_PAD=tuning.pad(E), BLOCK=block, BLOCK_K=tile.rows,
-                BLOCK_O=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
-            )  # fmt: skip
+    launch(
+        expand_backward_kernel, (chunks, pieces), dy.device,
+        dy, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, planes, parts, dots, owner,
+        B, L, N, O, dy.stride(0), chunks, S=S, BLOCK_N=tile.rows, BLOCK_O=tile.columns,
+        PRECISION=dot_precision(), num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
+    )  # fmt: skip
+    tile, block = tuning.gather(arch, tuning.pad(E)), 1024
+    columns, blocks = triton.cdiv(O, tile.columns) if need_B else 0, triton.cdiv(N * R, block)
+    programs = columns + blocks + (B if need_gate else 0)
+    launch(
+        expand_gather_kernel, (programs,), dy.device,
+        planes, parts, dots, owner, index_b, gate, scale, cu_seqlens, *outputs,
+        B, L, N, O, chunks, pieces, columns, blocks, E_PAD=tuning.pad(E), BLOCK=block, BLOCK_K=tile.rows,
+        BLOCK_O=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
+    )  # fmt: skip
     return outputs
+
+
+expand_backward_op = register(
+    "expand_backward(Tensor dy, Tensor u, Tensor lora_B, Tensor index_a, Tensor index_b, Tensor gate, float scale, "
+    "Tensor? cu_seqlens, SymInt B, SymInt L, bool need_B, bool need_gate) -> (Tensor, Tensor, Tensor)",
+    launch_expand_backward,
+    fake_expand_backward,
+)

@@ -9,9 +9,12 @@ from torch import Tensor
 library = torch.library.Library("mixlora_kernels", "FRAGMENT")
 
 
-def on_device(tensor: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -> None:
+    """Launch on the tensors' device, which need not be the current one; nothing where there is nothing to do."""
+    if 0 in grid:
+        return
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **meta)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -26,18 +29,14 @@ def dot_precision() -> str:
     return "tf32" if allowed else "ieee"
 
 
-def op(signature: str, fake: Callable) -> Callable[[Callable], Callable]:
-    """Register the decorated function as ``mixlora_kernels::<signature>``, opaque to torch.compile.
+def register(signature: str, function: Callable, fake: Callable) -> Callable:
+    """Register ``mixlora_kernels::<signature>``, opaque to torch.compile; ``fake`` gives the outputs' shapes.
 
-    ``fake`` gives the outputs' shapes. Registered by hand: the decorators of ``torch.library`` cost microseconds
-    a call more, and there are hundreds of calls a step.
+    By hand, because the decorators of ``torch.library`` cost microseconds a call more, and there are hundreds of
+    calls in a step.
     """
-
-    def register(function: Callable) -> Callable:
-        name = library.define(signature, tags=torch.Tag.pt2_compliant_tag)
-        for key in ("CPU", "CUDA"):
-            library.impl(name, function, key)
-        torch.library.register_fake(f"mixlora_kernels::{name}", fake, lib=library)
-        return getattr(torch.ops.mixlora_kernels, name).default
-
-    return register
+    name = library.define(signature, tags=torch.Tag.pt2_compliant_tag)
+    for key in ("CPU", "CUDA"):
+        library.impl(name, function, key)
+    torch.library.register_fake(f"mixlora_kernels::{name}", fake, lib=library)
+    return getattr(torch.ops.mixlora_kernels, name).default

@@ -22,7 +22,7 @@ from ..torch.dropout import dropped_levels
 from . import tuning
 from .dropout import keep_tile
 from .gather import gather_by_factor, gather_by_instance
-from .launch import as_rows, dot_precision, on_device, op
+from .launch import as_rows, dot_precision, launch, register
 from .tiles import count_tiles, find_rows, padded_count
 
 
@@ -39,7 +39,7 @@ def project(x: Tensor, lora_A: Tensor, routers: Tensor | None, instances: Instan
     And, where ``routers`` [2E, D] is given, the ``Sums`` from which ``route`` takes the logits. The third result is
     what the backward needs of the means: nothing, it reads x anyway.
     """
-    u, planes = _project(
+    u, planes = project_op(
         x, lora_A, routers, instances.cu_seqlens, instances.mask if routers is not None else None, seed,
         instances.count, instances.length or 0, dropped_levels(p),
     )  # fmt: skip
@@ -97,31 +97,33 @@ def _plan(x, lora_A, cu_seqlens, B, L):
     return tile, span, triton.cdiv(D, span), count_tiles(x.shape[0], B, L, packed, tile.rows)
 
 
-def _project_fake(x, lora_A, routers, cu_seqlens, mask, seed, B, L, dropped):
+def fake_project(x, lora_A, routers, cu_seqlens, mask, seed, B, L, dropped):
     _, _, splits, tiles = _plan(x, lora_A, cu_seqlens, B, L)
     E = lora_A.shape[0]
     u = x.new_empty(splits, x.shape[0], E, dtype=torch.float32)
     return u, x.new_empty(splits, 0 if routers is None else tiles, 2 * E, dtype=torch.float32)
 
 
-@op(
+def launch_project(x, lora_A, routers, cu_seqlens, mask, seed, B, L, dropped):
+    x, lora_A, (N, D), E = as_rows(x), lora_A.contiguous(), x.shape, lora_A.shape[0]
+    u, sums = fake_project(x, lora_A, routers, cu_seqlens, mask, seed, B, L, dropped)
+    tile, span, splits, tiles = _plan(x, lora_A, cu_seqlens, B, L)
+    launch(
+        project_kernel, (tiles, splits), x.device,
+        x, lora_A, routers, cu_seqlens, mask, seed, u, sums, B, L, N, D, x.stride(0), tiles, span, dropped,
+        E=E, E_PAD=tuning.pad(E), Z_PAD=triton.next_power_of_2(2 * E),
+        B_PAD=padded_count(B, cu_seqlens is not None), BLOCK_N=tile.rows, BLOCK_D=tile.columns,
+        PRECISION=dot_precision(), num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return u, sums
+
+
+project_op = register(
     "project(Tensor x, Tensor lora_A, Tensor? routers, Tensor? cu_seqlens, Tensor? mask, Tensor? seed, "
     "SymInt B, SymInt L, int dropped) -> (Tensor, Tensor)",
-    _project_fake,
+    launch_project,
+    fake_project,
 )
-def _project(x, lora_A, routers, cu_seqlens, mask, seed, B, L, dropped):
-    x, lora_A, (N, D), E = as_rows(x), lora_A.contiguous(), x.shape, lora_A.shape[0]
-    u, sums = _project_fake(x, lora_A, routers, cu_seqlens, mask, seed, B, L, dropped)
-    tile, span, splits, tiles = _plan(x, lora_A, cu_seqlens, B, L)
-    if N:
-        with on_device(x):
-            project_kernel[(tiles, splits)](
-                x, lora_A, routers, cu_seqlens, mask, seed, u, sums, B, L, N, D, x.stride(0), tiles, span, dropped,
-                E=E, E_PAD=tuning.pad(E), Z_PAD=triton.next_power_of_2(2 * E),
-                B_PAD=padded_count(B, cu_seqlens is not None), BLOCK_N=tile.rows, BLOCK_D=tile.columns,
-                PRECISION=dot_precision(), num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
-    return u, sums
 
 
 def project_backward(
@@ -139,7 +141,7 @@ def project_backward(
         dx = du.new_empty(du.shape[0], lora_A.shape[1])
     if not (need_x or need_A or dlogits is not None):
         return None, None, None
-    dlora_A, drouters = _project_backward(
+    dlora_A, drouters = project_backward_op(
         dx if need_x else None, x, du, lora_A, index_a, dlogits, routers, instances.cu_seqlens,
         instances.mask if dlogits is not None else None, seed, instances.count, instances.length or 0,
         dropped_levels(p), overwrite, need_A,
@@ -232,7 +234,7 @@ def project_gather_kernel(
         gather_by_instance(sums, owner, dlogits, drouters, chunks, D, start, 2 * E, Z_PAD, BLOCK_K, BLOCK_D)
 
 
-def _project_backward_fake(
+def fake_project_backward(
     dx, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, B, L, dropped, overwrite, need_A
 ):
     E, D = lora_A.shape
@@ -241,17 +243,11 @@ def _project_backward_fake(
     return dlora_A, lora_A.new_empty(rows, D, dtype=torch.float32)
 
 
-@op(
-    "project_backward(Tensor(a!)? dx, Tensor? x, Tensor du, Tensor lora_A, Tensor index_a, Tensor? dlogits, "
-    "Tensor? routers, Tensor? cu_seqlens, Tensor? mask, Tensor? seed, SymInt B, SymInt L, int dropped, "
-    "bool overwrite, bool need_A) -> (Tensor, Tensor)",
-    _project_backward_fake,
-)
-def _project_backward(
+def launch_project_backward(
     dx, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, B, L, dropped, overwrite, need_A
 ):
     E, D, (N, R), packed = *lora_A.shape, du.shape, cu_seqlens is not None
-    outputs = _project_backward_fake(
+    outputs = fake_project_backward(
         dx, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, B, L, dropped, overwrite, need_A
     )
     x, lora_A, arch = None if x is None else as_rows(x), lora_A.contiguous(), tuning.architecture(du.device)
@@ -260,20 +256,29 @@ def _project_backward(
     parts = du.new_empty(chunks, R, D, dtype=torch.float32) if need_A and x is not None else None
     sums = None if dlogits is None or x is None else du.new_empty(chunks, D, dtype=torch.float32)
     owner = du.new_empty(chunks, dtype=torch.int32)
-    with on_device(du):
-        if chunks:
-            project_backward_kernel[(chunks, triton.cdiv(D, tile.columns))](
-                dx, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, parts, sums, owner,
-                B, L, D, 0 if dx is None else dx.stride(0), 0 if x is None else x.stride(0), dropped,
-                E=E, R=R, R_PAD=tuning.pad(R), Z_BLOCK=16, B_PAD=padded_count(B, packed), CHUNK=tile.span,
-                BLOCK_N=tile.rows, BLOCK_D=tile.columns, OVERWRITE=overwrite, PRECISION=dot_precision(),
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
-        if parts is not None or sums is not None:
-            tile = tuning.gather(arch, 2 * tuning.pad(E))
-            project_gather_kernel[(triton.cdiv(D, tile.columns),)](
-                parts, sums, owner, index_a, dlogits, *outputs, chunks, D, E=E, R=R, E_PAD=tuning.pad(E),
-                Z_PAD=2 * tuning.pad(E), BLOCK_K=tile.rows, BLOCK_D=tile.columns,
-                num_warps=tile.num_warps, num_stages=tile.num_stages,
-            )  # fmt: skip
+    launch(
+        project_backward_kernel, (chunks, triton.cdiv(D, tile.columns)), du.device,
+        dx, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, parts, sums, owner,
+        B, L, D, 0 if dx is None else dx.stride(0), 0 if x is None else x.stride(0), dropped,
+        E=E, R=R, R_PAD=tuning.pad(R), Z_BLOCK=16, B_PAD=padded_count(B, packed), CHUNK=tile.span,
+        BLOCK_N=tile.rows, BLOCK_D=tile.columns, OVERWRITE=overwrite, PRECISION=dot_precision(),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if parts is not None or sums is not None:
+        tile = tuning.gather(arch, 2 * tuning.pad(E))
+        launch(
+            project_gather_kernel, (triton.cdiv(D, tile.columns),), du.device,
+            parts, sums, owner, index_a, dlogits, *outputs, chunks, D, E=E, R=R, E_PAD=tuning.pad(E),
+            Z_PAD=2 * tuning.pad(E), BLOCK_K=tile.rows, BLOCK_D=tile.columns,
+            num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
     return outputs
+
+
+project_backward_op = register(
+    "project_backward(Tensor(a!)? dx, Tensor? x, Tensor du, Tensor lora_A, Tensor index_a, Tensor? dlogits, "
+    "Tensor? routers, Tensor? cu_seqlens, Tensor? mask, Tensor? seed, SymInt B, SymInt L, int dropped, "
+    "bool overwrite, bool need_A) -> (Tensor, Tensor)",
+    launch_project_backward,
+    fake_project_backward,
+)

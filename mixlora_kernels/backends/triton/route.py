@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...routing import Instances
-from . import tuning
-from .launch import on_device, op
+from .launch import launch, register
 from .project import Sums
 from .tiles import find_tiles, padded_count
 
@@ -33,7 +32,7 @@ def route(logits: Tensor | Sums, table: Tensor | None, r: int, gate: str, instan
         ``index_a, index_b, gate, probs_a, probs_b`` as in ``Routing``, and what the backward needs.
     """
     logits, rows = logits if isinstance(logits, Sums) else (logits, 0)
-    *routing, p_ifs, p_cfs, q, share = _route(
+    *routing, p_ifs, p_cfs, q, share = route_op(
         logits, table, instances.cu_seqlens, instances.mask if rows else None,
         instances.count, instances.length or 0, rows, r, gate,
     )  # fmt: skip
@@ -61,7 +60,7 @@ def largest(left, e, E_PAD: tl.constexpr):
 
 @triton.jit
 def by_rank(p, inside):
-    """p to choose from. What is not a number counts as the largest, as torch's sort has it: an index is always valid."""
+    """p to choose from. What is no number counts as the largest, as in torch's sort: an index is always valid."""
     return tl.where(inside, tl.where(p == p, p, float("inf")), float("-inf"))
 
 
@@ -143,7 +142,7 @@ def route_kernel(
     tl.store(gate + b * R + slots, weight, mask=slots < R)
 
 
-def _route_fake(logits, table, cu_seqlens, mask, B, L, rows, r, gate):
+def fake_route(logits, table, cu_seqlens, mask, B, L, rows, r, gate):
     E = logits.shape[-1] // 2
     index, real = (logits.new_empty(B, r, dtype=torch.int64) for _ in "ab"), {"dtype": torch.float32}
     conditioned = 0 if table is None else B
@@ -154,31 +153,33 @@ def _route_fake(logits, table, cu_seqlens, mask, B, L, rows, r, gate):
     )  # fmt: skip
 
 
-@op(
-    "route(Tensor logits, Tensor? table, Tensor? cu_seqlens, Tensor? mask, SymInt B, SymInt L, int rows, int r, str gate) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _route_fake,
-)
-def _route(logits, table, cu_seqlens, mask, B, L, rows, r, gate):
-    outputs = _route_fake(logits, table, cu_seqlens, mask, B, L, rows, r, gate)
+def launch_route(logits, table, cu_seqlens, mask, B, L, rows, r, gate):
+    outputs = fake_route(logits, table, cu_seqlens, mask, B, L, rows, r, gate)
     E, pools, packed = logits.shape[-1] // 2, logits.dim() == 3, cu_seqlens is not None
     splits, tiles = logits.shape[:2] if pools else (0, 0)
-    if B:
-        with on_device(logits):
-            route_kernel[(B,)](
-                logits.contiguous(), table, cu_seqlens, mask, *outputs, B, L, tiles,
-                S=splits, E=E, R=r, E_PAD=triton.next_power_of_2(E), R_PAD=triton.next_power_of_2(r),
-                B_PAD=padded_count(B, packed), TILE=rows, BLOCK_K=16, BLOCK_L=1024,
-                WEIGHTED=gate == "weighted", num_warps=1,
-            )  # fmt: skip
+    launch(
+        route_kernel, (B,), logits.device,
+        logits.contiguous(), table, cu_seqlens, mask, *outputs, B, L, tiles,
+        S=splits, E=E, R=r, E_PAD=triton.next_power_of_2(E), R_PAD=triton.next_power_of_2(r),
+        B_PAD=padded_count(B, packed), TILE=rows, BLOCK_K=16, BLOCK_L=1024,
+        WEIGHTED=gate == "weighted", num_warps=1,
+    )  # fmt: skip
     return outputs
+
+
+route_op = register(
+    "route(Tensor logits, Tensor? table, Tensor? cu_seqlens, Tensor? mask, SymInt B, SymInt L, int rows, int r, "
+    "str gate) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    launch_route,
+    fake_route,
+)
 
 
 def route_backward(dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, saved, gate: str):
     """From the gradients of the gate [B, R] and of the probabilities [B, E] (None where there is none) to those of
     the logits, or of the sums they were taken from, [B, 2E], and of T [r, E, E]; the latter is None without T."""
     p_ifs, p_cfs, q, share = saved
-    dlogits, dtable = _route_backward(
+    dlogits, dtable = route_backward_op(
         None if gate == "binary" else dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b,
         p_ifs, p_cfs if q.numel() else None, q if q.numel() else None, share if share.numel() else None, gate,
     )  # fmt: skip
@@ -246,30 +247,32 @@ def route_backward_kernel(
         tl.store(dtable + (slot * E + e) * E + factor, acc, mask=inside)
 
 
-def _route_backward_fake(dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, p_ifs, p_cfs, q, share, gate):
+def fake_route_backward(dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, p_ifs, p_cfs, q, share, gate):
     B, E = probs_a.shape
     r = index_a.shape[1]
     return probs_a.new_empty(B, 2 * E), probs_a.new_empty((0,) if q is None else (r, E, E))
 
 
-@op(
-    "route_backward(Tensor? dgate, Tensor? dprobs_a, Tensor? dprobs_b, Tensor index_a, Tensor index_b, "
-    "Tensor probs_a, Tensor probs_b, Tensor p_ifs, Tensor? p_cfs, Tensor? q, Tensor? share, str gate) "
-    "-> (Tensor, Tensor)",
-    _route_backward_fake,
-)
-def _route_backward(dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, p_ifs, p_cfs, q, share, gate):
-    outputs = _route_backward_fake(
+def launch_route_backward(dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, p_ifs, p_cfs, q, share, gate):
+    outputs = fake_route_backward(
         dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, p_ifs, p_cfs, q, share, gate
     )
     (B, E), r = probs_a.shape, index_a.shape[1]
     programs = B + (0 if q is None else r * E)
     given = (None if t is None else t.contiguous() for t in (dgate, dprobs_a, dprobs_b))
-    if programs:
-        with on_device(probs_a):
-            route_backward_kernel[(programs,)](
-                *given, index_a, index_b, probs_a, probs_b, p_ifs, p_cfs, q, share, *outputs, B,
-                E=E, R=r, E_PAD=triton.next_power_of_2(E), R_PAD=triton.next_power_of_2(r),
-                WEIGHTED=gate == "weighted", num_warps=1,
-            )  # fmt: skip
+    launch(
+        route_backward_kernel, (programs,), probs_a.device,
+        *given, index_a, index_b, probs_a, probs_b, p_ifs, p_cfs, q, share, *outputs, B,
+        E=E, R=r, E_PAD=triton.next_power_of_2(E), R_PAD=triton.next_power_of_2(r),
+        WEIGHTED=gate == "weighted", num_warps=1,
+    )  # fmt: skip
     return outputs
+
+
+route_backward_op = register(
+    "route_backward(Tensor? dgate, Tensor? dprobs_a, Tensor? dprobs_b, Tensor index_a, Tensor index_b, "
+    "Tensor probs_a, Tensor probs_b, Tensor p_ifs, Tensor? p_cfs, Tensor? q, Tensor? share, str gate) "
+    "-> (Tensor, Tensor)",
+    launch_route_backward,
+    fake_route_backward,
+)
