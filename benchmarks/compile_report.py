@@ -113,9 +113,7 @@ def launch_everything(D: int, O: int, E: int, r: int, dtype: torch.dtype, dropou
     gate, probs_a, probs_b, p_ifs, p_cfs, q, share = routed[2:]
     index_a, index_b = chosen
     launch_expand(y, None, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L)
-    du, _, dgate = launch_expand_backward(
-        y, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, True, True
-    )
+    du, _, dgate = launch_expand_backward(y, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, True, True)
     dlogits, _ = launch_route_backward(
         dgate, None, None, index_a, index_b, probs_a, probs_b, p_ifs, p_cfs, q, share, "weighted"
     )
@@ -209,7 +207,7 @@ def main() -> int:
                 fault = find_fault(variant, name, TARGETS[name], cost)
                 faults += fault is not None
                 constants, settings = dict(variant.constants), dict(variant.options)
-                tile = "x".join(str(constants[k]) for k in ("BLOCK_N", "BLOCK_D", "BLOCK_O") if k in constants)
+                tile = "x".join(str(constants[k]) for k in ("BLOCK_N", "BLOCK_D", "BLOCK_O", "BLOCK_W") if k in constants)
                 print(row.format(
                     variant.kernel.__name__.removesuffix("_kernel"), name, E, r,
                     tile, settings["num_warps"], cost.registers, cost.shared, cost.instructions, fault or "",

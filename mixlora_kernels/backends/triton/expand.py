@@ -1,12 +1,9 @@
 """expand: y += scaling · s · lora_B, where s has the r chosen columns of u for the r chosen rows of lora_B; and back.
 
-All tokens of a tile have the same r factors. So a tile takes the chosen columns of u and the chosen rows of lora_B,
-and the product runs over r slots, not over the pool; nothing is permuted.
-
-    forward     y[t] += Σ_i c gate_i u[t, index_a[i]] · lora_B[index_b[i]]
-    backward    v[t, i] = lora_B[index_b[i]] · dy[t]                   du[t, i] = c gate_i v[t, i]
-                m[i] = Σ_t u[t, index_a[i]] dy[t]                      dgate_i = c lora_B[index_b[i]] · m[i]
-                dlora_B[index_b[i]] += c gate_i m[i]
+forward     y[t] += Σ_i c gate_i u[t, index_a[i]] · lora_B[index_b[i]]
+backward    v[t, i] = lora_B[index_b[i]] · dy[t]                   du[t, i] = c gate_i v[t, i]
+            m[i] = Σ_t u[t, index_a[i]] dy[t]                      dgate_i = c lora_B[index_b[i]] · m[i]
+            dlora_B[index_b[i]] += c gate_i m[i]
 """
 
 import torch
@@ -18,7 +15,8 @@ from ...routing import Instances
 from . import tuning
 from .gather import gather_by_factor
 from .launch import as_rows, dot_precision, launch, register
-from .tiles import count_tiles, find_rows, find_tiles, padded_count
+from .rank_r import add_kernel, collect_kernel
+from .tiles import count_tiles, find_tiles, padded_count
 
 
 def expand(y: Tensor, u, lora_B, index_a, index_b, gate, scale: float, instances: Instances, in_place: bool):
@@ -31,61 +29,19 @@ def expand(y: Tensor, u, lora_B, index_a, index_b, gate, scale: float, instances
     return out, None, u, gate
 
 
-@triton.jit
-def chosen_products(u, rows, live, chosen, N, E: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, S: tl.constexpr):
-    """u in the columns of the chosen factors, its S planes added up: [BLOCK_N, R_PAD] float32."""
-    there = live[:, None] & (tl.arange(0, R_PAD) < R)[None, :]
-    place = u + rows[:, None] * E + chosen[None, :]
-    acc = tl.load(place, mask=there, other=0.0)
-    for _ in range(1, S):
-        place += N * E
-        acc += tl.load(place, mask=there, other=0.0)
-    return acc
-
-
-@triton.jit(do_not_specialize=["scale", "B", "L", "N"])
-def expand_kernel(
-    y, base, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, N, O, stride_y, stride_base,
-    E: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, B_PAD: tl.constexpr, S: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    b, first, end = find_rows(tl.program_id(0), cu_seqlens, B, L, BLOCK_N, B_PAD)
-    if first < end:
-        rows = first + tl.arange(0, BLOCK_N).to(tl.int64)
-        live = rows < end
-        o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-        tile = live[:, None] & (o < O)[None, :]
-        if base is None:
-            y_tile = tl.load(y + rows[:, None] * stride_y + o[None, :], mask=tile, other=0.0)
-        else:
-            y_tile = tl.load(base + rows[:, None] * stride_base + o[None, :], mask=tile, other=0.0)
-        slots = tl.arange(0, R_PAD)
-        a = tl.load(index_a + b * R + slots, mask=slots < R, other=0)
-        row_b = tl.load(index_b + b * R + slots, mask=slots < R, other=0)
-        weight = scale * tl.load(gate + b * R + slots, mask=slots < R, other=0.0).to(tl.float32)
-        s = chosen_products(u, rows, live, a, N, E, R, R_PAD, S) * weight[None, :]
-        b_tile = tl.load(
-            lora_B + row_b[:, None] * O + o[None, :], mask=(slots < R)[:, None] & (o < O)[None, :], other=0.0
-        )  # [R_PAD, BLOCK_O]
-        added = tl.dot(s.to(y_tile.dtype), b_tile.to(y_tile.dtype), input_precision=PRECISION)
-        tl.store(y + rows[:, None] * stride_y + o[None, :], y_tile.to(tl.float32) + added, mask=tile)
-
-
 def fake_expand(y, base, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L):
     return None
 
 
 def launch_expand(y, base, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L):
     (N, O), R, (S, _, E), packed = y.shape, index_a.shape[1], u.shape, cu_seqlens is not None
-    base = None if base is None else as_rows(base)
-    tile = tuning.expand(tuning.architecture(y.device), N, O, tuning.pad(R), y.element_size())
-    tiles = count_tiles(N, B, L, packed, tile.rows)
+    base = y if base is None else as_rows(base)
+    tile = tuning.add(tuning.architecture(y.device), N, y.element_size())
     launch(
-        expand_kernel, (tiles, triton.cdiv(O, tile.columns)), y.device,
-        y, base, u, lora_B.contiguous(), index_a, index_b, gate, scale, cu_seqlens, B, L, N, O,
-        y.stride(0), 0 if base is None else base.stride(0),
-        E=E, R=R, R_PAD=tuning.pad(R), B_PAD=padded_count(B, packed), S=S,
-        BLOCK_N=tile.rows, BLOCK_O=tile.columns, PRECISION=dot_precision(),
+        add_kernel, (count_tiles(N, B, L, packed, tile.rows), triton.cdiv(O, tile.columns)), y.device,
+        y, base, u, index_a, gate, scale, lora_B.contiguous(), index_b, None, None, None, 0, cu_seqlens,
+        B, L, N, O, y.stride(0), base.stride(0), K=E, R=R, R_PAD=tuning.pad(R), B_PAD=padded_count(B, packed), S=S,
+        BLOCK_N=tile.rows, BLOCK_W=tile.columns, PRECISION=dot_precision(),
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
 
@@ -107,49 +63,6 @@ def expand_backward(
         instances.count, instances.length or 0, need_B, need_gate,
     )  # fmt: skip
     return du, (dlora_B if need_B else None), (dgate if need_gate else None)
-
-
-@triton.jit(do_not_specialize=["scale", "B", "L", "N", "chunks"])
-def expand_backward_kernel(
-    dy, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, planes, parts, dots, owner,
-    B, L, N, O, stride_dy, chunks,
-    E: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, B_PAD: tl.constexpr, S: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_O: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    chunk, piece = tl.program_id(0), tl.program_id(1)
-    b, first, end = find_rows(chunk, cu_seqlens, B, L, CHUNK, B_PAD)
-    if piece == 0:
-        tl.store(owner + chunk, b)
-    if first < end:
-        o = piece * BLOCK_O + tl.arange(0, BLOCK_O)
-        slots = tl.arange(0, R_PAD)
-        a = tl.load(index_a + b * R + slots, mask=slots < R, other=0)
-        row_b = tl.load(index_b + b * R + slots, mask=slots < R, other=0)
-        weight = scale * tl.load(gate + b * R + slots, mask=slots < R, other=0.0).to(tl.float32)
-        there = (slots < R)[:, None] & (o < O)[None, :]
-        b_tile = tl.load(lora_B + row_b[:, None] * O + o[None, :], mask=there, other=0.0)  # [R_PAD, BLOCK_O]
-        b_turned = tl.trans(b_tile.to(dy.dtype.element_ty))
-        m = tl.zeros([R_PAD, BLOCK_O], tl.float32)
-        for row in range(first, min(first + CHUNK, end), BLOCK_N):
-            rows = row + tl.arange(0, BLOCK_N).to(tl.int64)
-            live = rows < end
-            dy_tile = tl.load(
-                dy + rows[:, None] * stride_dy + o[None, :], mask=live[:, None] & (o < O)[None, :], other=0.0
-            )  # [BLOCK_N, BLOCK_O]
-            v = tl.dot(dy_tile, b_turned, input_precision=PRECISION)  # [BLOCK_N, R_PAD]
-            tl.store(
-                planes + (piece.to(tl.int64) * N + rows[:, None]) * R + slots[None, :],
-                v * weight[None, :],
-                mask=live[:, None] & (slots < R)[None, :],
-            )
-            if parts is not None or dots is not None:
-                u_tile = chosen_products(u, rows, live, a, N, E, R, R_PAD, S)
-                m = tl.dot(tl.trans(u_tile.to(dy_tile.dtype)), dy_tile, m, input_precision=PRECISION)
-        if parts is not None:
-            tl.store(parts + (chunk.to(tl.int64) * R + slots[:, None]) * O + o[None, :], m, mask=there)
-        if dots is not None:
-            dot = scale * tl.sum(m * b_tile.to(tl.float32), 1)
-            tl.store(dots + (piece * chunks + chunk) * R + slots, dot, mask=slots < R)
 
 
 @triton.jit(do_not_specialize=["scale", "B", "L", "N", "chunks", "pieces", "columns", "blocks"])
@@ -177,7 +90,7 @@ def expand_gather_kernel(
     elif dots is not None:
         b = role - columns - blocks
         slots = tl.arange(0, R_PAD)
-        first, count, _ = find_tiles(b, cu_seqlens, B, L, CHUNK, B_PAD)
+        first, count, _length = find_tiles(b, cu_seqlens, B, L, CHUNK, B_PAD)
         sums = tl.zeros([BLOCK_K, R_PAD], tl.float32)
         for start in range(0, pieces * count, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
@@ -197,17 +110,17 @@ def launch_expand_backward(dy, u, lora_B, index_a, index_b, gate, scale, cu_seql
     (N, O), R, (S, _, E), packed = dy.shape, index_a.shape[1], u.shape, cu_seqlens is not None
     outputs = fake_expand_backward(dy, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, need_B, need_gate)
     dy, lora_B, arch = as_rows(dy), lora_B.contiguous(), tuning.architecture(dy.device)
-    tile = tuning.expand_backward(arch, N, O, tuning.pad(R), dy.element_size())
+    tile = tuning.collect(arch, N, O, tuning.pad(R), dy.element_size(), hands_on=True)
     chunks, pieces = count_tiles(N, B, L, packed, tile.span), triton.cdiv(O, tile.columns)
     planes = dy.new_empty(pieces, N, R, dtype=torch.float32)
     parts = dy.new_empty(chunks, R, O, dtype=torch.float32) if need_B else None
     dots = dy.new_empty(pieces, chunks, R, dtype=torch.float32) if need_gate else None
     owner = dy.new_empty(chunks, dtype=torch.int32)
-    shared = {"E": E, "R": R, "R_PAD": tuning.pad(R), "B_PAD": padded_count(B, packed), "CHUNK": tile.span}
+    shared = {"R": R, "R_PAD": tuning.pad(R), "B_PAD": padded_count(B, packed), "CHUNK": tile.span}
     launch(
-        expand_backward_kernel, (chunks, pieces), dy.device,
-        dy, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, planes, parts, dots, owner,
-        B, L, N, O, dy.stride(0), chunks, S=S, BLOCK_N=tile.rows, BLOCK_O=tile.columns,
+        collect_kernel, (chunks, pieces), dy.device,
+        dy, u, index_a, gate, scale, lora_B, index_b, None, None, 0, cu_seqlens, planes, parts, dots, None, owner,
+        B, L, N, O, dy.stride(0), chunks, K=E, S=S, BLOCK_N=tile.rows, BLOCK_W=tile.columns,
         PRECISION=dot_precision(), num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
     )  # fmt: skip
     tile, block = tuning.gather(arch, tuning.pad(E)), 1024
@@ -216,7 +129,7 @@ def launch_expand_backward(dy, u, lora_B, index_a, index_b, gate, scale, cu_seql
     launch(
         expand_gather_kernel, (programs,), dy.device,
         planes, parts, dots, owner, index_b, gate, scale, cu_seqlens, *outputs,
-        B, L, N, O, chunks, pieces, columns, blocks, E_PAD=tuning.pad(E), BLOCK=block, BLOCK_K=tile.rows,
+        B, L, N, O, chunks, pieces, columns, blocks, E=E, E_PAD=tuning.pad(E), BLOCK=block, BLOCK_K=tile.rows,
         BLOCK_O=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
     )  # fmt: skip
     return outputs

@@ -59,3 +59,19 @@ def gather_by_instance(
         )  # [BLOCK_K, BLOCK_D]
         acc = tl.dot(weight, part, acc, input_precision="ieee")
     tl.store(out + z[:, None] * D + d[None, :], acc, mask=(z < Z)[:, None] & (d < D)[None, :])
+
+
+@triton.jit
+def spread_by_instance(
+    rows, weights, out, B, D, start,
+    Z: tl.constexpr, Z_PAD: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out [B, D] = weights · rows, from weights [B, Z] and rows [Z, D]."""
+    d = start + tl.arange(0, BLOCK_D)
+    z = tl.arange(0, Z_PAD)
+    row = tl.load(rows + z[:, None] * D + d[None, :], mask=(z < Z)[:, None] & (d < D)[None, :], other=0.0)
+    for first in range(0, B, BLOCK_B):
+        b = first + tl.arange(0, BLOCK_B)
+        weight = tl.load(weights + b[:, None] * Z + z[None, :], mask=(b < B)[:, None] & (z < Z)[None, :], other=0.0)
+        acc = tl.dot(weight, row.to(tl.float32), input_precision="ieee")  # [BLOCK_B, BLOCK_D]
+        tl.store(out + b[:, None] * D + d[None, :], acc, mask=(b < B)[:, None] & (d < D)[None, :])

@@ -21,8 +21,9 @@ from ...routing import Instances
 from ..torch.dropout import dropped_levels
 from . import tuning
 from .dropout import keep_tile
-from .gather import gather_by_factor, gather_by_instance
+from .gather import gather_by_factor, gather_by_instance, spread_by_instance
 from .launch import as_rows, dot_precision, launch, register
+from .rank_r import add_kernel, collect_kernel
 from .tiles import count_tiles, find_rows, padded_count
 
 
@@ -149,89 +150,21 @@ def project_backward(
     return dx, (dlora_A if need_A else None), (None if dlogits is None or x is None else drouters)
 
 
-@triton.jit(do_not_specialize=["B", "L", "dropped"])
-def project_backward_kernel(
-    dx, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, parts, sums, owner,
-    B, L, D, stride_dx, stride_x, dropped,
-    E: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, Z_BLOCK: tl.constexpr, B_PAD: tl.constexpr,
-    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-    OVERWRITE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    chunk, start = tl.program_id(0), tl.program_id(1) * BLOCK_D
-    b, first, end = find_rows(chunk, cu_seqlens, B, L, CHUNK, B_PAD)
-    if start == 0:
-        tl.store(owner + chunk, b)
-    if first < end:
-        d = start + tl.arange(0, BLOCK_D)
-        inside = d < D
-        slots = tl.arange(0, R_PAD)
-        chosen = tl.load(index_a + b * R + slots, mask=slots < R, other=0)
-        a_tile = tl.load(
-            lora_A + chosen[:, None] * D + d[None, :], mask=(slots < R)[:, None] & inside[None, :], other=0.0
-        ).to(du.dtype.element_ty)  # [R_PAD, BLOCK_D]
-        acc = tl.zeros([R_PAD, BLOCK_D], tl.float32)
-        if dlogits is not None:
-            total = tl.zeros([BLOCK_D], tl.float32)
-            share = tl.zeros([BLOCK_D], tl.float32)
-            for z_start in range(0, 2 * E, Z_BLOCK):
-                z = z_start + tl.arange(0, Z_BLOCK)
-                weight = tl.load(dlogits + b * 2 * E + z, mask=z < 2 * E, other=0.0)
-                r_tile = tl.load(
-                    routers + z[:, None] * D + d[None, :], mask=(z < 2 * E)[:, None] & inside[None, :], other=0.0
-                )  # [Z_BLOCK, BLOCK_D]
-                share += tl.sum(weight[:, None] * r_tile.to(tl.float32), 0)
-        for row in range(first, min(first + CHUNK, end), BLOCK_N):
-            rows = row + tl.arange(0, BLOCK_N).to(tl.int64)
-            live = rows < end
-            tile = live[:, None] & inside[None, :]
-            du_tile = tl.load(
-                du + rows[:, None] * R + slots[None, :], mask=live[:, None] & (slots < R)[None, :], other=0.0
-            )  # [BLOCK_N, R_PAD]
-            if seed is not None:
-                keep = keep_tile(seed, rows, start, dropped, BLOCK_N, BLOCK_D)
-            pooled = live
-            if mask is not None:
-                pooled = tl.load(mask + rows, mask=live, other=0) != 0
-            if x is not None:
-                x_tile = tl.load(x + rows[:, None] * stride_x + d[None, :], mask=tile, other=0.0)
-                if dlogits is not None:
-                    total += tl.sum(tl.where(pooled[:, None], x_tile.to(tl.float32), 0.0), 0)
-                if parts is not None:
-                    if seed is not None:
-                        x_tile = tl.where(keep, x_tile, 0.0)
-                    acc = tl.dot(tl.trans(du_tile), x_tile.to(du_tile.dtype), acc, input_precision=PRECISION)
-            if dx is not None:
-                added = tl.dot(du_tile, a_tile, input_precision=PRECISION)  # [BLOCK_N, BLOCK_D]
-                if seed is not None:
-                    added = tl.where(keep, added, 0.0)
-                if dlogits is not None:
-                    added += tl.where(pooled[:, None], share[None, :], 0.0)
-                place = dx + rows[:, None] * stride_dx + d[None, :]
-                if not OVERWRITE:
-                    added += tl.load(place, mask=tile, other=0.0).to(tl.float32)
-                tl.store(place, added, mask=tile)
-        if parts is not None:
-            tl.store(
-                parts + (chunk.to(tl.int64) * R + slots[:, None]) * D + d[None, :],
-                acc,
-                mask=(slots < R)[:, None] & inside[None, :],
-            )
-        if sums is not None:
-            tl.store(sums + chunk.to(tl.int64) * D + d, total, mask=inside)
-
-
-@triton.jit(do_not_specialize=["chunks"])
+@triton.jit(do_not_specialize=["chunks", "B"])
 def project_gather_kernel(
-    parts, sums, owner, index_a, dlogits, dlora_A, drouters, chunks, D,
+    parts, sums, owner, index_a, dlogits, routers, dlora_A, drouters, shares, chunks, B, D,
     E: tl.constexpr, R: tl.constexpr, E_PAD: tl.constexpr, Z_PAD: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Add up the chunks: dlora_A by the factor each slot had chosen, drouters by dlogits."""
+    """Add up the chunks: dlora_A by the factor each slot had chosen, drouters by dlogits. And shares [B, D], what each
+    pooled token of an instance gets in its gradient: dlogits · routers."""
     start = tl.program_id(0) * BLOCK_D
     if parts is not None:
         gather_by_factor(parts, owner, index_a, None, 1.0, dlora_A, chunks, D, start, E, R, E_PAD, BLOCK_K, BLOCK_D)
     if sums is not None:
         gather_by_instance(sums, owner, dlogits, drouters, chunks, D, start, 2 * E, Z_PAD, BLOCK_K, BLOCK_D)
+    if shares is not None:
+        spread_by_instance(routers, dlogits, shares, B, D, start, 2 * E, Z_PAD, BLOCK_K, BLOCK_D)
 
 
 def fake_project_backward(
@@ -250,27 +183,39 @@ def launch_project_backward(
     outputs = fake_project_backward(
         dx, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, B, L, dropped, overwrite, need_A
     )
-    x, lora_A, arch = None if x is None else as_rows(x), lora_A.contiguous(), tuning.architecture(du.device)
-    tile = tuning.project_backward(arch, N, D, tuning.pad(R), du.element_size())
-    chunks = count_tiles(N, B, L, packed, tile.span)
-    parts = du.new_empty(chunks, R, D, dtype=torch.float32) if need_A and x is not None else None
-    sums = None if dlogits is None or x is None else du.new_empty(chunks, D, dtype=torch.float32)
-    owner = du.new_empty(chunks, dtype=torch.int32)
-    launch(
-        project_backward_kernel, (chunks, triton.cdiv(D, tile.columns)), du.device,
-        dx, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, parts, sums, owner,
-        B, L, D, 0 if dx is None else dx.stride(0), 0 if x is None else x.stride(0), dropped,
-        E=E, R=R, R_PAD=tuning.pad(R), Z_BLOCK=16, B_PAD=padded_count(B, packed), CHUNK=tile.span,
-        BLOCK_N=tile.rows, BLOCK_D=tile.columns, OVERWRITE=overwrite, PRECISION=dot_precision(),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
-    )  # fmt: skip
-    if parts is not None or sums is not None:
+    arch, real = tuning.architecture(du.device), {"dtype": torch.float32}
+    shared = {"K": R, "R": R, "R_PAD": tuning.pad(R), "B_PAD": padded_count(B, packed), "S": 1}
+    shared["PRECISION"] = dot_precision()
+    chunks, parts, sums, owner = 0, None, None, None
+    if x is not None:
+        x = as_rows(x)
+        tile = tuning.collect(arch, N, D, tuning.pad(R), x.element_size())
+        chunks = count_tiles(N, B, L, packed, tile.span)
+        parts = du.new_empty(chunks, R, D, **real) if need_A else None
+        sums = None if dlogits is None else du.new_empty(chunks, D, **real)
+        owner = du.new_empty(chunks, dtype=torch.int32)
+        launch(
+            collect_kernel, (chunks, triton.cdiv(D, tile.columns)), du.device,
+            x, du, None, None, 1.0, None, index_a, mask, seed, dropped, cu_seqlens, None, parts, None, sums, owner,
+            B, L, N, D, x.stride(0), chunks, CHUNK=tile.span, BLOCK_N=tile.rows, BLOCK_W=tile.columns,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
+        )  # fmt: skip
+    shares = None if dlogits is None or dx is None else du.new_empty(B, D, **real)
+    if not (parts is None and sums is None and shares is None):
         tile = tuning.gather(arch, 2 * tuning.pad(E))
         launch(
             project_gather_kernel, (triton.cdiv(D, tile.columns),), du.device,
-            parts, sums, owner, index_a, dlogits, *outputs, chunks, D, E=E, R=R, E_PAD=tuning.pad(E),
-            Z_PAD=2 * tuning.pad(E), BLOCK_K=tile.rows, BLOCK_D=tile.columns,
+            parts, sums, owner, index_a, dlogits, routers, *outputs, shares, chunks, B, D,
+            E=E, R=R, E_PAD=tuning.pad(E), Z_PAD=2 * tuning.pad(E), BLOCK_K=tile.rows, BLOCK_D=tile.columns,
             num_warps=tile.num_warps, num_stages=tile.num_stages,
+        )  # fmt: skip
+    if dx is not None:
+        base, tile = None if overwrite else dx, tuning.add(arch, N, dx.element_size())
+        launch(
+            add_kernel, (count_tiles(N, B, L, packed, tile.rows), triton.cdiv(D, tile.columns)), du.device,
+            dx, base, du, None, None, 1.0, lora_A.contiguous(), index_a, shares, mask, seed, dropped, cu_seqlens,
+            B, L, N, D, dx.stride(0), dx.stride(0), BLOCK_N=tile.rows, BLOCK_W=tile.columns,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
         )  # fmt: skip
     return outputs
 

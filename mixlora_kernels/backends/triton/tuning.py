@@ -69,29 +69,21 @@ def project(arch: str, tokens: int, width: int, pool: int, itemsize: int) -> Til
     return Tile(rows(tokens), columns, span, 4, 2 if arch.startswith("gfx") else 4)
 
 
-def expand(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Tile:
+def add(arch: str, tokens: int, itemsize: int) -> Tile:
     if arch == "interpreter":
         return Tile(rows(tokens), 32, 0, 4, 1)
-    return Tile(rows(tokens), 256 // itemsize, 0, 4, 1)
+    return Tile(rows(tokens), 256 // itemsize, 0, 8, 1)
 
 
-def expand_backward(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Tile:
-    # Wide, because every O / columns-th of the width hands on a plane of du.
-    return _backward(arch, tokens, width, min(512 // itemsize, 8192 // slots), 8)
-
-
-def project_backward(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Tile:
-    return _backward(arch, tokens, width, min(256 // itemsize, 4096 // slots), 4)
-
-
-def _backward(arch: str, tokens: int, width: int, columns: int, num_warps: int) -> Tile:
-    """Each program keeps one sum per slot and column over a span of tokens, as long as the device stays full."""
+def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int, hands_on: bool = False) -> Tile:
+    """``hands_on``: whether each slice of the width leaves a plane [N, R] of its own; slices are then wide."""
     if arch == "interpreter":
         return Tile(rows(tokens), 32, 2 * rows(tokens), 4, 1)
-    span = rows(tokens)
+    columns = min((512 if hands_on else 256) // itemsize, 4096 // slots)
+    span = rows(tokens)  # as long as the device stays full
     while span < 512 and triton.cdiv(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
-    return Tile(rows(tokens), columns, span, num_warps, 2 if arch.startswith("gfx") else 3)
+    return Tile(rows(tokens), columns, span, 8, 2 if arch.startswith("gfx") else 3)
 
 
 def gather(arch: str, pool: int) -> Tile:
