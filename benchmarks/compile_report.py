@@ -32,6 +32,11 @@ from mixlora_kernels.backends.triton.route import launch_route, launch_route_bac
 
 WIDTHS = [(4096, 4096), (4096, 11008), (11008, 4096), (5120, 5120), (5120, 13824), (13824, 5120)]
 POOLS = [(16, 4), (32, 8)]
+OTHER_MODES = [  # dtype of x, dropout, packed
+    (torch.bfloat16, 0.0, False),
+    (torch.bfloat16, 0.05, True),
+    (torch.float32, 0.05, False),
+]
 TOKENS = (16, 800)  # instances, and tokens in each
 HOPPER_ROWS = 64  # of a tile, from which on the matrix unit of sm_90 takes it
 
@@ -59,8 +64,8 @@ class Variant(NamedTuple):
     options: tuple[tuple[str, int], ...]
 
 
-def catch_launches(architecture: str, call) -> list[Variant]:
-    """The variants that ``call`` would launch on that architecture, without launching them."""
+def catch_launches(architecture: str, cases: list[tuple], E: int, r: int) -> list[Variant]:
+    """The variants that these cases would launch on that architecture, without launching them."""
     caught = []
 
     def record(kernel, *args, grid, warmup, **keywords):
@@ -70,7 +75,8 @@ def catch_launches(architecture: str, call) -> list[Variant]:
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(tuning, "architecture", lambda device: architecture),
     ):
-        call()
+        for D, O, *mode in cases:
+            launch_everything(D, O, E, r, *mode)
     return caught
 
 
@@ -174,9 +180,10 @@ def find_fault(variant: Variant, name: str, target: Target, cost: Cost) -> str |
         return f"spills {cost.spilled} bytes"
     if cost.shared > target.shared:
         return f"{cost.shared} bytes of shared memory, {target.shared} there"
-    large = constants.get("BLOCK_N", 0) >= HOPPER_ROWS and constants.get("PRECISION") == "ieee"
-    if name == "sm_90" and variant.kernel.__name__ == "project_kernel" and large and "GMMA" not in cost.instructions:
-        return "does not use the matrix unit"
+    if name == "sm_90" and variant.kernel.__name__ == "project_kernel" and "GMMA" not in cost.instructions:
+        half = dict(variant.signature)["x"] in ("*bf16", "*fp16")  # products of float32 are exact, and not the unit's
+        if half and constants["BLOCK_N"] >= HOPPER_ROWS:
+            return "does not use the matrix unit"
     return None
 
 
@@ -186,20 +193,15 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="one layer, bfloat16, with dropout")
     options = parser.parse_args()
     widths = WIDTHS[:1] if options.quick else WIDTHS
-    modes = [(torch.bfloat16, 0.05, False)]
+    cases = [(D, O, torch.bfloat16, 0.05, False) for D, O in widths]
     if not options.quick:
-        modes += [(torch.bfloat16, 0.0, False), (torch.bfloat16, 0.05, True), (torch.float32, 0.05, False)]
+        cases += [(*widths[0], *mode) for mode in OTHER_MODES]
     row = "{:24} {:7} {:>3} {:>3} {:>9} {:>8} {:>8} {:>8}  {:20} {}"
     print(row.format("kernel", "target", "E", "R", "tile", "warps", "regs", "shared", "instructions", "fault"))
     seen, faults = set(), 0
     for name in options.targets:
         for E, r in POOLS:
-            variants = {}
-            for D, O in widths:
-                for mode in modes:
-                    caught = catch_launches(name, lambda: launch_everything(D, O, E, r, *mode))  # noqa: B023
-                    variants |= dict.fromkeys(caught)
-            for variant in variants:
+            for variant in catch_launches(name, cases, E, r):
                 if (name, variant) in seen:
                     continue
                 seen.add((name, variant))
@@ -207,7 +209,9 @@ def main() -> int:
                 fault = find_fault(variant, name, TARGETS[name], cost)
                 faults += fault is not None
                 constants, settings = dict(variant.constants), dict(variant.options)
-                tile = "x".join(str(constants[k]) for k in ("BLOCK_N", "BLOCK_D", "BLOCK_O", "BLOCK_W") if k in constants)
+                tile = "x".join(
+                    str(constants[k]) for k in ("BLOCK_N", "BLOCK_D", "BLOCK_O", "BLOCK_W") if k in constants
+                )
                 print(row.format(
                     variant.kernel.__name__.removesuffix("_kernel"), name, E, r,
                     tile, settings["num_warps"], cost.registers, cost.shared, cost.instructions, fault or "",

@@ -63,7 +63,7 @@ def launch_decode(y, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, 
         decode_kernel, (N, triton.cdiv(O, tile.columns)), y.device,
         y, x, lora_A.contiguous(), lora_B.contiguous(), index_a, index_b, gate, scale, segment, L,
         x.shape[1], O, y.stride(0), x.stride(0), R=R, R_PAD=triton.next_power_of_2(R),
-        BLOCK_D=tile.span, BLOCK_O=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        BLOCK_D=tile.span, BLOCK_O=tile.columns, **tile.options,
     )  # fmt: skip
 
 

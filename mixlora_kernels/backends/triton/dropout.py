@@ -15,7 +15,7 @@ PER_DRAW = tl.constexpr(8)
 @triton.jit
 def keep_tile(seed, rows, first_column, dropped, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Which elements of x [rows, first_column + BLOCK_D] are kept; ``dropped`` levels of 65536 are not."""
-    draws = (first_column // PER_DRAW + tl.arange(0, BLOCK_D // PER_DRAW)).to(tl.uint32)
+    draws = (tl.arange(0, BLOCK_D // PER_DRAW) + first_column // PER_DRAW).to(tl.uint32)
     zeros = tl.zeros([BLOCK_N, BLOCK_D // PER_DRAW], tl.uint32)
     low, high = rows.to(tl.uint32), (rows >> 32).to(tl.uint32)
     w0, w1, w2, w3 = tl.philox(

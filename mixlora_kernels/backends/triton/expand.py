@@ -42,7 +42,7 @@ def launch_expand(y, base, u, lora_B, index_a, index_b, gate, scale, cu_seqlens,
         y, base, u, index_a, gate, scale, lora_B.contiguous(), index_b, None, None, None, 0, cu_seqlens,
         B, L, N, O, y.stride(0), base.stride(0), K=E, R=R, R_PAD=tuning.pad(R), B_PAD=padded_count(B, packed), S=S,
         BLOCK_N=tile.rows, BLOCK_W=tile.columns, PRECISION=dot_precision(),
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        **tile.options,
     )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def launch_expand_backward(dy, u, lora_B, index_a, index_b, gate, scale, cu_seql
         collect_kernel, (chunks, pieces), dy.device,
         dy, u, index_a, gate, scale, lora_B, index_b, None, None, 0, cu_seqlens, planes, parts, dots, None, owner,
         B, L, N, O, dy.stride(0), chunks, K=E, S=S, BLOCK_N=tile.rows, BLOCK_W=tile.columns,
-        PRECISION=dot_precision(), num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
+        PRECISION=dot_precision(), **tile.options, **shared,
     )  # fmt: skip
     tile, block = tuning.gather(arch, tuning.pad(E)), 1024
     columns, blocks = triton.cdiv(O, tile.columns) if need_B else 0, triton.cdiv(N * R, block)
@@ -130,7 +130,7 @@ def launch_expand_backward(dy, u, lora_B, index_a, index_b, gate, scale, cu_seql
         expand_gather_kernel, (programs,), dy.device,
         planes, parts, dots, owner, index_b, gate, scale, cu_seqlens, *outputs,
         B, L, N, O, chunks, pieces, columns, blocks, E=E, E_PAD=tuning.pad(E), BLOCK=block, BLOCK_K=tile.rows,
-        BLOCK_O=tile.columns, num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
+        BLOCK_O=tile.columns, **tile.options, **shared,
     )  # fmt: skip
     return outputs
 

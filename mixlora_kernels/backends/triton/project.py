@@ -114,7 +114,7 @@ def launch_project(x, lora_A, routers, cu_seqlens, mask, seed, B, L, dropped):
         x, lora_A, routers, cu_seqlens, mask, seed, u, sums, B, L, N, D, x.stride(0), tiles, span, dropped,
         E=E, E_PAD=tuning.pad(E), Z_PAD=triton.next_power_of_2(2 * E),
         B_PAD=padded_count(B, cu_seqlens is not None), BLOCK_N=tile.rows, BLOCK_D=tile.columns,
-        PRECISION=dot_precision(), num_warps=tile.num_warps, num_stages=tile.num_stages,
+        PRECISION=dot_precision(), **tile.options,
     )  # fmt: skip
     return u, sums
 
@@ -198,7 +198,7 @@ def launch_project_backward(
             collect_kernel, (chunks, triton.cdiv(D, tile.columns)), du.device,
             x, du, None, None, 1.0, None, index_a, mask, seed, dropped, cu_seqlens, None, parts, None, sums, owner,
             B, L, N, D, x.stride(0), chunks, CHUNK=tile.span, BLOCK_N=tile.rows, BLOCK_W=tile.columns,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
+            **tile.options, **shared,
         )  # fmt: skip
     shares = None if dlogits is None or dx is None else du.new_empty(B, D, **real)
     if not (parts is None and sums is None and shares is None):
@@ -207,7 +207,7 @@ def launch_project_backward(
             project_gather_kernel, (triton.cdiv(D, tile.columns),), du.device,
             parts, sums, owner, index_a, dlogits, routers, *outputs, shares, chunks, B, D,
             E=E, R=R, E_PAD=tuning.pad(E), Z_PAD=2 * tuning.pad(E), BLOCK_K=tile.rows, BLOCK_D=tile.columns,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
+            **tile.options,
         )  # fmt: skip
     if dx is not None:
         base, tile = None if overwrite else dx, tuning.add(arch, N, dx.element_size())
@@ -215,7 +215,7 @@ def launch_project_backward(
             add_kernel, (count_tiles(N, B, L, packed, tile.rows), triton.cdiv(D, tile.columns)), du.device,
             dx, base, du, None, None, 1.0, lora_A.contiguous(), index_a, shares, mask, seed, dropped, cu_seqlens,
             B, L, N, D, dx.stride(0), dx.stride(0), BLOCK_N=tile.rows, BLOCK_W=tile.columns,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
+            **tile.options, **shared,
         )  # fmt: skip
     return outputs
 

@@ -24,6 +24,7 @@ class Tile(NamedTuple):
         rows, columns: BLOCK_N, and BLOCK_D or BLOCK_O.
         span: tokens (in a backward) or columns (in ``project``) that one program walks over, a multiple of its
             tile; 0 for all columns.
+        registers: a thread's budget; 0 leaves it to the compiler, which sometimes spills to fit one program more.
     """
 
     rows: int
@@ -31,6 +32,13 @@ class Tile(NamedTuple):
     span: int
     num_warps: int
     num_stages: int
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What is said to Triton's compiler."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | {"maxnreg": self.registers} if self.registers else options
 
 
 @cache
@@ -79,11 +87,15 @@ def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int, hands
     """``hands_on``: whether each slice of the width leaves a plane [N, R] of its own; slices are then wide."""
     if arch == "interpreter":
         return Tile(rows(tokens), 32, 2 * rows(tokens), 4, 1)
-    columns = min((512 if hands_on else 256) // itemsize, 4096 // slots)
+    columns = min((512 if hands_on else 128) // itemsize, 4096 // slots)
     span = rows(tokens)  # as long as the device stays full
     while span < 512 and triton.cdiv(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
-    return Tile(rows(tokens), columns, span, 8, 2 if arch.startswith("gfx") else 3)
+    if arch.startswith("gfx"):
+        return Tile(rows(tokens), columns, span, 8 if hands_on else 4, 2)
+    if hands_on or itemsize == 4:
+        return Tile(rows(tokens), columns, span, 8, 3)
+    return Tile(rows(tokens), columns, span, 4, 4, 168)
 
 
 def gather(arch: str, pool: int) -> Tile:
@@ -97,4 +109,4 @@ def decode(arch: str, slots: int) -> Tile:
     """The span is in columns of x, all at once for each slot."""
     if arch == "interpreter":
         return Tile(1, 32, 64, 4, 1)
-    return Tile(1, 128, max(64, 4096 // triton.next_power_of_2(slots)), 4, 2)
+    return Tile(1, 128, max(64, 2048 // triton.next_power_of_2(slots)), 4, 2)
