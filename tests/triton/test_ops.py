@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 import mixlora_kernels as mk
 from mixlora_kernels import backends
