@@ -59,13 +59,16 @@ class Eager(nn.Module):
         learned = p_a.gather(-1, index_a) + p_b.gather(-1, index_b)
         return index_a, index_b, 1 + learned - learned.detach()
 
-    def forward(self, x: Tensor, routing: mk.Routing | None = None) -> Tensor:
-        index_a, index_b, gate = self.choose(x) if routing is None else routing[:3]
+    def forward(self, x: Tensor, context: mk.RoutingContext | None = None, return_routing: bool = False):
+        """As ``MixLoRALinear``'s, with no more of the context than a kept routing."""
+        routing = context.routing if context else mk.Routing(*self.choose(x), None, None)
+        index_a, index_b, gate = routing[:3]
         A = self.lora_A[index_a].to(x.dtype)  # [B, r, d_in]
         B = self.lora_B[index_b].to(x.dtype)  # [B, r, d_out]
         u = F.dropout(x, self.p, self.training) @ A.mT  # [B, L, r]
         s = u * (self.scaling * gate).to(x.dtype).unsqueeze(1)
-        return self.base_layer(x) + s @ B
+        y = self.base_layer(x) + s @ B
+        return (y, routing) if return_routing else y
 
 
 class Published(nn.Module):
@@ -96,31 +99,33 @@ class Published(nn.Module):
         return self.base_layer(x) + F.dropout(x, self.p, self.training) @ update * self.scaling
 
 
+def adapt(name: str, base: nn.Module, config: mk.MixLoRAConfig, factors: dict[str, Tensor]) -> nn.Module:
+    """The frozen layer with a MixLoRA adapter, its parameters copies of the factors."""
+    if name == "mixlora":
+        layer = mk.MixLoRALinear.from_linear(base, config)
+        layer.adapter.load_state_dict(factors)
+        return layer
+    return {"eager": Eager, "compiled": Eager, "published": Published}[name](base, config, factors)
+
+
 def build(name: str, problem: Problem) -> Implementation:
     """The implementation of that name on the problem's frozen layer, with a copy of its factors.
 
     Raises:
         Unavailable: there is no compiler for ``compiled``.
     """
-    config = problem.case.config
     if name == "base":
         return Implementation(problem.linear, problem.linear)
     if name.startswith("peft_lora"):
         layer = peft_lora(problem, autocast_adapter_dtype=name == "peft_lora")
         return Implementation(layer, layer)
-    if name == "published":
-        module = Published(problem.linear, config, problem.factors)
-        return Implementation(module, module)
-    if name == "mixlora":
-        layer = mk.MixLoRALinear.from_linear(problem.linear, config)
-        layer.adapter.load_state_dict(problem.factors)
-        context = mk.RoutingContext(routing=problem.routing) if problem.case.kept else None
-        return Implementation(layer, lambda x: layer(x, context))
-    module = Eager(problem.linear, config, problem.factors)
+    module = adapt(name, problem.linear, problem.case.config, problem.factors)
     if name == "compiled":
         module = compiled(module, problem)
-    routing = problem.routing if problem.case.kept else None
-    return Implementation(module, lambda x: module(x, routing))
+    if problem.case.kept and name != "published":  # the released code routes every step anew
+        context = mk.RoutingContext(routing=problem.routing)
+        return Implementation(module, lambda x: module(x, context))
+    return Implementation(module, module)
 
 
 def peft_lora(problem: Problem, autocast_adapter_dtype: bool) -> nn.Module:

@@ -52,5 +52,5 @@ class Layer:
             got["x"] = self.problem.x.grad
             errors |= {name: check.relative_error(grad, want[name]) for name, grad in got.items()}
             result["forward+backward"] = max(errors.values())
-        check.require_agreement(errors, self.case.dtype, f"{self.name} at {self.case.name}")
+        check.require_agreement(errors, check.TOLERANCE[self.case.dtype], f"{self.name} at {self.case.name}")
         return result

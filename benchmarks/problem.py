@@ -68,9 +68,7 @@ class Problem:
         if linear is None:
             linear = nn.Linear(case.d_in, case.d_out, bias=False, device=device, dtype=case.dtype)
         self.linear = linear.requires_grad_(False)
-        adapter = mk.MixLoRAAdapter(case.d_in, case.d_out, case.config, device=device)
-        nn.init.normal_(adapter.lora_B, std=case.d_in**-0.5)
-        self.factors = {name: parameter.detach() for name, parameter in adapter.named_parameters()}
+        self.factors = draw_factors(case.d_in, case.d_out, case.config, device)
         self.x = self._draw_input(device).requires_grad_(not case.kept)
         self.dy = torch.randn(case.B, case.L, case.d_out, device=device, dtype=case.dtype)
 
@@ -97,6 +95,13 @@ class Problem:
         chosen = [mk.reference.route(state, *factors, r=self.case.r) for state in pooled]
         index_a, index_b, gate, probs_a, probs_b = map(torch.stack, zip(*chosen))
         return mk.Routing(index_a, index_b, *(t.float() for t in (gate, probs_a, probs_b)))
+
+
+def draw_factors(d_in: int, d_out: int, config: mk.MixLoRAConfig, device: torch.device) -> dict[str, Tensor]:
+    """An adapter's parameters as they begin, but with a ``lora_B`` that is not zero, so that all gradients are not."""
+    adapter = mk.MixLoRAAdapter(d_in, d_out, config, device=device)
+    nn.init.normal_(adapter.lora_B, std=d_in**-0.5)
+    return {name: parameter.detach() for name, parameter in adapter.named_parameters()}
 
 
 def dtype_name(dtype: torch.dtype) -> str:

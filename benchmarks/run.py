@@ -11,8 +11,8 @@ import sys
 import time
 from pathlib import Path
 
-BEGAN = time.perf_counter()  # what is imported below takes seconds
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network, and nothing may wait for it
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises on what is not used here
 
 import machine
 import plots
@@ -27,6 +27,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def main() -> None:
+    began = time.perf_counter()
     arguments = parse_arguments()
     device = torch.device(arguments.device)
     dtypes = tuple(DTYPES[name] for name in arguments.dtype) or None
@@ -35,7 +36,7 @@ def main() -> None:
     shown = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     print(f"{where['device']} ({where['cpu']}, {where['threads']} threads), {shown}, commit {where['commit']}")
 
-    rows = measure_all(arguments.suite, setting, arguments.seconds)
+    rows = measure_all(arguments.suite, setting, arguments.seconds, began)
     common = {"device": where["device"], "versions": shown, "commit": where["commit"]}
     rows = [row | common for row in rows]
     bars = summarise(rows, setting)
@@ -52,7 +53,7 @@ def main() -> None:
         print(f"\n{suite}\n{report.table([row for row in rows if row['suite'] == suite])}")
     if bars:
         print(f"\nsummary{' (quick: not judged)' if setting.quick else ''}\n{report.summary_table(bars)}")
-    print(f"\n{len(rows)} rows in {time.perf_counter() - BEGAN:.0f} s; results.json, results.md and plots in {out}")
+    print(f"\n{len(rows)} rows in {time.perf_counter() - began:.0f} s; results.json, results.md and plots in {out}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -77,13 +78,13 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def measure_all(names: list[str], setting: suites.Setting, seconds: float) -> list[dict]:
+def measure_all(names: list[str], setting: suites.Setting, seconds: float, began: float) -> list[dict]:
     """The rows of all groups; each group gets its share of the time that is left when it begins."""
     planned = [group for name in names for group in suites.groups(name, setting)]
     runner = Runner(setting.device, report=lambda text: print(f"{'':10}{text}", flush=True))
     rows = []
     for number, group in enumerate(planned):
-        elapsed = time.perf_counter() - BEGAN
+        elapsed = time.perf_counter() - began
         print(f"{elapsed:4.0f} of about {seconds:.0f} s  {group.suite}: {group.title}", flush=True)
         left = sum(later.weight for later in planned[number:])
         rows += runner.run(group, (seconds - elapsed) * group.weight / left)

@@ -9,6 +9,7 @@ import torch
 from implementations import Unavailable
 from layers import Layer
 from measure import Candidate
+from model import SMALL_MODEL, ModelCase, build_models
 from problem import Case, Problem
 
 NAMES = ("layer", "scaling", "decode", "memory", "model")
@@ -67,11 +68,7 @@ class Group:
 
 def groups(suite: str, setting: Setting) -> Iterator[Group]:
     """The groups of one suite."""
-    if suite == "model":
-        from model import model_groups
-
-        return model_groups(setting)
-    return {"layer": layer, "scaling": scaling, "decode": decode, "memory": memory}[suite](setting)
+    return {"layer": layer, "scaling": scaling, "decode": decode, "memory": memory, "model": model}[suite](setting)
 
 
 def layer(setting: Setting) -> Iterator[Group]:
@@ -89,7 +86,8 @@ def layer(setting: Setting) -> Iterator[Group]:
 
 def scaling(setting: Setting) -> Iterator[Group]:
     """The cost of ``mixlora`` against each of E, r, tokens and instances, all timed together."""
-    for start in setting.each_dtype(SQUARE):
+    tokens = SQUARE.L if setting.device.type == "cuda" else SQUARE.L // 2  # half, so that a CPU has time for rounds
+    for start in setting.each_dtype(replace(SQUARE, L=tokens)):
         sweeps = (
             *(replace(start, E=E) for E in (8, 16, 32, 64)),
             *(replace(start, r=r) for r in (2, 4, 8)),
@@ -101,7 +99,7 @@ def scaling(setting: Setting) -> Iterator[Group]:
         entries = [(replace(case, label=f"{case.B * case.L} tokens"), "base") for case in products]
         entries += [(replace(case, label=f"E {case.E}, r {case.r}, {case.B}×{case.L}"), "mixlora") for case in cases]
         build = partial(build_layers, setting, entries)
-        yield Group("scaling", f"{start.d_in}→{start.d_out}, {len(cases)} points", build, rounds=5, weight=28)
+        yield Group("scaling", f"{start.d_in}→{start.d_out}, {len(cases)} points", build, rounds=5, weight=20)
 
 
 def decode(setting: Setting) -> Iterator[Group]:
@@ -116,6 +114,14 @@ def memory(setting: Setting) -> Iterator[Group]:
         for case in setting.each_dtype(start, BOTH):
             names = [name for name in applicable(case) if not case.dropout or name in FEW]
             yield one(setting, "memory", case, names, rounds=0, weight=1)
+
+
+def model(setting: Setting) -> Iterator[Group]:
+    """A LLaVA, adapted in every projection of its decoder: one training step, and a short generation."""
+    for case in setting.each_dtype(SQUARE):
+        whole = ModelCase(**(SMALL_MODEL if setting.quick else {}), dtype=case.dtype)
+        build = partial(build_models, whole, applicable(case), setting.device, setting.seed)
+        yield Group("model", whole.name, build, rounds=5, weight=12)
 
 
 def applicable(case: Case) -> list[str]:

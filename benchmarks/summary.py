@@ -52,7 +52,8 @@ def layer_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
 def scaling_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
     """How the cost of ``mixlora`` grows with tokens and with E."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        full = replace(setting.shape(SQUARE), dtype=dtype)
+        lengths = [row["L"] for row in rows if row["suite"] == "scaling" and row["B"] == SQUARE.B]
+        full = replace(setting.shape(SQUARE), L=max(lengths, default=1), dtype=dtype)
         few = replace(full, L=full.L // 4)
 
         def times(case: Case, name: str = "mixlora") -> list[float]:
@@ -71,15 +72,14 @@ def scaling_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
 
 def memory_bars(rows: Sequence[dict]) -> Iterator[dict]:
     """Peak memory of ``mixlora`` relative to ``peft_lora``, case by case."""
-    chosen = [row for row in rows if row["suite"] in ("memory", "model") and row["pass"] in (TRAINING, "training step")]
-    for row in chosen:
-        if row["implementation"] == "mixlora":
-            other = next(
-                r for r in chosen if r["implementation"] == "peft_lora" and r["case"] == row["case"]
-                and r["suite"] == row["suite"]
-            )  # fmt: skip
-            claim = f"{row['suite']}, {row['case']}, {row['pass']}: peak memory / peft_lora"
-            yield bar(claim, row["peak_bytes"] / other["peak_bytes"], 1.0)
+    peaks = {
+        (row["case"], row["implementation"]): row["peak_bytes"]
+        for row in rows
+        if row["suite"] == "memory" and row["pass"] == TRAINING
+    }
+    for case in dict.fromkeys(case for case, _ in peaks):
+        ratio = peaks[case, "mixlora"] / peaks[case, "peft_lora"]
+        yield bar(f"memory, {case}, {TRAINING}: peak / peft_lora", ratio, 1.0)
 
 
 def error_bars(rows: Sequence[dict]) -> Iterator[dict]:
