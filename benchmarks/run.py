@@ -6,8 +6,6 @@ Every implementation is first compared with the reference in float64; one that d
 
 import argparse
 import os
-import shlex
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -45,10 +43,10 @@ def main() -> None:
 
     out = arguments.out or RESULTS / machine.slug(device)
     out.mkdir(parents=True, exist_ok=True)
-    command = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
+    del arguments.out  # where the results lie is no part of what was measured
+    command = command_line(arguments)
     drawn = plots.draw(out, rows, where["device"])
-    recorded = vars(arguments) | {"out": None, "command": command}
-    report.write_json(out / "results.json", where, recorded, bars, rows)
+    report.write_json(out / "results.json", where, vars(arguments) | {"command": command}, bars, rows)
     report.write_markdown(out / "results.md", where, bars, rows, drawn, command)
 
     for suite in arguments.suite:
@@ -78,6 +76,14 @@ def parse_arguments() -> argparse.Namespace:
     arguments.suite = [name for name in suites.NAMES if name in names or "all" in names]
     arguments.seconds = arguments.seconds or (30.0 if arguments.quick else 140.0)
     return arguments
+
+
+def command_line(arguments: argparse.Namespace) -> str:
+    """A command that runs the same again."""
+    flags = [] if len(arguments.suite) == len(suites.NAMES) else [f"--suite {','.join(arguments.suite)}"]
+    flags += [f"--device {arguments.device}", *(f"--dtype {name}" for name in arguments.dtype)]
+    flags += ["--quick"] if arguments.quick else []
+    return " ".join(["python benchmarks/run.py", *flags, f"--seed {arguments.seed}"])
 
 
 def measure_all(names: list[str], setting: suites.Setting, seconds: float, began: float) -> list[dict]:

@@ -81,7 +81,7 @@ def layer(setting: Setting) -> Iterator[Group]:
     for case in (*setting.each_dtype(UP), *setting.each_dtype(DOWN)):
         yield one(setting, "layer", case, applicable(case) if all_fit else FEW, rounds=3, weight=14)
     for case in setting.each_dtype(SMALL, BOTH[:1]):
-        yield one(setting, "layer", case, (*applicable(case), "compiled"), rounds=20, weight=15)
+        yield one(setting, "layer", case, applicable(case, compiled=True), rounds=20, weight=15)
 
 
 def scaling(setting: Setting) -> Iterator[Group]:
@@ -124,10 +124,11 @@ def model(setting: Setting) -> Iterator[Group]:
         yield Group("model", whole.name, build, rounds=5, weight=12)
 
 
-def applicable(case: Case) -> list[str]:
-    """All implementations but ``compiled``, whose compilation takes longer than most measurements."""
-    same_dtype = case.dtype == torch.float32
-    left_out = ("compiled", "peft_lora_base_dtype") if same_dtype else ("compiled",)
+def applicable(case: Case, compiled: bool = False) -> list[str]:
+    """All implementations; ``compiled`` only if asked for, because compiling takes longer than most measurements."""
+    left_out = set() if compiled else {"compiled"}
+    if case.dtype == torch.float32:
+        left_out.add("peft_lora_base_dtype")  # the same as peft_lora
     return [name for name in implementations.NAMES if name not in left_out]
 
 

@@ -90,7 +90,8 @@ def test_report_and_plots(quick):
         assert f"\n{suite}\n" in printed and f"## {suite}\n" in text and f"({suite}.png)" in text
         plot = (out / f"{suite}.png").read_bytes()
         assert plot.startswith(b"\x89PNG\r\n\x1a\n") and plot.rstrip().endswith(b"IEND\xaeB`\x82")
-    assert str(ROOT) not in text + (out / "results.json").read_text(encoding="utf-8")
+    recorded = text + (out / "results.json").read_text(encoding="utf-8")
+    assert str(ROOT) not in recorded and str(out) not in recorded
 
 
 def test_an_unknown_suite_is_refused():
