@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 
 MAX_ROUNDS = 50
+LEAST_ROUNDS = 3  # where the machine is too busy for more
 L2_BYTES = 256 << 20  # more than any second-level cache
 
 
@@ -56,7 +57,8 @@ def interleave(candidates: Sequence[Candidate], clock: Clock, rounds: int, secon
     """Time the candidates round by round, each round beginning with another one.
 
     Args:
-        rounds: the fewest rounds.
+        rounds: how many to run even if they take longer than ``seconds``, up to twice as long; beyond that, as on
+            a machine busy with something else, ``LEAST_ROUNDS`` must do.
         seconds: further rounds are run while they are expected to fit into this time.
 
     Returns:
@@ -65,8 +67,8 @@ def interleave(candidates: Sequence[Candidate], clock: Clock, rounds: int, secon
     times: list[list[list | None]] = [[] for _ in candidates]
     began = time.perf_counter()
     while (done := len(times[0])) < MAX_ROUNDS:
-        spent = time.perf_counter() - began
-        if done >= rounds and spent * (done + 1) / done > seconds:
+        expected = (time.perf_counter() - began) * (done + 1) / max(done, 1)
+        if (done >= rounds and expected > seconds) or (done >= LEAST_ROUNDS and expected > 2 * seconds):
             break
         for place in range(len(candidates)):
             number = (place + done) % len(candidates)

@@ -79,7 +79,8 @@ def write_markdown(
         "median over rounds of the two times' ratio within the round, not the ratio of the medians. Peak memory is "
         "what is held beyond the inputs and parameters, output and gradients included. The error is the largest "
         "deviation from a float64 reference relative to the largest element of the tensor, over the output and (with "
-        "the backward) all gradients; with dropout, it is that of the same layer without.",
+        "the backward) all gradients; with dropout, it is that of the same layer without. In the suite model it is "
+        "taken in float32: over the logits and all gradients, and for a generation as the share of tokens that differ.",
         "",
     ]
     if bars:

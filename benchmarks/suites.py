@@ -55,7 +55,7 @@ class Group:
 
     Attributes:
         build: makes the candidates; reports what it leaves out, and why, to the function it is given.
-        rounds: the fewest rounds; 0: nothing is timed.
+        rounds: see ``measure.interleave``; 0: nothing is timed.
         weight: its share in the time there is, about the seconds it takes on two cores.
     """
 
@@ -75,13 +75,13 @@ def layer(setting: Setting) -> Iterator[Group]:
     """Forward, and forward+backward, of one layer."""
     all_fit = setting.quick or setting.device.type == "cuda"
     for case in setting.each_dtype(SQUARE, BOTH):
-        yield one(setting, "layer", case, applicable(case), rounds=5, weight=22)
+        yield one(setting, "layer", case, applicable(case), rounds=5, weight=22 if case.dtype == torch.float32 else 32)
     for case in setting.each_dtype(replace(SQUARE, dropout=PAPER_DROPOUT), BOTH):
-        yield one(setting, "layer", case, applicable(case) if all_fit else FEW, rounds=5, weight=9)
+        yield one(setting, "layer", case, applicable(case) if all_fit else FEW, rounds=5, weight=12)
     for case in (*setting.each_dtype(UP), *setting.each_dtype(DOWN)):
         yield one(setting, "layer", case, applicable(case) if all_fit else FEW, rounds=3, weight=14)
     for case in setting.each_dtype(SMALL, BOTH[:1]):
-        yield one(setting, "layer", case, (*applicable(case), "compiled"), rounds=5, weight=15)
+        yield one(setting, "layer", case, applicable(case, compiled=True), rounds=20, weight=15)
 
 
 def scaling(setting: Setting) -> Iterator[Group]:
@@ -105,7 +105,7 @@ def scaling(setting: Setting) -> Iterator[Group]:
 def decode(setting: Setting) -> Iterator[Group]:
     """One token a step, the routing kept (``published`` routes every step anew)."""
     for case in setting.each_dtype(DECODE):
-        yield one(setting, "decode", case, applicable(case), rounds=5, weight=6)
+        yield one(setting, "decode", case, applicable(case), rounds=20, weight=6)
 
 
 def memory(setting: Setting) -> Iterator[Group]:
@@ -124,10 +124,11 @@ def model(setting: Setting) -> Iterator[Group]:
         yield Group("model", whole.name, build, rounds=5, weight=12)
 
 
-def applicable(case: Case) -> list[str]:
-    """All implementations but ``compiled``, whose compilation takes longer than most measurements."""
-    same_dtype = case.dtype == torch.float32
-    left_out = ("compiled", "peft_lora_base_dtype") if same_dtype else ("compiled",)
+def applicable(case: Case, compiled: bool = False) -> list[str]:
+    """All implementations; ``compiled`` only if asked for, because compiling takes longer than most measurements."""
+    left_out = set() if compiled else {"compiled"}
+    if case.dtype == torch.float32:
+        left_out.add("peft_lora_base_dtype")  # the same as peft_lora
     return [name for name in implementations.NAMES if name not in left_out]
 
 

@@ -83,8 +83,8 @@ def memory_bars(rows: Sequence[dict]) -> Iterator[dict]:
 
 
 def error_bars(rows: Sequence[dict]) -> Iterator[dict]:
-    """Agreement with the float64 reference: a fixed bar in float32, that of the eager computation below it."""
-    ours = [row for row in rows if row["implementation"] == "mixlora"]
+    """A layer's agreement with the float64 reference: a fixed bar in float32, eager's own error below it."""
+    ours = [row for row in rows if row["implementation"] == "mixlora" and row["suite"] != "model"]
     exact = [row["error"] for row in ours if row["dtype"] == "float32"]
     if exact:
         yield bar("float32: largest error of mixlora", max(exact), 1e-5, "{:.1e}")
