@@ -27,7 +27,9 @@ def project(x: Tensor, lora_A: Tensor, routers: Tensor | None, instances: Instan
     return u, pooled @ routers.T, pooled
 
 
-def project_backward(dx, x, du, lora_A, dlogits, routers, pooled, instances: Instances, seed, p, need_x, need_A):
+def project_backward(
+    dx, x, du, lora_A, index_a, dlogits, routers, pooled, instances: Instances, seed, p, need_x, need_A
+):
     """The gradients of x [N, d_in], of lora_A [E, d_in] and of the routers [2E, d_in], None where there is none.
 
     Args:

@@ -13,6 +13,8 @@ T depends on parameters alone; an instance only looks up r of its columns.
 import torch
 from torch import Tensor
 
+from ...routing import Instances
+
 _softmax_backward = torch.ops.aten._softmax_backward_data
 
 
@@ -37,7 +39,7 @@ def top_r(p: Tensor, r: int) -> Tensor:
     return torch.sort(p, dim=-1, descending=True, stable=True)[1][:, :r].contiguous()
 
 
-def route(logits: Tensor, table: Tensor | None, r: int, gate: str):
+def route(logits: Tensor, table: Tensor | None, r: int, gate: str, instances: Instances):
     """Choose r factors of A and r of B for each instance, from the routers' logits [B, 2E], those of A first.
 
     Returns ``index_a, index_b, gate, probs_a, probs_b`` as in ``Routing``, and what the backward needs.
