@@ -11,7 +11,7 @@ import warnings
 from functools import cache
 from types import ModuleType
 
-from torch import Tensor, compiler, cuda, version
+from torch import Tensor, cuda, version
 
 NAMES = ("reference", "torch", "triton")
 OLDEST_TRITON = (3, 2)
@@ -53,7 +53,6 @@ def select(name: str | None, x: Tensor) -> ModuleType:
     return torch
 
 
-@compiler.assume_constant_result
 def find_obstacle(device_type: str, device_index: int | None, dtype: str) -> tuple[type[Exception], str] | None:
     """Why the Triton kernels cannot run on such a tensor, as an error and its message; None where they can."""
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "yes", "on", "y"):
@@ -85,7 +84,6 @@ def find_obstacle(device_type: str, device_index: int | None, dtype: str) -> tup
     return None
 
 
-@compiler.assume_constant_result
 @cache
 def warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)

@@ -73,8 +73,8 @@ def pool(sums, instances):
     lengths = [instances.length] * instances.count
     if instances.cu_seqlens is not None:
         lengths = instances.cu_seqlens.diff().tolist()
-    tiles = sums.planes.sum(0).split([-(-length // sums.rows) for length in lengths] + [0])
-    total = torch.stack([part.sum(0) for part in tiles[: len(lengths)]])
+    counts = [-(-length // sums.rows) for length in lengths]  # the tiles left over, where packed, hold nothing
+    total = torch.stack([part.sum(0) for part in sums.planes.sum(0)[: sum(counts)].split(counts)])
     return total * instances.share(torch.float32)
 
 

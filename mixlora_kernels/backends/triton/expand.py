@@ -14,7 +14,8 @@ from torch import Tensor
 from ...routing import Instances
 from . import tuning
 from .gather import gather_by_factor
-from .launch import as_rows, dot_precision, launch, register
+from .launch import as_rows, launch, register
+from .product import dot_precision
 from .rank_r import add_kernel, collect_kernel
 from .tiles import count_tiles, find_tiles, padded_count
 

@@ -1,4 +1,4 @@
-"""What every launch needs: the tensor's device, its rows, the precision of float32 products, the op's registration."""
+"""What every launch needs: the tensor's device, its rows, the op's registration."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,13 +20,6 @@ def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -
 def as_rows(x: Tensor) -> Tensor:
     """x itself where the elements of a row are neighbours, whatever the distance of the rows; else a copy."""
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def dot_precision() -> str:
-    """How products of float32 are taken: exactly, unless torch's own setting allows tf32."""
-    matmul = torch.backends.cuda.matmul
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
 
 
 def register(signature: str, function: Callable, fake: Callable) -> Callable:

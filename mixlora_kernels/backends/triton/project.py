@@ -22,7 +22,8 @@ from ..torch.dropout import dropped_levels
 from . import tuning
 from .dropout import keep_tile
 from .gather import gather_by_factor, gather_by_instance, spread_by_instance
-from .launch import as_rows, dot_precision, launch, register
+from .launch import as_rows, launch, register
+from .product import dot, dot_precision
 from .rank_r import add_kernel, collect_kernel
 from .tiles import count_tiles, find_rows, padded_count
 
@@ -81,7 +82,7 @@ def project_kernel(
             products += r_tile.to(tl.float32) * tl.sum(read, 0)[None, :]
         if seed is not None:
             x_tile = tl.where(keep_tile(seed, rows, start, dropped, BLOCK_N, BLOCK_D), x_tile, 0.0)
-        acc = tl.dot(x_tile, tl.trans(a_tile.to(x_tile.dtype)), acc, input_precision=PRECISION)
+        acc = dot(x_tile, tl.trans(a_tile.to(x_tile.dtype)), acc, PRECISION)
     tl.store(
         u + (split.to(tl.int64) * N + rows[:, None]) * E + factors[None, :],
         acc,

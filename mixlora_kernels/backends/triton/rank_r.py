@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from .dropout import keep_tile
+from .product import dot
 from .tiles import find_rows
 
 
@@ -73,7 +74,7 @@ def add_kernel(
             s_tile *= slot_weights(gate, scale, b, R, R_PAD)[None, :]
         f_tile = chosen_rows(pool, index, b, columns, W, R, R_PAD)
         kind = out.dtype.element_ty
-        added = tl.dot(s_tile.to(kind), f_tile.to(kind), input_precision=PRECISION)  # [BLOCK_N, BLOCK_W]
+        added = dot(s_tile.to(kind), f_tile.to(kind), None, PRECISION)  # [BLOCK_N, BLOCK_W]
         if seed is not None:
             added = tl.where(keep_tile(seed, rows, start, dropped, BLOCK_N, BLOCK_W), added, 0.0)
         if shares is not None:
@@ -122,7 +123,7 @@ def collect_kernel(
                 m + rows[:, None] * stride_m + columns[None, :], mask=live[:, None] & inside[None, :], other=0.0
             )  # [BLOCK_N, BLOCK_W]
             if pool is not None:
-                v = tl.dot(m_tile, f_turned, input_precision=PRECISION) * weight[None, :]  # [BLOCK_N, R_PAD]
+                v = dot(m_tile, f_turned, None, PRECISION) * weight[None, :]  # [BLOCK_N, R_PAD]
                 place = planes + (piece.to(tl.int64) * N + rows[:, None]) * R + slots[None, :]
                 tl.store(place, v, mask=live[:, None] & (slots < R)[None, :])
             if sums is not None:
@@ -135,12 +136,12 @@ def collect_kernel(
                 if seed is not None:
                     m_tile = tl.where(keep_tile(seed, rows, start, dropped, BLOCK_N, BLOCK_W), m_tile, 0.0)
                 s_tile = slot_columns(s, pick, b, rows, live, N, K, R, R_PAD, S).to(m_tile.dtype)
-                acc = tl.dot(tl.trans(s_tile), m_tile, acc, input_precision=PRECISION)
+                acc = dot(tl.trans(s_tile), m_tile, acc, PRECISION)
         if parts is not None:
             place = parts + (chunk.to(tl.int64) * R + slots[:, None]) * W + columns[None, :]
             tl.store(place, acc, mask=(slots < R)[:, None] & inside[None, :])
         if dots is not None:
-            dot = scale * tl.sum(acc * f_tile.to(tl.float32), 1)
-            tl.store(dots + (piece * chunks + chunk) * R + slots, dot, mask=slots < R)
+            product = scale * tl.sum(acc * f_tile.to(tl.float32), 1)
+            tl.store(dots + (piece * chunks + chunk) * R + slots, product, mask=slots < R)
         if sums is not None:
             tl.store(sums + chunk.to(tl.int64) * W + columns, total, mask=inside)
