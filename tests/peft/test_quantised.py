@@ -20,6 +20,14 @@ def bitsandbytes_4bit(linear: nn.Linear):
     return layer, bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
 
 
+def bitsandbytes_8bit(linear: nn.Linear):
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    layer = bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False)
+    layer.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+    layer = layer.to("cpu")
+    return layer, bnb.functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+
+
 def torchao_int8(linear: nn.Linear):
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     layer = nn.Sequential(copy.deepcopy(linear))
@@ -38,7 +46,7 @@ def quantise(model: nn.Module, how) -> tuple[nn.Module, nn.Module]:
     return quantised, dequantised
 
 
-@pytest.mark.parametrize("how", [bitsandbytes_4bit, torchao_int8])
+@pytest.mark.parametrize("how", [bitsandbytes_4bit, bitsandbytes_8bit, torchao_int8])
 def test_forward_and_backward(how):
     ids, mask = pad(prompts(3), "right")
     found = []
