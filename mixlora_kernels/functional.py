@@ -17,12 +17,12 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
 from .backends.torch import dropout as block_dropout
 from .config import MixLoRAConfig
+from .frozen import frozen_product, frozen_product_backward
 from .routing import Instances, Routing, RoutingContext, find_instances, find_task
 
 
@@ -219,7 +219,7 @@ class _MixLoRA(torch.autograd.Function):
                 drouters, dpooled = dlogits.T @ pooled, dlogits @ routers
 
         # project
-        dx = dy @ weight.to(dy.dtype) if need_x and weight is not None else None
+        dx = frozen_product_backward(dy, weight) if need_x and weight is not None else None
         read = (dlogits, routers, pooled) if options.pools else (None, None, None)
         dx, dlora_A, drouters_pooled = backend.project_backward(
             dx, x, du.to(ctx.dtype), lora_A, index_a, *read, instances, seed, options.p, need_x, need_A
@@ -250,10 +250,6 @@ class _MixLoRA(torch.autograd.Function):
         )
 
 
-def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
 def learns(x: Tensor, base: Tensor | FrozenLinear, factors: Factors, given: Routing) -> bool:
     """Whether a gradient can be asked for."""
     inputs = (x, *((base,) if isinstance(base, Tensor) else ()), *factors, given.gate)
@@ -262,7 +258,7 @@ def learns(x: Tensor, base: Tensor | FrozenLinear, factors: Factors, given: Rout
 
 def _reference(x, base, factors, config, context, instances, given, seed, p):
     """The same through ``reference``, an instance at a time."""
-    frozen = F.linear(x, *(None if t is None else t.to(x.dtype) for t in base)) if type(base) is FrozenLinear else base
+    frozen = frozen_product(x, *base) if isinstance(base, FrozenLinear) else base
     tokens, frozen = x.reshape(-1, x.shape[-1]), frozen.reshape(-1, frozen.shape[-1])
     dropped = tokens
     if seed is not None:

@@ -5,6 +5,7 @@ read x once more costs less than 2E more columns of the product, and it keeps fl
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...routing import Instances, can_look
@@ -20,7 +21,7 @@ def project(x: Tensor, lora_A: Tensor, routers: Tensor | None, instances: Instan
     and the means [B, d_in] in the routers' dtype; else None for both.
     """
     lora_A = lora_A.to(x.dtype)
-    u = x @ lora_A.T if seed is None else project_dropped(x, lora_A, seed, p)
+    u = F.linear(x, lora_A) if seed is None else project_dropped(x, lora_A, seed, p)
     if routers is None:
         return u, None, None
     pooled = mean(x, instances, routers.dtype)
