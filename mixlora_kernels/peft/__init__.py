@@ -1,0 +1,27 @@
+"""Conditional Mixture-of-LoRA as a method of the peft library, registered by this import.
+
+    from peft import get_peft_model
+    from mixlora_kernels.peft import ConditionalMixLoRAConfig
+
+    model = get_peft_model(model, ConditionalMixLoRAConfig(r=4, num_factors=16, task_type="CAUSAL_LM"))
+
+The import has to come before ``PeftModel.from_pretrained`` meets a saved adapter of this kind.
+"""
+
+from .config import PEFT_TYPE, ConditionalMixLoRAConfig
+from .layer import MixLoRALayer
+from .model import ConditionalMixLoRAModel
+from .registration import register
+from .report import plot_routing, routing_report
+from .side_information import task_embedding
+
+register(PEFT_TYPE, ConditionalMixLoRAConfig, ConditionalMixLoRAModel)
+
+__all__ = [
+    "ConditionalMixLoRAConfig",
+    "ConditionalMixLoRAModel",
+    "MixLoRALayer",
+    "plot_routing",
+    "routing_report",
+    "task_embedding",
+]

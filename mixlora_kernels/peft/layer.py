@@ -1,0 +1,136 @@
+"""MixLoRALayer: a frozen linear layer and its adapters, as peft knows such a layer."""
+
+from collections.abc import Sequence
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..adapter import MixLoRAAdapter
+from .config import ConditionalMixLoRAConfig
+from .forward import rows_as_instances
+from .side_information import SideInformation
+
+MERGING = (
+    "a MixLoRA adapter cannot be merged into the weights: which factors it adds depends on the input, so that there "
+    "is no one weight to add them to"
+)
+
+
+class LayerAdapter(MixLoRAAdapter):
+    """A ``MixLoRAAdapter`` that FSDP's wrapping policy in peft recognises.
+
+    The policy makes a unit of every module without children whose ``weight`` is trained; the adapter's parameters
+    need a unit of their own, because one unit can hold neither two dtypes nor trained beside frozen parameters.
+    """
+
+    @property
+    def weight(self) -> Tensor:
+        return self.lora_A
+
+
+class MixLoRALayer(nn.Module, BaseTunerLayer):
+    """In the place of a linear layer: ``base_layer``, and in ``mixlora_adapter`` one ``LayerAdapter`` per adapter.
+
+    Args:
+        base_layer: any module that maps [..., in_features] to [..., out_features].
+        key: the layer's name in the model, under which its routing is kept and reported.
+        side: what the layers of one model know about the batch.
+    """
+
+    adapter_layer_names = ("mixlora_adapter",)
+    other_param_names = ("configs",)
+
+    def __init__(self, base_layer: nn.Module, in_features: int, out_features: int, key: str, side: SideInformation):
+        super().__init__()
+        self.base_layer = base_layer
+        self.in_features, self.out_features = in_features, out_features
+        self.key, self.side = key, side
+        self.mixlora_adapter = nn.ModuleDict()
+        self.configs: dict[str, ConditionalMixLoRAConfig] = {}
+        self._disable_adapters = False
+        self._active_adapter: str | list[str] = []
+        self.merged_adapters: list[str] = []
+
+    def update_layer(self, adapter_name: str, config: ConditionalMixLoRAConfig, inference_mode: bool = False) -> None:
+        """Add an adapter."""
+        adapter = LayerAdapter(self.in_features, self.out_features, config)
+        if not config.init_weights:
+            bound = self.in_features**-0.5
+            nn.init.uniform_(adapter.lora_B, -bound, bound)
+        self.mixlora_adapter[adapter_name] = adapter
+        self.configs[adapter_name] = config
+        adapter.train(self.training)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> Tensor:
+        """The frozen layer's output with the active adapters' updates.
+
+        Args:
+            x: [B, L, in_features], or whatever the frozen layer takes; other arguments are the frozen layer's.
+            adapter_names: the adapter of each row of x, ``"__base__"`` for none (inference).
+        """
+        if self._disable_adapters:
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs) if args or kwargs else self.base_layer
+        adapters = self.mixlora_adapter._modules
+        for name in self._active_adapter:
+            if name in adapters:
+                y = self._adapt(name, x, y)
+        return y if isinstance(y, Tensor) else y(x)
+
+    def _adapt(self, name: str, x: Tensor, base: nn.Module | Tensor, rows: list[int] | None = None) -> Tensor:
+        config, forward = self.configs[name], self.side.forward
+        if forward is None:
+            self.side.check_outside(self)
+            placed, context = rows_as_instances(x), None
+        else:
+            placed, context = forward.place(self.key, name, config, x, rows)
+        if placed is x:
+            y, routing = self.mixlora_adapter[name](x, base, context)
+        else:
+            if isinstance(base, Tensor):
+                base = base.reshape(*placed.shape[:-1], base.shape[-1])
+            y, routing = self.mixlora_adapter[name](placed, base, context)
+            y = y.view(*x.shape[:-1], y.shape[-1])
+        if forward is not None:
+            forward.record(self.key, name, routing)
+        return y
+
+    def _forward_mixed(self, x: Tensor, adapter_names: Sequence[str], *args, **kwargs) -> Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        y = self.base_layer(x, *args, **kwargs)
+        for name in dict.fromkeys(adapter_names):
+            if name in self.mixlora_adapter:
+                rows = [row for row, chosen in enumerate(adapter_names) if chosen == name]
+                y[rows] = self._adapt(name, x[rows], y[rows], rows)
+        return y
+
+    # peft marks a whole adapter as trained; the routers of gate="binary" are fixed.
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze_routers()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        self._freeze_routers()
+
+    def _freeze_routers(self) -> None:
+        for name, config in self.configs.items():
+            if config.gate == "binary" and name in self.mixlora_adapter:
+                for parameter_name, parameter in self.mixlora_adapter[name].named_parameters():
+                    if "router" in parameter_name and parameter.is_leaf:
+                        parameter.requires_grad_(False)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError(MERGING)
+
+    def unmerge(self) -> None:
+        raise ValueError(MERGING)

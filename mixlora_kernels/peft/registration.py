@@ -1,0 +1,26 @@
+"""Make the method known to peft, whose list of methods is an enumeration without an entry for strangers."""
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+
+def add_peft_type(name: str) -> PeftType:
+    """The member ``PeftType.<name>``, added where peft does not have it.
+
+    A bare string in its place goes a long way and then fails where transformers asks for ``peft_type.value``.
+    """
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_, member._value_ = name, name
+        setattr(PeftType, name, member)
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = PeftType._value2member_map_[name] = member
+    return PeftType(name)
+
+
+def register(peft_type: PeftType, config_cls: type, model_cls: type) -> None:
+    """Enter the method in peft's tables; a second import of this package changes nothing."""
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        register_peft_method(
+            name=peft_type.value.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix
+        )

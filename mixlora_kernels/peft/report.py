@@ -1,0 +1,77 @@
+"""A second look at routing: what the last forward chose, and how narrowly."""
+
+import torch
+from torch import Tensor, nn
+
+from ..routing import Routing
+from .side_information import find_side_information
+
+NEAR = 2**-7  # how far bfloat16 may round a probability: a choice won by less can turn out otherwise there
+
+
+def routing_report(model: nn.Module, near: float = NEAR) -> dict[str, dict[str, dict]]:
+    """How the adapters of each layer routed the last forward.
+
+    Args:
+        model: an adapted model.
+        near: what part of the last chosen factor's probability may part it from the first one not chosen for the
+            choice to count as a near-tie.
+
+    Returns:
+        By adapter and layer: ``instances``; and for each of the pools A and B ``usage_a`` [E], the number of
+        instances that chose each factor, ``near_ties_a``, the share of instances at a near-tie at the border of the
+        r chosen, ``entropy_a``, the mean entropy of the probabilities in nats (at most ln E); likewise ``_b``.
+
+    Raises:
+        ValueError: the model has no MixLoRA layers, or made no forward yet.
+    """
+    last = find_side_information(model).last
+    if not last:
+        raise ValueError("nothing to report: the adapted model made no forward yet")
+    report: dict[str, dict[str, dict]] = {}
+    for (key, adapter), routing in last.items():
+        report.setdefault(adapter, {})[key] = _summary(routing, near)
+    return report
+
+
+def _summary(routing: Routing, near: float) -> dict:
+    summary = {"instances": routing.index_a.shape[0]}
+    for pool, index, probs in (
+        ("a", routing.index_a, routing.probs_a),
+        ("b", routing.index_b, routing.probs_b),
+    ):
+        E, r = probs.shape[1], index.shape[1]
+        summary[f"usage_{pool}"] = torch.bincount(index.flatten(), minlength=E).tolist()
+        summary[f"near_ties_{pool}"] = _near_ties(probs, r, near)
+        share = probs / probs.sum(-1, keepdim=True)  # p_B is the sum of two distributions
+        summary[f"entropy_{pool}"] = torch.special.entr(share).sum(-1).mean().item()
+    return summary
+
+
+def _near_ties(probs: Tensor, r: int, near: float) -> float:
+    if r == probs.shape[1]:
+        return 0.0  # no factor is left out
+    ordered = probs.sort(-1, descending=True)[0]
+    return (ordered[:, r - 1] - ordered[:, r] <= near * ordered[:, r - 1]).float().mean().item()
+
+
+def plot_routing(report: dict[str, dict[str, dict]], adapter: str = "default"):
+    """Draw each layer's usage of the factors, as a share of the instances: two panels, pool A and pool B.
+
+    Returns the matplotlib figure.
+
+    Raises:
+        KeyError: the report has no such adapter.
+    """
+    from matplotlib.figure import Figure
+
+    layers = report[adapter]
+    figure = Figure(figsize=(9, 1.5 + 0.16 * len(layers)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for panel, pool in zip(panels, ("a", "b")):
+        usage = [[count / row["instances"] for count in row[f"usage_{pool}"]] for row in layers.values()]
+        image = panel.imshow(usage, aspect="auto", vmin=0, vmax=1, interpolation="nearest")
+        panel.set(title=f"pool {pool.upper()}", xlabel="factor")
+    panels[0].set_yticks(range(len(layers)), layers, fontsize=6)
+    figure.colorbar(image, ax=panels, label="share of instances")
+    return figure

@@ -1,0 +1,141 @@
+"""Which tokens belong to which instance, read from what transformers hands to a decoder.
+
+Alphabet: B rows of L new tokens each, after ``offset`` tokens that lie in the cache.
+"""
+
+from collections.abc import Mapping
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..routing import can_look
+
+IGNORED = -100  # the label of a token that is not to be predicted
+
+
+def padding_mask(mask, B: int, L: int, offset: int) -> Tensor | None:
+    """The new tokens that are not padding, [B, L] bool; None: all.
+
+    Args:
+        mask: what the decoder got as ``attention_mask``: None; [B, offset + L]; [B, 1, L, K], True or 0 where query i
+            sees key j (under a static cache); or a dictionary of these by kind of attention layer.
+
+    Raises:
+        TypeError: another kind of mask. ValueError: one that does not fit B and L.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"attention_mask must be a tensor for MixLoRA to find the padding, got {type(mask).__name__}")
+    if mask.dim() == 2 and mask.shape[0] == B and mask.shape[1] >= L:
+        return mask[:, mask.shape[1] - L :] != 0
+    if mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[2] == L and mask.shape[3] >= offset + L:
+        # Every token but padding sees itself; of causal attention only the diagonal tells them apart.
+        own = mask.diagonal(offset, 2, 3)[:, 0, :L]
+        own = own == 0 if own.is_floating_point() else own != 0
+        return own.expand(B, L)
+    raise ValueError(
+        f"attention_mask must have the shape [B, tokens] or [B, 1, L, tokens] for B={B} and L={L} new tokens, "
+        f"got {tuple(mask.shape)}"
+    )
+
+
+def segment_starts(position_ids, cu_seq_lens, seq_idx, mask: Tensor | None, B: int, L: int) -> Tensor | None:
+    """Where packed instances begin, [B, L] bool; None where every row is one instance.
+
+    Args:
+        position_ids: [B, L] or [1, L], packed where they do not rise by one; [4, B, L] of text and three dimensions of
+            an image; [3, B, L] says nothing about packing.
+        cu_seq_lens: [S + 1], where each segment of all B * L tokens begins, and their number.
+        seq_idx: [B, L], the number of each token's segment.
+        mask: the tokens that are not padding. transformers separates packed instances only without a mask.
+
+    Raises:
+        ValueError: they contradict one another, or the mask.
+    """
+    found = {}
+    positions = _text_positions(position_ids, B, L)
+    if positions is not None and mask is None:
+        found["position_ids"] = _changes(positions.diff(dim=1) != 1)
+    if cu_seq_lens is not None:
+        found["cu_seq_lens_q"] = _starts_of(cu_seq_lens, B, L)
+    if seq_idx is not None:
+        if tuple(seq_idx.shape) != (B, L):
+            raise ValueError(f"seq_idx must have the shape {(B, L)} of the tokens, got {tuple(seq_idx.shape)}")
+        found["seq_idx"] = _changes(seq_idx.diff(dim=1) != 0)
+    look = all(can_look(starts) for starts in found.values()) and (positions is None or can_look(positions))
+    if mask is not None:
+        if positions is not None and look and _restarts_within(positions, mask):
+            raise ValueError(
+                "position_ids start anew among tokens that attention_mask marks as one instance: for packed instances "
+                "give no attention_mask, for one instance let position_ids rise"
+            )
+        for name, starts in found.items():
+            if look and starts[:, 1:].any():
+                raise ValueError(
+                    f"{name} says that a row holds several instances, attention_mask that it holds one: for packed "
+                    "instances give no attention_mask"
+                )
+        return None
+    names = list(found)
+    for name in names[1:]:
+        if look and not torch.equal(found[names[0]], found[name]):
+            raise ValueError(f"{names[0]} and {name} contradict one another about where packed instances begin")
+    if not found:
+        return None
+    starts = found[names[0]]
+    return starts if bool(starts[:, 1:].any()) else None
+
+
+def prompt_mask(labels: Tensor, starts: Tensor | None) -> Tensor:
+    """The tokens before an instance's first answer token, [B, L] bool, from labels [B, L].
+
+    What follows the first answer (its end, further turns) was not there when that answer was generated.
+    """
+    answered = (labels != IGNORED).cumsum(1)  # [B, L], answer tokens up to here
+    if starts is not None:
+        before = answered - (labels != IGNORED).long()
+        # Answer tokens before the segment began; the count rises, so the running maximum is the latest segment's.
+        answered = answered - before.masked_fill(~starts, 0).cummax(1)[0]
+    return answered == 0
+
+
+def cumulative_lengths(starts: Tensor) -> Tensor:
+    """[B, L] bool to [S + 1] int64."""
+    flat = starts.reshape(-1)
+    return torch.cat((flat.nonzero().flatten(), flat.new_full((1,), flat.numel(), dtype=torch.int64)))
+
+
+def _text_positions(position_ids, B: int, L: int) -> Tensor | None:
+    if position_ids is None or (position_ids.dim() == 3 and position_ids.shape[0] != 4):
+        return None
+    positions = position_ids[0] if position_ids.dim() == 3 else position_ids
+    if positions.shape[-1] != L or positions.shape[0] not in (1, B) or positions.dim() != 2:
+        return None  # transformers takes them for something else than one position per token, and so do we
+    return positions.expand(B, L)
+
+
+def _changes(inner: Tensor) -> Tensor:
+    """Whether a segment begins, for every token but the first of each row [B, L - 1], to [B, L]."""
+    return torch.cat((inner.new_ones(inner.shape[0], 1), inner), dim=1)
+
+
+def _starts_of(cu_seq_lens: Tensor, B: int, L: int) -> Tensor:
+    if cu_seq_lens.dim() != 1 or cu_seq_lens.numel() < 2:
+        raise ValueError(f"cu_seq_lens_q must have the shape [segments + 1], got {tuple(cu_seq_lens.shape)}")
+    if can_look(cu_seq_lens):
+        edges = cu_seq_lens.tolist()
+        if edges[0] != 0 or edges[-1] != B * L or any(a >= b for a, b in pairwise(edges)):
+            raise ValueError(f"cu_seq_lens_q must rise from 0 to the {B * L} tokens, got {edges}")
+        if not set(range(0, B * L, L)) <= set(edges):
+            raise ValueError(f"cu_seq_lens_q has an instance that spans two of the {B} rows, got {edges}")
+    starts = torch.zeros(B * L, dtype=torch.bool, device=cu_seq_lens.device)
+    return starts.index_fill_(0, cu_seq_lens[:-1].long(), True).view(B, L)
+
+
+def _restarts_within(positions: Tensor, mask: Tensor) -> bool:
+    back_to_zero = (positions[:, 1:] == 0) & mask[:, 1:] & mask[:, :-1]
+    return bool(back_to_zero.any())
