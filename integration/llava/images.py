@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 # Raster formats only: PIL also knows formats that it hands to other programs.
-FORMATS = ("BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 100_000_000  # 300 MB as RGB; photographs are far below
 UNREADABLE = (OSError, SyntaxError, ValueError, IndexError, OverflowError, struct.error, Image.DecompressionBombError)
 

@@ -119,7 +119,12 @@ def write_subtask(file: str | Path, predictions: Iterable[dict]) -> None:
         truth = row["target"].strip()
         if truth.lower() not in ("yes", "no"):
             raise ValueError(f"{file}: {row['question_id']} needs the target yes or no, got {row['target']!r}")
-        fields = (Path(row["image_path"]).name, row.get("question", row["prompt"]), truth, row["predict"])
+        fields = (
+            Path(row["image_path"]).name,
+            row.get("metadata", {}).get("question", row["prompt"]),
+            truth,
+            row["predict"],
+        )
         lines.append("\t".join(re.sub(r"[\t\r\n]", " ", field) for field in fields) + "\n")
     Path(file).write_text("".join(lines), encoding="utf-8")
 

@@ -25,6 +25,7 @@ from . import checkpoint
 from .conversation import IMAGE
 
 PROJECTOR = "mm_projector."
+TASKS = "task_embeddings.safetensors"  # beside an adapter that routes by task
 
 
 def load_llava(source: str | Path | dict, dtype: torch.dtype | str = "auto"):
@@ -36,15 +37,38 @@ def load_llava(source: str | Path | dict, dtype: torch.dtype | str = "auto"):
         dtype: of the parameters.
 
     Returns:
-        The model in evaluation mode, and its processor, which pads on the right.
+        The model in evaluation mode, and its processor, which pads on the right and knows an image's tokens.
     """
+    processor = load_processor(source)
     if isinstance(source, dict):
-        model, processor = compose_llava(**source, dtype=dtype)
+        model = compose_llava(**source, tokenizer=processor.tokenizer, dtype=dtype)
     else:
         model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
-        processor = AutoProcessor.from_pretrained(source)
-        prepare_processor(processor, model.config)
     return model.eval(), processor
+
+
+def load_processor(source: str | Path | dict):
+    """The processor alone; see ``load_llava``."""
+    if not isinstance(source, dict):
+        processor = AutoProcessor.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source)
+        vision, strategy = config.vision_config, config.vision_feature_select_strategy
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(source["language"], use_fast=True)
+        tokenizer.add_tokens([IMAGE], special_tokens=True)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        images = AutoImageProcessor.from_pretrained(source["vision"])
+        processor = LlavaProcessor(image_processor=images, tokenizer=tokenizer, image_token=IMAGE)
+        vision, strategy = AutoConfig.from_pretrained(source["vision"]), "default"
+        vision = getattr(vision, "vision_config", vision)
+    # How many tokens an image takes, where the processor was saved without it; 1 is CLIP's class token, which the
+    # strategy "default" takes off again.
+    processor.patch_size = processor.patch_size or vision.patch_size
+    processor.vision_feature_select_strategy = processor.vision_feature_select_strategy or strategy
+    processor.num_additional_image_tokens = processor.num_additional_image_tokens or 1
+    processor.tokenizer.padding_side = "right"
+    return processor
 
 
 def empty_llava(source: str | Path | dict):
@@ -59,20 +83,17 @@ def empty_llava(source: str | Path | dict):
         return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(source))
 
 
-def compose_llava(language: str, vision: str, projector: str | None = None, dtype: torch.dtype | str = "auto"):
+def compose_llava(language: str, vision: str, projector: str | None = None, *, tokenizer, dtype="auto"):
     """LLaVA v1 as it is before instruction tuning: a language model, a CLIP, and a linear projector.
 
     Args:
         language, vision: folders or hub names.
         projector: the stage-one file ``mm_projector.bin``, one linear map; None leaves it at random.
+        tokenizer: the language model's, with ``<image>`` added.
 
     Raises:
         ValueError: the projector's file does not hold one linear map of the right size.
     """
-    tokenizer = AutoTokenizer.from_pretrained(language, use_fast=True)
-    tokenizer.add_tokens([IMAGE], special_tokens=True)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     text = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
     tower = AutoModel.from_pretrained(vision, dtype=text.dtype)
     tower = getattr(tower, "vision_model", tower)
@@ -85,11 +106,7 @@ def compose_llava(language: str, vision: str, projector: str | None = None, dtyp
     linear_projector(model, None if projector is None else read_projector(projector))
     model.resize_token_embeddings(max(len(tokenizer), text.config.vocab_size), mean_resizing=False)
     model.generation_config = text.generation_config
-    processor = LlavaProcessor(
-        image_processor=AutoImageProcessor.from_pretrained(vision), tokenizer=tokenizer, image_token=IMAGE
-    )
-    prepare_processor(processor, config)
-    return model, processor
+    return model
 
 
 def compose_config(text, vision, image_id: int = 32000, pad_id: int = 0) -> LlavaConfig:
@@ -103,17 +120,6 @@ def compose_config(text, vision, image_id: int = 32000, pad_id: int = 0) -> Llav
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
-
-
-def prepare_processor(processor, config) -> None:
-    """Make sure that the processor knows how many tokens an image takes, and pads on the right."""
-    processor.patch_size = processor.patch_size or config.vision_config.patch_size
-    processor.vision_feature_select_strategy = (
-        processor.vision_feature_select_strategy or config.vision_feature_select_strategy
-    )
-    # CLIP's class token, which the strategy "default" takes off again.
-    processor.num_additional_image_tokens = processor.num_additional_image_tokens or 1
-    processor.tokenizer.padding_side = "right"
 
 
 @torch.no_grad()
@@ -153,9 +159,6 @@ def read_projector(file: str | Path) -> dict[str, torch.Tensor]:
     if found.keys() != {"weight", "bias"}:
         raise ValueError(f"{file} must hold one linear map, {PROJECTOR}weight and {PROJECTOR}bias, got {sorted(found)}")
     return found
-
-
-TASKS = "task_embeddings.safetensors"
 
 
 def load_adapter(model: nn.Module, folder: str | Path):
