@@ -98,6 +98,18 @@ def texts() -> list[str]:
     return [*said, *asked, PRESENCE.format(name="zero"), CAPTION.definition]
 
 
+def questions_in_words() -> list[tuple[str, str]]:
+    """Every question about every picture there can be, each told in words, with its answer."""
+    pictures = [Picture(digit, ink, side) for digit in range(10) for ink in INKS for side in SIDES]
+    found = []
+    for picture in pictures:
+        told = CAPTION.answer(picture)
+        found += [(f"{told} . {task.question}", task.answer(picture)) for task in TASKS.values()]
+        for digit in (picture.digit, (picture.digit + 3) % 10):
+            found.append((f"{told} . {PRESENCE.format(name=NAMES[digit])}", _yes(digit == picture.digit)))
+    return found
+
+
 def write_images(folder: Path, seed: int, copies: int) -> dict[str, list[tuple[str, Picture]]]:
     """Draw every digit ``copies`` times in a random ink and place; returns the files' names by split."""
     digits, random_source = load_digits(), random.Random(seed)
@@ -122,7 +134,8 @@ def record(name: str, image: str, task: str, question: str, answer: str) -> dict
 def write(folder: str | Path, *, seed: int = 0, per_task: int = 1000, held_out: int = 100, copies: int = 2) -> None:
     """Write the data set.
 
-    ``images/``; ``captions.json``, a caption for every image of the training split; ``train.json`` with ``per_task``
+    ``images/``; ``pretraining.json``, a caption for every image of the training split, and the tasks' questions about
+    captions in words, without images, so that the model can read before it is tuned; ``train.json`` with ``per_task``
     records for each task; ``eval/TASK.jsonl`` with ``held_out`` questions each on images of the test split, and
     ``eval/pope_pop.jsonl``; and ``definitions.json``.
     """
@@ -132,13 +145,17 @@ def write(folder: str | Path, *, seed: int = 0, per_task: int = 1000, held_out: 
         record(f"caption-{number}", image, "caption", CAPTION.question, CAPTION.answer(picture))
         for number, (image, picture) in enumerate(splits["train"])
     ]
+    pretraining = captions + [
+        {"id": f"text-{number}", "conversations": [{"from": "human", "value": ask}, {"from": "gpt", "value": said}]}
+        for number, (ask, said) in enumerate(questions_in_words())
+    ]
     train = [
         record(f"{task}-{number}", image, task, TASKS[task].question, TASKS[task].answer(picture))
         for task in TASKS
         for number, (image, picture) in enumerate(random_source.sample(splits["train"], per_task))
     ]
     random_source.shuffle(train)
-    for name, records in {"captions": captions, "train": train}.items():
+    for name, records in {"pretraining": pretraining, "train": train}.items():
         (folder / f"{name}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
     definitions = {name: task.definition for name, task in TASKS.items()}
     (folder / "definitions.json").write_text(json.dumps(definitions, indent=1), encoding="utf-8")
