@@ -3,7 +3,8 @@
     python -m integration.llava.example [--output DIR] [--quick]
 
 A small LLaVA learns to caption images of digits, and to answer questions about captions in words; that stands for the
-pretrained model. MixLoRA and LoRA then tune it on six tasks of visual instructions. Everything is evaluated, killed and resumed, and analysed; ``report.md`` tells it.
+pretrained model. MixLoRA and LoRA then tune it on six tasks of visual instructions. Everything is evaluated, killed and
+resumed, and analysed, as ``report.md`` tells.
 """
 
 import argparse
@@ -237,8 +238,8 @@ Accuracy in percent on held-out digits, exact answers:
 {chr(10).join(rows)}
 | mean of the six tasks | {" | ".join(f"{figures['accuracy'][name]:.1f}" for name in names)} |
 
-MixLoRA (E=16, r=4) is {gain:.1f} points above the untuned model, which has only seen captions (needed: {MARGIN:.0f}). LoRA
-has rank 4. On the task that nothing was tuned on, POPE's figures for MixLoRA: accuracy {pope["accuracy"]:.3f},
+MixLoRA (E=16, r=4) is {gain:.1f} points above the untuned model, which has only seen captions (needed: {MARGIN:.0f}).
+LoRA has rank 4. On the task that nothing was tuned on, POPE's figures for MixLoRA: accuracy {pope["accuracy"]:.3f},
 yes-ratio {pope["yes_ratio"]:.3f}.
 
 Loss, mean of the first and the last ten steps: {losses}.

@@ -11,9 +11,9 @@ from mixlora_kernels.peft import task_embedding
 from .conversation import TEMPLATES, prompt
 
 
-def build_prompt(question: str, template: str) -> str:
+def build_prompt(question: str, template: str, image: bool = True) -> str:
     """The text that the model continues. Vision-Flan's ``[Options]`` becomes ``Options``, as in the released code."""
-    return prompt(question, TEMPLATES[template]).replace("[Options]", "Options")
+    return prompt(question, TEMPLATES[template], image).replace("[Options]", "Options")
 
 
 @torch.inference_mode()
@@ -21,7 +21,7 @@ def answer(
     model: nn.Module,
     processor,
     prompts: list[str],
-    images: list[Image.Image],
+    images: list[Image.Image] | None,
     *,
     max_new_tokens: int = 64,
     embedding: Tensor | None = None,
@@ -30,7 +30,7 @@ def answer(
     """Generate the answers of a batch, padded on the left; greedily unless ``options`` say otherwise.
 
     Args:
-        prompts, images: as many of one as of the other; see ``build_prompt``.
+        prompts, images: as many of one as of the other, see ``build_prompt``; or no images, for prompts without.
         embedding: [d_task] or [B, d_task], for an adapter with ``routing="task"``.
         options: of ``generate``.
     """
@@ -42,7 +42,8 @@ def answer(
     finally:
         tokenizer.padding_side = side
     inputs = {name: tensor.to(device) for name, tensor in batch.items() if name != "token_type_ids"}
-    inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
+    if images is not None:
+        inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
     options = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id, "max_new_tokens": max_new_tokens} | options
     context = nullcontext()
     if embedding is not None:
