@@ -1,7 +1,7 @@
 """A multi-task visual instruction set from scikit-learn's handwritten digits, in Vision-Flan's format.
 
-Every image is a real digit, eight by eight pixels with seventeen grey levels, written in one of four inks on the left
-or on the right half of a dark field. The digits of the two splits were written by different hands or at least apart:
+Every image is a real digit, eight by eight pixels with seventeen grey levels, written in one of four inks in one
+quarter of a dark field. The digits of the two splits were written by different hands or at least apart:
 the training split takes the first 1,400, the other the rest.
 """
 
@@ -27,6 +27,7 @@ class Picture(NamedTuple):
     digit: int
     ink: str
     side: str
+    row: int = 0  # 0 above, 1 below; nothing asks for it
 
 
 class Task(NamedTuple):
@@ -85,9 +86,8 @@ PRESENCE = "Is there a {name} in the image?"  # POPE's kind of question, half of
 def draw(pixels: np.ndarray, picture: Picture) -> Image.Image:
     """Digits' pixels [8, 8] within 0 to 16, as an image of 16 by 16."""
     field = np.full((16, 16, 3), 16, np.float32)
-    left = 0 if picture.side == "left" else 8
-    strength = np.repeat(pixels / 16, 2, axis=0)[..., None]  # twice as high as wide: the half is tall
-    field[:, left : left + 8] += strength * (np.array(INKS[picture.ink], np.float32) - 16)
+    quarter = field[8 * picture.row :][:8, 8 * SIDES.index(picture.side) :][:, :8]
+    quarter += (pixels / 16)[..., None] * (np.array(INKS[picture.ink], np.float32) - 16)
     return Image.fromarray(field.round().astype(np.uint8))
 
 
@@ -117,7 +117,8 @@ def write_images(folder: Path, seed: int, copies: int) -> dict[str, list[tuple[s
     for number, (pixels, digit) in enumerate(zip(digits.images, digits.target)):
         split = "train" if number < SPLIT else "test"
         for copy in range(copies):
-            picture = Picture(int(digit), random_source.choice(list(INKS)), random_source.choice(SIDES))
+            ink, side, row = (random_source.choice(kinds) for kinds in (list(INKS), SIDES, (0, 1)))
+            picture = Picture(int(digit), ink, side, row)
             name = f"{split}/{number:04}_{copy}.png"
             (folder / split).mkdir(parents=True, exist_ok=True)
             draw(pixels, picture).save(folder / name)

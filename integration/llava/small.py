@@ -34,7 +34,7 @@ def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def small_llava(
-    texts: list[str], *, image: int = 16, patch: int = 4, width: int = 96, layers: int = 2, seed: int = 0
+    texts: list[str], *, image: int = 16, patch: int = 8, width: int = 96, layers: int = 2, seed: int = 0
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """A LLaVA with random weights, and its processor.
 
@@ -55,7 +55,13 @@ def small_llava(
         hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
         vocab_size=len(tokenizer), max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=SPECIAL.index(IMAGE), pad_token_id=0)
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=SPECIAL.index(IMAGE),
+        pad_token_id=0,
+        vision_feature_layer=-1,
+    )
     size = {"height": image, "width": image}
     images = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
     processor = LlavaProcessor(

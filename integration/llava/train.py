@@ -34,7 +34,13 @@ class LengthGrouped(Sampler):
     """Records of similar lengths together, in an order that depends on the seed and the epoch alone.
 
     transformers' own sampler draws its order from the global generator, which after a restart is not where it was at
-    the beginning of the epoch.
+    the beginning of the epoch. It also goes through fifty batches from the longest to the shortest, and so, where
+    lengths differ by task, through one task after another; here the batches are shuffled. The longest comes first, so
+    that memory runs out early if at all.
+
+    Args:
+        lengths: of all records, in tokens.
+        batch_size: records of one optimizer step on all devices.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
@@ -48,7 +54,12 @@ class LengthGrouped(Sampler):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
-        yield from get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        indices = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
+        batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
+        whole = len(indices) // self.batch_size  # a smaller last batch stays the last
+        order = [0, *(1 + torch.randperm(max(whole - 1, 0), generator=generator)).tolist(), *range(whole, len(batches))]
+        for number in order[: len(batches)]:
+            yield from batches[number]
 
 
 class LlavaTrainer(Trainer):

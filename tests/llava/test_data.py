@@ -22,7 +22,7 @@ TURNS = [Turn("<image>\nWhich digit is it?", "seven red"), Turn("Is it odd?", "y
 
 @pytest.fixture(scope="module")
 def processor():
-    return small_llava(TEXTS, image=8, width=24)[1]
+    return small_llava(TEXTS, image=8, patch=4, width=24)[1]
 
 
 def llama_like(texts):

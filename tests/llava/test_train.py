@@ -159,12 +159,19 @@ def test_settings_of_the_paper():
     )
 
 
-def test_batches_of_similar_length_in_an_order_of_seed_and_epoch():
-    lengths = [5, 50] * 64
+@pytest.mark.parametrize("count", [5, 8, 128, 131])
+def test_batches_of_similar_length_in_an_order_of_seed_and_epoch(count):
+    lengths = [5 if i % 2 else 50 for i in range(count)]
+    lengths[3] = 99
     sampler = LengthGrouped(lengths, 8, seed=1)
     first = list(sampler)
-    assert sorted(first) == list(range(128)) and first == list(LengthGrouped(lengths, 8, seed=1))
-    mixed = sum(len({lengths[i] for i in first[start : start + 8]}) > 1 for start in range(0, 128, 8))
-    assert mixed <= 5  # one for each of the four groups that are sorted, and the one that the longest record moves to
+    assert sorted(first) == list(range(count)) and first == list(LengthGrouped(lengths, 8, seed=1))
+    assert 3 in first[:8]
     sampler.set_epoch(1)
     assert list(sampler) != first
+    means = [sum(lengths[i] for i in first[start : start + 8]) / 8 for start in range(0, count - 7, 8)]
+    mixed = sum(6 < mean < 49 for mean in means)
+    assert mixed <= 5  # one for each of the four groups that are sorted, and the one with the longest record
+    if count > 100:  # long and short batches take turns, instead of all long ones first
+        assert sum(one > other for one, other in zip(means, means[1:])) >= 2
+        assert means != sorted(means, reverse=True)
