@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -173,5 +174,5 @@ def test_batches_of_similar_length_in_an_order_of_seed_and_epoch(count):
     mixed = sum(6 < mean < 49 for mean in means)
     assert mixed <= 5  # one for each of the four groups that are sorted, and the one with the longest record
     if count > 100:  # long and short batches take turns, instead of all long ones first
-        assert sum(one > other for one, other in zip(means, means[1:])) >= 2
+        assert sum(one > other for one, other in pairwise(means)) >= 2
         assert means != sorted(means, reverse=True)
