@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ..routing import Routing
 from .forward import Call, Forward, KeptRouting
 
 # Where transformers and torch keep the function that checkpoints a layer.
@@ -103,7 +104,10 @@ class SideInformation:
             self.forward = None
         if forward is None or output is None or not forward.routings:
             return
-        self.last = {key: routing.detach() for key, routing in forward.routings.items()}
+        self.last = {
+            place: Routing(*(tensor.detach() if tensor.requires_grad else tensor for tensor in routing))
+            for place, routing in forward.routings.items()
+        }
         cache = kwargs.get("past_key_values")
         cache = getattr(output, "past_key_values", None) if cache is None else cache
         if cache is not None and not forward.cached and forward.L is not None:

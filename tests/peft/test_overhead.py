@@ -1,0 +1,53 @@
+"""What the PEFT layer costs around the operation, in the time of a forward."""
+
+import copy
+import time
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+import mixlora_kernels.adapter
+
+from .models import adapt, build
+
+
+def test_no_more_than_pefts_own_lora_layer(monkeypatch):
+    """Both on the same layers of the same model, taking turns; the operation itself takes no time here, and
+    LoRA's, on 8 tokens, next to none beside its calls."""
+    base = build()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    models = {
+        "base": base.train(),
+        "lora": get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=targets, lora_dropout=0.05)).train(),
+        "mixlora": adapt(base, target_modules=targets).train(),
+    }
+    results = {}
+    operation = mixlora_kernels.adapter.mixlora
+
+    def remembered(x, base, factors, *args, **kwargs):
+        key = id(factors.lora_A)
+        if key not in results:
+            results[key] = operation(x, base, factors, *args, **kwargs)
+        return results[key]
+
+    monkeypatch.setattr(mixlora_kernels.adapter, "mixlora", remembered)
+    batch = {"input_ids": torch.randint(3, 90, (2, 4)), "attention_mask": torch.ones(2, 4), "use_cache": False}
+    times = dict.fromkeys(models, float("inf"))
+    for _ in range(40):
+        for name, model in models.items():
+            start = time.perf_counter()
+            model(**batch)
+            times[name] = min(times[name], time.perf_counter() - start)
+    # The remembered output also spares the frozen product, which the base model has: count it for MixLoRA.
+    x, frozen = torch.randn(2, 4, 32), base.model.layers[0].self_attn.q_proj
+    product = min(_time(lambda: frozen(x)) for _ in range(200))
+    layers = 14
+    lora = (times["lora"] - times["base"]) / layers
+    ours = (times["mixlora"] - times["base"]) / layers + product
+    assert ours <= lora, f"{ours * 1e6:.1f} us a layer, LoRA {lora * 1e6:.1f} us"
+
+
+def _time(call) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start

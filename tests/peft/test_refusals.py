@@ -1,0 +1,269 @@
+"""Bad input: a clear error, and the model is left as it was."""
+
+import copy
+import pickle
+import shutil
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load, save_file
+from torch import nn
+
+from mixlora_kernels.peft import ConditionalMixLoRAConfig, routing_report, task_embedding
+
+from .models import adapt, build, prompts
+
+IDS = torch.stack([tokens[:6] for tokens in prompts(2)])
+WEIGHTS = "adapter_model.safetensors"
+
+
+def state(model: nn.Module) -> tuple:
+    """All that a failed call must not change."""
+    modules = [(name, type(module), len(module._forward_pre_hooks)) for name, module in model.named_modules()]
+    parameters = [(name, p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()]
+    return modules, parameters
+
+
+def assert_same(model: nn.Module, before: tuple) -> None:
+    modules, parameters = state(model)
+    assert modules == before[0]
+    assert [entry[:2] for entry in parameters] == [entry[:2] for entry in before[1]]
+    assert all(torch.equal(new, old) for (*_, new), (*_, old) in zip(parameters, before[1]))
+    assert hasattr(model, "peft_config") == ("mixlora" in str(before[0]).lower())
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"target_modules": ["q_proj", "typo_proj"]}, "typo_proj.*not found"),
+        ({"target_modules": r".*\.typo"}, "not found"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "embed_tokens is not supported"),
+        ({"target_modules": ["q_proj", "self_attn"]}, "self_attn is not supported"),
+        ({"layers_to_transform": [7]}, "no linear layers"),
+    ],
+)
+def test_targets(settings, message):
+    model = build()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, ConditionalMixLoRAConfig(r=1, num_factors=2, **settings))
+    assert_same(model, before)
+
+
+def test_no_default_targets():
+    with pytest.raises(ValueError, match=r"Please specify `target_modules`.*get_decoder"):
+        get_peft_model(nn.Sequential(nn.Linear(2, 2)), ConditionalMixLoRAConfig(r=1, num_factors=2))
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"r": 5, "num_factors": 4}, "must not exceed"),
+        ({"target_modules": ".*", "layers_to_transform": [0]}, "layers_to_transform"),
+        ({"layers_pattern": "layers"}, "layers_pattern"),
+        ({"task_type": "POETRY"}, "task type"),
+    ],
+)
+def test_configs(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ConditionalMixLoRAConfig(**settings)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    adapt(build(), r=3).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def cut(file, how):
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "corrupt":
+        file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
+    elif how == "pickle":
+        file.write_bytes(pickle.dumps({"a": 1}))
+    elif how == "torch.save":
+        torch.save(load(file.read_bytes()), file)
+    else:
+        file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("how", ["truncated", "corrupt", "pickle", "torch.save", "empty"])
+def test_files(saved, how):
+    cut(saved / WEIGHTS, how)
+    message = "is a pickle" if how in ("pickle", "torch.save") else "truncated or corrupt"
+    model = build()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(model, saved)
+    assert_same(model, before)
+    adapted = adapt(build())
+    before = state(adapted)
+    with pytest.raises(ValueError, match=message):
+        adapted.load_adapter(saved, "second")
+    assert_same(adapted, before)
+
+
+def change(file, how):
+    weights = load(file.read_bytes())
+    key = next(key for key in weights if key.endswith("layers.1.mlp.up_proj.mixlora_adapter.router_AB"))
+    if how == "missing":
+        del weights[key]
+    elif how == "unknown":
+        weights[key.replace("layers.1", "layers.5")] = weights[key].clone()
+    else:
+        weights[key] = weights[key][:, :2].clone()
+    save_file(weights, file)
+
+
+@pytest.mark.parametrize("how", ["missing", "unknown", "shapes"])
+def test_weights_that_do_not_fit(saved, how):
+    change(saved / WEIGHTS, how)
+    message = rf"{how}.*layers\.{5 if how == 'unknown' else 1}\.mlp\.up_proj.*router_AB"
+    model = build()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        PeftModel.from_pretrained(model, saved)
+    assert_same(model, before)
+    adapted = adapt(build())
+    before = state(adapted)
+    with pytest.raises(ValueError, match=message):
+        adapted.load_adapter(saved, "second")
+    assert_same(adapted, before)
+    # Another adapter's weights into one that is there: it stays, as it was.
+    with pytest.raises(ValueError, match="do not fit"):
+        adapted.load_adapter(saved, "default")
+    assert_same(adapted, before)
+
+
+def test_another_size_of_model(saved):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
+    model = LlamaForCausalLM(config)
+    with pytest.raises(ValueError, match="other shapes"):
+        PeftModel.from_pretrained(model, saved)
+
+
+def test_a_missing_configuration(saved):
+    shutil.move(saved / "adapter_config.json", saved / "elsewhere.json")
+    with pytest.raises(ValueError, match=r"adapter_config\.json"):
+        PeftModel.from_pretrained(build(), str(saved))
+
+
+def test_task_embedding_missing_at_a_step():
+    model = adapt(build(), routing="task", task_dim=4)
+    task = torch.randn(2, 4)
+    model(input_ids=IDS, task_embedding=task)
+    with pytest.raises(ValueError, match="needs the task embedding at every step"):
+        model(input_ids=IDS)
+    with pytest.raises(ValueError, match="needs the task embedding at every step"):
+        model.generate(input_ids=IDS, max_new_tokens=2)
+    with pytest.raises(ValueError, match=r"task must have the shape"):
+        model(input_ids=IDS, task_embedding=task[:, :3])
+    with pytest.raises(ValueError, match=r"task must have the shape"):
+        model(input_ids=IDS, task_embedding=task[:1].expand(3, -1))
+    with pytest.raises(ValueError, match="no MixLoRA layers"), task_embedding(build(), task):
+        pass
+    with model.disable_adapter():
+        model(input_ids=IDS)
+
+
+def test_adapter_names():
+    model = adapt(build())
+    with pytest.raises(ValueError, match=r"non-existing adapter.*nobody"):
+        model(input_ids=IDS, adapter_names=["default", "nobody"])
+    with pytest.raises(ValueError, match="Length of `adapter_names`"):
+        model(input_ids=IDS, adapter_names=["default"])
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        model(input_ids=IDS, adapter_names=["default", "default"])
+    packed = {"input_ids": IDS[:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "use_cache": False}
+    with pytest.raises(ValueError, match="packed"):
+        model.eval()(**packed, adapter_names=["default"])
+
+
+PACKED = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+
+
+@pytest.mark.parametrize(
+    "told, message",
+    [
+        ({"position_ids": PACKED, "attention_mask": torch.ones(2, 6)}, "position_ids start anew.*attention_mask"),
+        ({"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]] * 2), "attention_mask": torch.ones(2, 6)}, "seq_idx says"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 6, 12]), "attention_mask": torch.ones(2, 6)}, "cu_seq_lens_q says"),
+        ({"position_ids": PACKED, "seq_idx": torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)}, "contradict one another"),
+        ({"position_ids": PACKED, "cu_seq_lens_q": torch.tensor([0, 6, 12])}, "contradict one another"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4, 9])}, "from 0 to the 12 tokens"),
+        ({"cu_seq_lens_q": torch.tensor([0, 4, 12])}, "spans two"),
+        ({"cu_seq_lens_q": torch.tensor([[0, 12]])}, "shape"),
+        ({"seq_idx": torch.zeros(2, 5, dtype=torch.long)}, "seq_idx must have the shape"),
+    ],
+)
+def test_packing_that_contradicts_itself(told, message):
+    model = adapt(build())
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        model(input_ids=IDS, use_cache=False, **told)
+    assert_same(model, before)
+    model(input_ids=IDS, use_cache=False)  # and nothing of it is left
+
+
+def test_labels():
+    model = adapt(build(), pool="prompt").train()
+    with pytest.raises(ValueError, match="needs labels"):
+        model(input_ids=IDS)
+    with pytest.raises(ValueError, match="pooled token"):
+        model(input_ids=IDS, labels=IDS)  # no prompt at all
+    with pytest.raises(ValueError, match="labels must have the shape"):
+        model(input_ids=IDS, labels=IDS[:, :3])
+
+
+def test_a_prompt_in_chunks():
+    model = adapt(build())
+    with pytest.raises(ValueError, match="prefilled in chunks"):
+        model.generate(input_ids=IDS, max_new_tokens=2, prefill_chunk_size=3)
+    cache = model(input_ids=IDS[:, :3], use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="prefilled in chunks"):
+        model(input_ids=IDS[:, 3:], past_key_values=cache)
+    injected = model.unload()
+    injected.add_adapter(ConditionalMixLoRAConfig(r=1, num_factors=2))
+    with pytest.raises(ValueError, match="prefilled in chunks"):
+        injected.generate(input_ids=IDS, max_new_tokens=2, prefill_chunk_size=3)
+
+
+def test_a_cache_of_others():
+    model = adapt(build())
+    with model.disable_adapter():
+        cache = model(input_ids=IDS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="filled without this adapter"):
+        model(input_ids=IDS[:, :1], past_key_values=cache)
+    cache = model(input_ids=IDS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="filled for 2 rows, the forward has 1"):
+        cache.batch_select_indices(torch.tensor([0]))
+        model(input_ids=IDS[:1, :1], past_key_values=cache)
+
+
+def test_layers_that_see_other_tokens():
+    """A mask that cannot be applied is not left out in silence."""
+    model = adapt(build(), target_modules=["lm_head"])
+    mask = torch.ones(2, 6, dtype=torch.long)
+    model(input_ids=IDS, attention_mask=mask)
+    with pytest.raises(ValueError, match="lm_head sees an input of shape"):
+        model(input_ids=IDS, attention_mask=mask, logits_to_keep=1)
+
+
+def test_data_parallel():
+    model = adapt(build())
+    replica = copy.copy(model.base_model.model)
+    replica._is_replica = True
+    with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+        replica(input_ids=IDS)
+
+
+def test_a_report_before_a_forward():
+    with pytest.raises(ValueError, match="no forward yet"):
+        adapt(build()).routing_report()
+    with pytest.raises(ValueError, match="no MixLoRA layers"):
+        routing_report(build())
