@@ -16,6 +16,6 @@ setup(
     license="Apache-2.0",
     packages=find_packages(include=["mixlora_kernels", "mixlora_kernels.*"]),
     python_requires=">=3.10",
-    install_requires=["torch>=2.6", "numpy"],
+    install_requires=["torch>=2.6"],
     extras_require={"peft": PEFT, "benchmark": BENCHMARK, "test": TEST},
 )

@@ -17,12 +17,12 @@ from types import ModuleType
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends, reference
 from .backends.torch import dropout as block_dropout
 from .config import MixLoRAConfig
+from .frozen import frozen_product, frozen_product_backward
 from .routing import Instances, Routing, RoutingContext, find_instances, find_task
 
 
@@ -119,9 +119,17 @@ def _mixlora(x, base, factors, config, context, training, backend):
     weight, bias = base if isinstance(base, FrozenLinear) else (None, None)
     y = None if isinstance(base, FrozenLinear) else base.reshape(-1, base.shape[-1])
     chosen = (None, None, None) if given is None else (given.gate, given.index_a, given.index_b)
-    y, *routing = _MixLoRA.apply(
-        x.reshape(-1, x.shape[-1]), y, weight, bias, *factors, pooled, *chosen, seed, instances, options
-    )
+    tokens, routing = x.reshape(-1, x.shape[-1]), None
+    few = given is not None and seed is None and len(tokens) * config.r <= module.FEW
+    if few and not learns(x, base, factors, given):
+        lora_A, lora_B = factors[:2]
+        in_place = y is None
+        y = frozen_product(tokens, weight, bias) if in_place else y
+        y = module.decode(
+            y, tokens, lora_A, lora_B, given.index_a, given.index_b, given.gate, options.scale, instances, in_place
+        )
+    else:
+        y, *routing = _MixLoRA.apply(tokens, y, weight, bias, *factors, pooled, *chosen, seed, instances, options)
     return y.view(*x.shape[:-1], y.shape[-1]), given or Routing(*routing)
 
 
@@ -144,19 +152,20 @@ class _MixLoRA(torch.autograd.Function):
             table = None
             if options.conditioning is not None:
                 table = backend.condition_table(lora_A.to(precise), router_AB.to(precise), options.conditioning)
-            index_a, index_b, gate, probs_a, probs_b, saved = backend.route(logits, table, options.r, options.gate)
+            index_a, index_b, gate, probs_a, probs_b, saved = backend.route(
+                logits, table, options.r, options.gate, instances
+            )
         in_place = y is None
         if in_place:
-            y = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        scaled = gate * options.scale
-        y, chosen, s = backend.expand(y, u, lora_B, index_a, index_b, scaled, instances, in_place)
+            y = frozen_product(x, weight, bias)
+        y, chosen, s, scaled = backend.expand(y, u, lora_B, index_a, index_b, gate, options.scale, instances, in_place)
 
         ctx.set_materialize_grads(False)
         ctx.options, ctx.routed, ctx.dtype, ctx.device_type = options, routed, x.dtype, x.device.type
-        ctx.count, ctx.length = instances.count, instances.length
-        learns = any(ctx.needs_input_grad[i] for i in (4, 6, 7, 8))  # lora_A and the routers: their gradient reads x
+        ctx.count, ctx.length, ctx.tokens = instances.count, instances.length, x.shape[0]
+        reads_x = any(ctx.needs_input_grad[i] for i in (4, 6, 7, 8))  # lora_A and the routers: their gradient reads x
         ctx.save_for_backward(
-            x if learns else None, weight, lora_A, lora_B, router_A, router_B, router_AB,
+            x if reads_x else None, weight, lora_A, lora_B, router_A, router_B, router_AB,
             pooled if mean is None else mean, seed, chosen, s, scaled, index_a, index_b, probs_a, probs_b,
             *saved, instances.cu_seqlens, instances.segment, instances.mask,
         )  # fmt: skip
@@ -185,15 +194,15 @@ class _MixLoRA(torch.autograd.Function):
         instances = Instances(ctx.count, ctx.length, cu_seqlens, segment, mask)
         precise = torch.promote_types(ctx.dtype, torch.float32)
         if dy is None:  # a loss of the probabilities alone
-            dy = s.new_zeros(s.shape[0], lora_B.shape[1])
+            dy = lora_B.new_zeros(ctx.tokens, lora_B.shape[1], dtype=ctx.dtype)
 
         # expand
         routes = ctx.routed and not (options.gate == "binary" and dprobs_a is None and dprobs_b is None)
-        du, dlora_B, dweight = backend.expand_backward(
-            dy, chosen, s, lora_B, index_a, index_b, scaled, instances, need_B, routes or need_gate
+        du, dlora_B, dgate_y = backend.expand_backward(
+            dy, chosen, s, lora_B, index_a, index_b, scaled, options.scale, instances, need_B, routes or need_gate
         )
-        if dweight is not None:
-            dgate = dweight * options.scale if dgate is None else dweight * options.scale + dgate
+        if dgate_y is not None:
+            dgate = dgate_y if dgate is None else dgate_y + dgate
 
         # route
         dlogits = routers = drouters = dpooled = dlora_A_table = drouter_AB = None
@@ -210,10 +219,10 @@ class _MixLoRA(torch.autograd.Function):
                 drouters, dpooled = dlogits.T @ pooled, dlogits @ routers
 
         # project
-        dx = dy @ weight.to(dy.dtype) if need_x and weight is not None else None
+        dx = frozen_product_backward(dy, weight) if need_x and weight is not None else None
         read = (dlogits, routers, pooled) if options.pools else (None, None, None)
         dx, dlora_A, drouters_pooled = backend.project_backward(
-            dx, x, du.to(ctx.dtype), lora_A, *read, instances, seed, options.p, need_x, need_A
+            dx, x, du.to(ctx.dtype), lora_A, index_a, *read, instances, seed, options.p, need_x, need_A
         )
         if need_A:
             dlora_A = dlora_A.to(lora_A.dtype)
@@ -241,9 +250,15 @@ class _MixLoRA(torch.autograd.Function):
         )
 
 
+def learns(x: Tensor, base: Tensor | FrozenLinear, factors: Factors, given: Routing) -> bool:
+    """Whether a gradient can be asked for."""
+    inputs = (x, *((base,) if isinstance(base, Tensor) else ()), *factors, given.gate)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+
+
 def _reference(x, base, factors, config, context, instances, given, seed, p):
     """The same through ``reference``, an instance at a time."""
-    frozen = F.linear(x, *(None if t is None else t.to(x.dtype) for t in base)) if type(base) is FrozenLinear else base
+    frozen = frozen_product(x, *base) if isinstance(base, FrozenLinear) else base
     tokens, frozen = x.reshape(-1, x.shape[-1]), frozen.reshape(-1, frozen.shape[-1])
     dropped = tokens
     if seed is not None:

@@ -100,11 +100,6 @@ class Instances(NamedTuple):
             pooled = self.cu_seqlens.diff().unsqueeze(-1).to(dtype)
         return 1.0 / pooled.clamp(min=1)
 
-    def spread(self, values: Tensor) -> Tensor:
-        """The adjoint of the mean over pooled tokens: [B, K] -> [N, K]."""
-        tokens = self.expand(values * self.share(values.dtype)).reshape(-1, values.shape[-1])
-        return tokens if self.mask is None else tokens.masked_fill(~self.mask.unsqueeze(-1), 0)
-
 
 def find_instances(x: Tensor, context: RoutingContext, pooled: bool) -> Instances:
     """Read from a layer's input [B, ..., d_in] or [L, d_in] and its context what the instances are.

@@ -1,4 +1,4 @@
-"""Half precision and autocast: no worse than the eager computation, routing in float32, gradients in their own dtype."""
+"""Half precision and autocast: no worse than the eager computation, and routing in float32."""
 
 import pytest
 import torch

@@ -1,5 +1,7 @@
 """The reference against independent statements of the paper's equations and of the released code."""
 
+from pathlib import Path
+
 import torch
 
 from mixlora_kernels import reference
@@ -55,5 +57,5 @@ def test_masked_average():
 
 
 def test_imports_nothing_of_the_package():
-    source = open(reference.__file__, encoding="utf-8").read()
+    source = Path(reference.__file__).read_text(encoding="utf-8")
     assert "from ." not in source and "import mixlora" not in source

@@ -5,6 +5,7 @@ read x once more costs less than 2E more columns of the product, and it keeps fl
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ...routing import Instances, can_look
@@ -20,14 +21,16 @@ def project(x: Tensor, lora_A: Tensor, routers: Tensor | None, instances: Instan
     and the means [B, d_in] in the routers' dtype; else None for both.
     """
     lora_A = lora_A.to(x.dtype)
-    u = x @ lora_A.T if seed is None else project_dropped(x, lora_A, seed, p)
+    u = F.linear(x, lora_A) if seed is None else project_dropped(x, lora_A, seed, p)
     if routers is None:
         return u, None, None
     pooled = mean(x, instances, routers.dtype)
     return u, pooled @ routers.T, pooled
 
 
-def project_backward(dx, x, du, lora_A, dlogits, routers, pooled, instances: Instances, seed, p, need_x, need_A):
+def project_backward(
+    dx, x, du, lora_A, index_a, dlogits, routers, pooled, instances: Instances, seed, p, need_x, need_A
+):
     """The gradients of x [N, d_in], of lora_A [E, d_in] and of the routers [2E, d_in], None where there is none.
 
     Args:
@@ -36,28 +39,32 @@ def project_backward(dx, x, du, lora_A, dlogits, routers, pooled, instances: Ins
     """
     dlora_A = drouters = None
     lora_A = lora_A.to(du.dtype)
-    terms = [] if seed is not None else [(du, lora_A)]
-    if dlogits is not None:
-        drouters = dlogits.T @ pooled
-        if need_x:
-            terms.append(_pooled_share(dlogits, routers, instances, du.dtype))
-    if need_x and terms:
-        columns, rows = terms[0] if len(terms) == 1 else (torch.cat(t, d) for t, d in zip(zip(*terms), (1, 0)))
-        dx = columns @ rows if dx is None else dx.addmm_(columns, rows)
     if seed is not None:
         dx = torch.zeros_like(x) if need_x and dx is None else dx
         dlora_A = project_dropped_backward(dx if need_x else None, x, du, lora_A, seed, p)
-    elif need_A:
-        dlora_A = du.T @ x
+    else:
+        if need_x:
+            dx = du @ lora_A if dx is None else dx.addmm_(du, lora_A)
+        if need_A:
+            dlora_A = du.T @ x
+    if dlogits is not None:
+        drouters = dlogits.T @ pooled
+        if need_x:
+            _mean_backward(dx, dlogits @ routers, instances)
     return dx, dlora_A, drouters
 
 
-def _pooled_share(dlogits, routers, instances: Instances, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The routers' share in x's gradient as a product of columns and rows, by the fewer of B and 2E columns."""
-    if instances.count < len(routers):
-        which = torch.eye(instances.count, dtype=dlogits.dtype, device=dlogits.device)
-        return instances.spread(which).to(dtype), (dlogits @ routers).to(dtype)
-    return instances.spread(dlogits).to(dtype), routers.to(dtype)
+def _mean_backward(dx: Tensor, dpooled: Tensor, instances: Instances) -> None:
+    """Give every pooled token its share of the gradient of its instance's mean, [B, d_in]: added to dx in place."""
+    dpooled = (dpooled * instances.share(dpooled.dtype)).to(dx.dtype)
+    if instances.mask is None and instances.length is not None:
+        instances.by_token(dx).add_(dpooled.unsqueeze(1))
+    else:  # as a product with the instances' indicators, which takes no copy of dpooled for each token
+        tokens = instances.index(dx.device)
+        member = tokens[:, None] == torch.arange(instances.count, device=dx.device)  # [N, B]
+        if instances.mask is not None:
+            member &= instances.mask[:, None]
+        dx.addmm_(member.to(dx.dtype), dpooled)
 
 
 def mean(x: Tensor, instances: Instances, dtype: torch.dtype) -> Tensor:

@@ -13,6 +13,8 @@ T depends on parameters alone; an instance only looks up r of its columns.
 import torch
 from torch import Tensor
 
+from ...routing import Instances
+
 _softmax_backward = torch.ops.aten._softmax_backward_data
 
 
@@ -37,13 +39,12 @@ def top_r(p: Tensor, r: int) -> Tensor:
     return torch.sort(p, dim=-1, descending=True, stable=True)[1][:, :r].contiguous()
 
 
-def route(logits: Tensor, table: Tensor | None, r: int, gate: str):
+def route(logits: Tensor, table: Tensor | None, r: int, gate: str, instances: Instances):
     """Choose r factors of A and r of B for each instance, from the routers' logits [B, 2E], those of A first.
 
     Returns ``index_a, index_b, gate, probs_a, probs_b`` as in ``Routing``, and what the backward needs.
     """
-    p = torch.softmax(logits.view(len(logits), 2, logits.shape[1] // 2), -1)  # [B, 2, E]
-    probs_a, p_ifs = p.unbind(1)
+    probs_a, p_ifs = (torch.softmax(part, -1) for part in logits.chunk(2, -1))  # [B, E]
     index_a = top_r(probs_a, r)  # [B, r]
     if table is None:
         probs_b, p_cfs, q = p_ifs, None, None
@@ -56,15 +57,14 @@ def route(logits: Tensor, table: Tensor | None, r: int, gate: str):
         weight = _shares(probs_a, index_a)[0] * _shares(probs_b, index_b)[0]
     else:
         weight = probs_a.new_ones(index_a.shape)
-    return index_a, index_b, weight, probs_a.clone(), probs_b.clone(), (p, p_cfs, q)
+    return index_a, index_b, weight, probs_a, probs_b, (p_ifs, p_cfs, q)
 
 
 def route_backward(dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, saved, gate: str):
     """From the gradients of the gate [B, r] and of the probabilities [B, E] (None where there is none) to those
     of the logits [B, 2E] and of T [r, E, E]; the latter is None without conditioning."""
-    p, p_cfs, q = saved
-    dp = torch.zeros_like(p)  # [B, 2, E]
-    da, db = dp.unbind(1)
+    p_ifs, p_cfs, q = saved
+    da, db = torch.zeros_like(probs_a), torch.zeros_like(probs_b)
     if dgate is not None and gate != "binary":
         dchosen_a = dchosen_b = dgate
         if gate == "weighted":
@@ -83,7 +83,8 @@ def route_backward(dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b
         dc = _softmax_backward(dq.T.expand_as(q), q, 1, q.dtype)  # [r, E, B]
         r, E, _ = q.shape
         dtable = dc.new_zeros(r, E, E).scatter_add_(2, _columns(index_a, q), dc)
-    return _softmax_backward(dp, p, -1, dp.dtype).flatten(1), dtable
+    dlogits = _softmax_backward(da, probs_a, -1, da.dtype), _softmax_backward(db, p_ifs, -1, db.dtype)
+    return torch.cat(dlogits, -1), dtable
 
 
 def _columns(index_a: Tensor, like: Tensor) -> Tensor:

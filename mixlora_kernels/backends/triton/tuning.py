@@ -1,0 +1,112 @@
+"""The shipped choices of tiles. Nothing is tried at run time: a new sequence length must not stall a step.
+
+A choice depends on the device's architecture, the layer's width, the padded size of the pool, the element size and
+the *bucket* of the number of tokens, so that few variants are compiled. The numbers for GPUs follow from counting:
+a tile's loads in flight should cover memory latency (some 32 KiB on each of 132 multiprocessors), a pass should
+start at least two programs for each of them, and what the tiles of a split pass hand on in partial sums should stay
+below a tenth of what the pass reads. benchmarks/compile_report.py shows that they fit registers and shared memory.
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+PROGRAMS = 264  # two for each multiprocessor of an H200
+BUCKETS = (16, 128, 1024, 4096)
+
+
+class Tile(NamedTuple):
+    """One pass over [tokens, width]: tokens and columns of a tile, and how a program walks them.
+
+    Attributes:
+        rows, columns: BLOCK_N, and BLOCK_D or BLOCK_O.
+        span: tokens (in a backward) or columns (in ``project``) that one program walks over, a multiple of its
+            tile; 0 for all columns.
+        registers: a thread's budget; 0 leaves it to the compiler, which sometimes spills to fit one program more.
+    """
+
+    rows: int
+    columns: int
+    span: int
+    num_warps: int
+    num_stages: int
+    registers: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What is said to Triton's compiler."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options | {"maxnreg": self.registers} if self.registers else options
+
+
+@cache
+def architecture(device: torch.device) -> str:
+    """``"sm_90"``, ``"gfx942"``, ..., or ``"interpreter"`` for a CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def bucket(tokens: int) -> int:
+    """The number of tokens, rounded so that a choice serves many lengths."""
+    return next((limit for limit in BUCKETS if tokens <= limit), 4 * BUCKETS[-1])
+
+
+def pad(count: int) -> int:
+    """E or R padded to what a matrix unit takes, with rows of zeros."""
+    return max(16, triton.next_power_of_2(count))
+
+
+def rows(tokens: int) -> int:
+    """BLOCK_N of every pass; the same everywhere, because ``route`` counts the tiles that ``project`` made."""
+    return 16 if bucket(tokens) <= 128 else 64
+
+
+def project(arch: str, tokens: int, width: int, pool: int, itemsize: int) -> Tile:
+    if arch == "interpreter":
+        return Tile(rows(tokens), 32, 64, 4, 1)
+    # The routers' sums hold 2 E columns of the tile in registers, in float32.
+    columns = max(16, min(128 // itemsize, 2048 // pool))
+    # Few tokens leave most of the device idle unless several programs share a row of x.
+    splits = max(1, min(PROGRAMS * rows(tokens) // bucket(tokens), 16))
+    span = 0 if splits == 1 else columns * max(4, triton.cdiv(triton.cdiv(width, splits), columns))
+    return Tile(rows(tokens), columns, span, 4, 2 if arch.startswith("gfx") else 4)
+
+
+def add(arch: str, tokens: int, itemsize: int) -> Tile:
+    if arch == "interpreter":
+        return Tile(rows(tokens), 32, 0, 4, 1)
+    return Tile(rows(tokens), 256 // itemsize, 0, 8, 1)
+
+
+def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int, hands_on: bool = False) -> Tile:
+    """``hands_on``: whether each slice of the width leaves a plane [N, R] of its own; slices are then wide."""
+    if arch == "interpreter":
+        return Tile(rows(tokens), 32, 2 * rows(tokens), 4, 1)
+    columns = min((512 if hands_on else 128) // itemsize, 4096 // slots)
+    span = rows(tokens)  # as long as the device stays full
+    while span < 512 and triton.cdiv(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
+        span *= 2
+    if arch.startswith("gfx"):
+        return Tile(rows(tokens), columns, span, 8 if hands_on else 4, 2)
+    if hands_on or itemsize == 4:
+        return Tile(rows(tokens), columns, span, 8, 3)
+    return Tile(rows(tokens), columns, span, 4, 4, 168)
+
+
+def gather(arch: str, pool: int) -> Tile:
+    """For the sums over partial sums: chunks at a time, and columns."""
+    if arch == "interpreter":
+        return Tile(16, 32, 0, 4, 1)
+    return Tile(16, max(16, min(128, 4096 // pool)), 0, 4, 1)
+
+
+def decode(arch: str, slots: int) -> Tile:
+    """The span is in columns of x, all at once for each slot."""
+    if arch == "interpreter":
+        return Tile(1, 32, 64, 4, 1)
+    return Tile(1, 128, max(64, 2048 // triton.next_power_of_2(slots)), 4, 2)

@@ -1,0 +1,52 @@
+"""The frozen product, which stays cuBLAS's and oneDNN's, and its share in x's gradient."""
+
+import time
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .routing import can_look
+
+BLOCK_N, BLOCK_D = 320, 256  # a few MiB of float32 at a time, whatever the size of dy and of the weight
+
+
+def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """W x + bias, bit for bit as ``nn.Linear`` has it: [N, d_in] -> [N, d_out]."""
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def frozen_product_backward(dy: Tensor, weight: Tensor) -> Tensor:
+    """dy · W, [N, d_out] -> [N, d_in].
+
+    Many CPUs have no matrix unit for half precision; oneDNN's half-precision product then runs at about half the speed
+    of its float32 one. There the product is taken in float32, block by block, and rounded once.
+    """
+    half = dy.dtype in (torch.bfloat16, torch.float16)
+    if half and weight.dtype == dy.dtype and can_look(dy) and single_is_faster(dy.dtype):
+        dx = dy.new_empty(dy.shape[0], weight.shape[1])
+        for columns in range(0, weight.shape[1], BLOCK_D):
+            single = weight[:, columns : columns + BLOCK_D].float()
+            for rows in range(0, len(dy), BLOCK_N):
+                block = dx[rows : rows + BLOCK_N, columns : columns + BLOCK_D]
+                block.copy_(dy[rows : rows + BLOCK_N].float() @ single)
+        return dx
+    return dy @ weight.to(dy.dtype)
+
+
+@cache
+def single_is_faster(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies float32 matrices at least 1.4 times as fast as those of ``dtype``; measured once,
+    on a product of some milliseconds. Where there is a matrix unit for ``dtype``, it is several times slower."""
+
+    def milliseconds(a: Tensor, b: Tensor) -> float:
+        times = []
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            a @ b
+            times.append(time.perf_counter() - start)
+        return 1e3 * min(times[1:])
+
+    a, b = torch.ones(256, 1024), torch.ones(1024, 1024)
+    return milliseconds(a.to(dtype), b.to(dtype)) > 1.4 * milliseconds(a, b)

@@ -1,0 +1,200 @@
+"""``benchmarks/run.py --quick`` as a user runs it, and the pieces that its figures rest on."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import check
+import implementations
+import layers
+import measure
+import pytest
+import suites
+import torch
+from implementations import Published
+from problem import Case, Problem
+from rounds import Runner
+
+import mixlora_kernels as mk
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+FIELDS = {
+    "suite", "case", "implementation", "pass", "median_ms", "p20_ms", "p80_ms", "ratio_to_base", "ratio_to_peft_lora",
+    "ratio_to_published", "peak_bytes", "error", "dtype", "device", "versions", "commit", "rounds", "rounds_ms",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> tuple[Path, str]:
+    """The folder with the results of one run, and what it printed."""
+    out = tmp_path_factory.mktemp("results")
+    command = [sys.executable, "benchmarks/run.py", "--quick", "--device", "cpu", "--seconds", "5", "--out", str(out)]
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
+    assert done.returncode == 0, done.stderr
+    return out, done.stdout
+
+
+@pytest.fixture(scope="module")
+def results(quick) -> dict:
+    return json.loads((quick[0] / "results.json").read_text(encoding="utf-8"))
+
+
+def test_every_suite_and_implementation_has_rows(quick, results):
+    rows = results["rows"]
+    assert {row["suite"] for row in rows} == set(suites.NAMES)
+    # compiled needs a C++ compiler; where there is none the run says so
+    expected = set(implementations.NAMES) - ({"compiled"} if "compiled left out" in quick[1] else set())
+    assert {row["implementation"] for row in rows} == expected
+    for suite in ("layer", "decode", "memory", "model"):
+        found = {row["implementation"] for row in rows if row["suite"] == suite}
+        assert found >= {"base", "peft_lora", "eager", "published", "mixlora"}
+
+
+def test_rows_are_complete(results):
+    for row in results["rows"]:
+        assert row.keys() >= FIELDS
+        assert row["peak_bytes"] > 0 and row["device"] == "cpu"
+        if row["suite"] == "memory":
+            assert row["median_ms"] is None and row["rounds_ms"] == []
+            continue
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        assert row["ratio_to_base"] > 0
+        assert row["rounds"] == sum(ms is not None for ms in row["rounds_ms"]) >= 2
+        if row["implementation"] == "base":
+            assert row["ratio_to_base"] == 1.0
+
+
+def test_errors_are_within_the_tolerance(results):
+    tolerance = {"float32": 1e-4, "bfloat16": check.TOLERANCE[torch.bfloat16]}  # a model's own is the widest
+    assert all(0 <= row["error"] <= tolerance[row["dtype"]] for row in results["rows"])
+    assert all(row["error"] > 0 for row in results["rows"] if row["suite"] == "layer")  # float64 differs from float32
+
+
+def test_summary_and_machine(results):
+    assert results["machine"]["cores"] >= 1 and results["machine"]["versions"]["torch"] == torch.__version__
+    assert results["arguments"]["quick"] is True
+    assert all(bar["met"] is None and math.isfinite(bar["measured"]) for bar in results["summary"])
+    assert len(results["summary"]) == 17  # each claim of the summary found its rows
+
+
+def test_report_and_plots(quick):
+    out, printed = quick
+    text = (out / "results.md").read_text(encoding="utf-8")
+    for suite in suites.NAMES:
+        assert f"\n{suite}\n" in printed and f"## {suite}\n" in text and f"({suite}.png)" in text
+        plot = (out / f"{suite}.png").read_bytes()
+        assert plot.startswith(b"\x89PNG\r\n\x1a\n") and plot.rstrip().endswith(b"IEND\xaeB`\x82")
+    recorded = text + (out / "results.json").read_text(encoding="utf-8")
+    assert str(ROOT) not in recorded and str(out) not in recorded
+
+
+def test_an_unknown_suite_is_refused():
+    command = [sys.executable, "benchmarks/run.py", "--suite", "layers"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "layer, scaling, decode, memory, model" in done.stderr
+
+
+def test_paired_ratio_is_of_each_round():
+    # The third round is ten times slower for both, and the second had only one of them.
+    assert measure.paired_ratio([1.0, 5.0, 20.0, 3.0], [2.0, None, 40.0, 4.0]) == 0.5
+    assert measure.paired_ratio([1.0], [None]) is None
+
+
+class Sleeping:
+    """A candidate that does nothing, and keeps count of it."""
+
+    def __init__(self, name: str, log: list[str], every: int = 1):
+        self.every, self.phases = every, {"only": lambda: log.append(name)}
+
+    def reset(self) -> None:
+        pass
+
+
+def test_rounds_interleave_and_rotate():
+    log = []
+    candidates = [Sleeping("a", log), Sleeping("b", log, every=2), Sleeping("c", log)]
+    times = measure.interleave(candidates, measure.Clock(CPU), rounds=3, seconds=0)
+    assert "".join(log) == "abc" + "ca" + "cab"
+    assert [[phases is None for phases in rounds] for rounds in times] == [
+        [False] * 3,
+        [False, True, False],
+        [False] * 3,
+    ]
+
+
+class Allocating:
+    """Holds 4 MB, and 1 MB more for a moment; then in a second phase 2 MB in the place of the 4."""
+
+    every = 1
+
+    def __init__(self):
+        self.kept = None
+        self.phases = {"first": self.first, "second": self.second}
+
+    def reset(self) -> None:
+        self.kept = None
+
+    def first(self) -> None:
+        self.kept = torch.empty(4_000_000, dtype=torch.uint8)
+        torch.empty(1_000_000, dtype=torch.uint8)
+
+    def second(self) -> None:
+        self.kept = None
+        self.kept = torch.empty(2_000_000, dtype=torch.uint8)
+        torch.empty(3_500_000, dtype=torch.uint8)
+
+
+def test_peak_memory_is_exact():
+    assert measure.peak_bytes(Allocating(), CPU) == [5_000_000, 5_500_000]
+
+
+def test_allocations_in_order_and_stderr_untouched(capfd):
+    changes = measure.allocations(lambda: torch.empty(1000, dtype=torch.uint8))
+    assert changes == [1000, -1000]
+    print("after", file=sys.stderr)
+    assert capfd.readouterr().err == "after\n"
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_inputs_leave_no_near_ties(kept):
+    problem = Problem(Case(3, 1 if kept else 7, 64, 48, E=8, r=3, kept=kept), CPU, seed=1)
+    pooled = problem.x.detach().mean(dim=1)
+    logits = pooled @ problem.factors["router_A"].T
+    gaps = logits.sort(dim=-1).values.diff(dim=-1)
+    torch.testing.assert_close(gaps, torch.full_like(gaps, 4 / 7), atol=1e-4, rtol=0)  # float32 through pinv
+
+
+def test_published_is_the_published_configuration():
+    problem = Problem(Case(3, 7, 64, 48, torch.float64, E=8, r=3), CPU, seed=2)
+    config = mk.MixLoRAConfig.published(r=3, num_factors=8)
+    layer = mk.MixLoRALinear.from_linear(problem.linear, config, backend="reference")
+    layer.adapter.load_state_dict(problem.factors)
+    published = Published(problem.linear, config, problem.factors)
+    want, routing = layer(problem.x, return_routing=True)
+    # Equal but for the order in which 64 products are summed.
+    torch.testing.assert_close(published(problem.x), want, atol=1e-12, rtol=1e-12)
+    for chosen, expected in zip(published.choose(problem.x), routing):
+        assert torch.equal(chosen, expected)
+    assert {name for name, p in published.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+
+
+def test_a_wrong_implementation_is_not_timed():
+    case = Case(2, 5, 32, 32, E=8, r=2)
+
+    def build(report):
+        problem = Problem(case, CPU, seed=0)
+        wrong = implementations.build("mixlora", problem)
+        with torch.no_grad():
+            wrong.module.adapter.lora_B.mul_(1.001)
+        return [layers.Layer("mixlora", problem, wrong)]
+
+    group = suites.Group("layer", case.name, build, rounds=1, weight=1)
+    with pytest.raises(check.Disagreement, match=r"mixlora at 32→32.* disagrees .* router_A 1.0e-03"):
+        Runner(CPU, print).run(group, seconds=1)

@@ -1,0 +1,41 @@
+"""Every kernel of these tests writes into memory that holds no number, so that what it leaves out shows; and the
+interpreter rounds to bfloat16 as GPUs do."""
+
+import numpy
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="the kernels need Triton, which has no package for this platform")
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+
+    def poison(tensor):
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else -(1 << 30))
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
+
+
+@pytest.fixture
+def device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def nearest(monkeypatch):
+    """The interpreter cuts the last bits off, whose errors are twice as large and all of one sign."""
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def to_nearest(values, source, target, rounding):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(values, source, target, rounding)
+        rounded = torch.from_numpy(numpy.ascontiguousarray(values)).bfloat16()
+        return rounded.view(torch.int16).numpy().view(numpy.uint16)
+
+    monkeypatch.setattr(interpreter, "_convert_float", to_nearest)

@@ -1,0 +1,267 @@
+"""What is around the kernels: decoding, registration, torch.compile, launches, and the choice of a backend."""
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+import mixlora_kernels as mk
+from mixlora_kernels import backends
+
+from ..cases import assert_same, make_input, make_layer, make_mask, make_task, relative_error, run
+
+kernels = pytest.importorskip("mixlora_kernels.backends.triton")
+ops = torch.ops.mixlora_kernels
+
+
+def layer_and_input(device, *shape, d_in=40, **settings):
+    layer = make_layer(d_in, 37, dtype=torch.float32, backend="triton", **settings).to(device)
+    return layer, make_input(*shape, d_in, dtype=torch.float32).detach().to(device)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the kernels that are launched."""
+    import triton
+
+    names = []
+    for module in (name for name in sys.modules if name.startswith(kernels.__name__ + ".")):
+        module = sys.modules[module]
+        if hasattr(module, "launch") and not isinstance(module.launch, type(sys)):
+            launch = module.launch
+
+            def record(kernel, *args, launch=launch, **meta):
+                names.append(kernel.fn.__name__ if isinstance(kernel, triton.runtime.JITFunction) else kernel.__name__)
+                launch(kernel, *args, **meta)
+
+            monkeypatch.setattr(module, "launch", record)
+    return names
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 1), (2, 3)])
+def test_decoding_is_one_launch(shape, launched, device):
+    """A kept routing, few tokens and no gradient: one kernel, with the result of the others. CLOSE as elsewhere."""
+    layer, x = layer_and_input(device, *shape, dropout=0.5)
+    layer.eval()
+    _, routing = layer(x, return_routing=True)
+    context = mk.RoutingContext(routing=routing.detach())
+    with torch.no_grad():
+        launched.clear()
+        y = layer(x, context)
+        assert launched == ["decode_kernel"]
+        layer.backend = "reference"
+        assert relative_error(y, layer(x, context)) <= 1e-5
+
+
+def test_decoding_packed_and_onto_a_given_output(device):
+    layer, x = layer_and_input(device, 1, 7)
+    context = mk.RoutingContext(cu_seqlens=torch.tensor([0, 2, 3, 7], device=device))
+    results = []
+    for backend in ("triton", "reference"):
+        layer.backend = backend
+        with torch.no_grad():
+            _, routing = layer(x, context, return_routing=True)
+            kept, base = context._replace(routing=routing), layer.base_layer(x)
+            before = base.clone()
+            results.append(layer.adapter(x, base, kept)[0])
+            assert torch.equal(base, before)
+    assert relative_error(*results) <= 1e-5
+
+
+def test_launches_of_a_training_step(launched, device):
+    """What the report on speed counts: three kernels forward; two for expand, one for route, three for project back.
+    With a kept routing nothing is routed."""
+    layer, x = layer_and_input(device, 2, 20)
+    x.requires_grad_()
+    _, routing, _ = run(layer, x)
+    assert launched == [
+        "project_kernel", "route_kernel", "add_kernel",
+        "collect_kernel", "expand_gather_kernel", "route_backward_kernel",
+        "collect_kernel", "project_gather_kernel", "add_kernel",
+    ]  # fmt: skip
+    launched.clear()
+    y = layer(x, mk.RoutingContext(routing=routing.detach()))
+    y.sum().backward()
+    assert not any(name.startswith("route") for name in launched) and len(launched) == 7
+
+
+CASES = {
+    "plain": ({}, lambda: None),
+    "mask": ({}, lambda: mk.RoutingContext(mask=make_mask(2, 20))),
+    "packed": ({}, lambda: mk.RoutingContext(cu_seqlens=torch.tensor([0, 17, 40]))),
+    "weighted, dropout": ({"gate": "weighted", "dropout": 0.3}, lambda: None),
+    "task": ({"routing": "task"}, lambda: mk.RoutingContext(task=make_task(2, dtype=torch.float32).detach())),
+    "random": ({"routing": "random"}, lambda: None),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_to_one_graph(case, device):
+    """Forward and backward, and the eager result: the same kernels on the same numbers."""
+    torch._dynamo.reset()
+    settings, make_context = CASES[case]
+    context = make_context()
+    if context is not None:
+        context = mk.RoutingContext(*(f.to(device) if isinstance(f, torch.Tensor) else f for f in context))
+    layer, x = layer_and_input(device, *((1, 40) if case == "packed" else (2, 20)), **settings)
+    x.requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    compiled.named_parameters = layer.named_parameters
+    assert_same(run(compiled, x, context), run(layer, x, context), 1e-6)
+
+
+def test_compiles_while_decoding(device):
+    torch._dynamo.reset()
+    layer, x = layer_and_input(device, 2, 1)
+    with torch.no_grad():
+        _, routing = layer(x, return_routing=True)
+        context = mk.RoutingContext(routing=routing)
+        compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+        assert relative_error(compiled(x, context), layer(x, context)) <= 1e-6
+
+
+def test_lengths_do_not_recompile_for_ever(device):
+    """The second length makes the dimension dynamic; further ones of the same bucket of tokens reuse that graph."""
+    torch._dynamo.reset()
+    layer, counter = layer_and_input(device, 2, 5)[0], torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter)
+    for length in (9, 10, 13, 15):
+        x = make_input(2, length, 40, dtype=torch.float32).detach().to(device)
+        assert relative_error(compiled(x), layer(x)) <= 1e-6
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registered_operators(dtype, packed, device):
+    """torch.library.opcheck: schemas, what is mutated, fake outputs, dynamic shapes."""
+    B, L, D, O, E, r, scale = 2, 9, 12, 10, 5, 3, 1.5
+    N = B * L
+
+    def draw(*shape, dtype=torch.float32):
+        return torch.randn(shape, device=device).to(dtype)
+
+    x, y, lora_A, lora_B, routers = (
+        draw(N, D, dtype=dtype),
+        draw(N, O, dtype=dtype),
+        draw(E, D),
+        draw(E, O),
+        draw(2 * E, D),
+    )
+    mask, seed = torch.ones(N, dtype=torch.bool, device=device), torch.tensor([5], device=device)
+    cu_seqlens = torch.tensor([0, 7, N], device=device) if packed else None
+    segment = torch.tensor([0] * 7 + [1] * 11, device=device) if packed else None
+    length = 0 if packed else L
+    dropped = 1 << 14
+    arguments = (x, lora_A, routers, cu_seqlens, mask, seed, B, length, dropped)
+    check("project", *arguments)
+    check("project", x, lora_A, None, cu_seqlens, None, None, B, length, 0)
+    u, sums = ops.project(*arguments)
+    table = draw(r, E, E)
+    routed = (sums, table, cu_seqlens, mask, B, length, 16, r, "weighted")
+    check("route", *routed)
+    check("route", draw(B, 2 * E), None, cu_seqlens, None, B, length, 0, r, "binary")
+    index_a, index_b, gate, probs_a, probs_b, p_ifs, p_cfs, q, share = ops.route(*routed)
+    check("expand", y, None, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, length)
+    check("expand", y, y.clone(), u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, length)
+    for needed in (True, False):
+        expanded = (y, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, length, needed, needed)
+        check("expand_backward", *expanded)
+    du, _, _ = ops.expand_backward(*expanded)
+    given = (gate, probs_a, probs_b, index_a, index_b, probs_a, probs_b, p_ifs, p_cfs, q, share, "weighted")
+    check("route_backward", *given)
+    check("route_backward", gate, None, None, *given[3:8], None, None, None, "straight_through")
+    dlogits, _ = ops.route_backward(*given)
+    last = (index_a, dlogits, routers, cu_seqlens, mask, seed, B, length, dropped)
+    check("project_backward", x.clone(), x, du, lora_A, *last, False, True)
+    check("project_backward", None, x, du, lora_A, *last, True, True)
+    check(
+        "project_backward",
+        x.clone(),
+        None,
+        du,
+        lora_A,
+        index_a,
+        None,
+        None,
+        cu_seqlens,
+        None,
+        None,
+        B,
+        length,
+        0,
+        True,
+        False,
+    )
+    check("decode", y, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, length)
+
+
+def check(name, *arguments):
+    torch.library.opcheck(getattr(ops, name).default, arguments)
+
+
+def python(code, **environment):
+    """Run in a fresh interpreter; its standard output."""
+    variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    done = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_importing_the_package_does_not_import_triton():
+    """Not even when a layer runs on the CPU."""
+    code = "import sys, torch, mixlora_kernels as mk; mk.MixLoRALinear(8, 8)(torch.ones(2, 3, 8))"
+    code += "; print('triton' in sys.modules)"
+    assert python(code) == "False"
+
+
+REFUSED = """
+import torch, mixlora_kernels as mk
+{before}
+layer = mk.MixLoRALinear(8, 8, backend='triton', dtype=torch.{dtype})
+try:
+    layer(torch.ones(2, 3, 8, dtype=torch.{dtype}))
+except {error} as error:
+    print(error)
+"""
+CPU = "", "float32", "ValueError", "", "needs a GPU, got a tensor on the CPU"
+LATE = (
+    "import triton, os; os.environ['TRITON_INTERPRET'] = '1'", "float32", "ValueError", "",
+    "Triton was imported without it",
+)  # fmt: skip
+DOUBLE = "", "float64", "TypeError", "1", "got torch.float64: use backend='torch'"
+MISSING = "import sys; sys.modules['triton'] = None", "float32", "ImportError", "1", "found none: install triton"
+OLD = "import triton; triton.__version__ = '3.1.0'", "float32", "ImportError", "1", "found 3.1.0: upgrade it"
+
+
+@pytest.mark.parametrize("before, dtype, error, interpret, message", [CPU, LATE, DOUBLE, MISSING, OLD])
+def test_what_cannot_run_is_refused(before, dtype, error, interpret, message):
+    code = REFUSED.format(before=before, dtype=dtype, error=error)
+    assert message in python(code, TRITON_INTERPRET=interpret)
+
+
+def test_the_default_falls_back_with_one_warning(monkeypatch, device):
+    """As on a GPU whose kernels cannot run: the torch backend serves, and says so once."""
+    backends.warn_once.cache_clear()
+    monkeypatch.setattr(backends, "find_obstacle", lambda *_: (ImportError, "no Triton here"))
+    x = torch.ones(2, 3, 8).to(device)
+
+    class OnGPU:
+        device, dtype = torch.device("cuda", 0), torch.float32
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        chosen = [backends.select(None, OnGPU) for _ in range(3)]
+    assert [str(w.message) for w in caught] == ["no Triton here; the torch backend serves instead"]
+    assert {backend.__name__ for backend in chosen} == {"mixlora_kernels.backends.torch"}
+    with pytest.raises(ImportError, match="no Triton here"):
+        backends.select("triton", x)
+
+
+def test_the_default_on_a_cpu_is_torch_without_a_warning():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.select(None, torch.ones(1)).__name__ == "mixlora_kernels.backends.torch"
