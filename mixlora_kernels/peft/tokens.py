@@ -9,8 +9,6 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..routing import can_look
-
 IGNORED = -100  # the label of a token that is not to be predicted
 
 
@@ -66,7 +64,7 @@ def segment_starts(position_ids, cu_seq_lens, seq_idx, mask: Tensor | None, B: i
         if tuple(seq_idx.shape) != (B, L):
             raise ValueError(f"seq_idx must have the shape {(B, L)} of the tokens, got {tuple(seq_idx.shape)}")
         found["seq_idx"] = _changes(seq_idx.diff(dim=1) != 0)
-    look = all(can_look(starts) for starts in found.values()) and (positions is None or can_look(positions))
+    look = _may_look()
     if mask is not None:
         if positions is not None and look and _restarts_within(positions, mask):
             raise ValueError(
@@ -109,6 +107,13 @@ def cumulative_lengths(starts: Tensor) -> Tensor:
     return torch.cat((flat.nonzero().flatten(), flat.new_full((1,), flat.numel(), dtype=torch.int64)))
 
 
+def _may_look() -> bool:
+    """Whether values may be looked at. On a device it costs a stall, once per forward of training or prefill that
+    comes with positions: contradictory information would route instances wrongly without a word."""
+    capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return not (torch.compiler.is_compiling() or capturing)
+
+
 def _text_positions(position_ids, B: int, L: int) -> Tensor | None:
     if position_ids is None or (position_ids.dim() == 3 and position_ids.shape[0] != 4):
         return None
@@ -126,7 +131,7 @@ def _changes(inner: Tensor) -> Tensor:
 def _starts_of(cu_seq_lens: Tensor, B: int, L: int) -> Tensor:
     if cu_seq_lens.dim() != 1 or cu_seq_lens.numel() < 2:
         raise ValueError(f"cu_seq_lens_q must have the shape [segments + 1], got {tuple(cu_seq_lens.shape)}")
-    if can_look(cu_seq_lens):
+    if _may_look():
         edges = cu_seq_lens.tolist()
         if edges[0] != 0 or edges[-1] != B * L or any(a >= b for a, b in pairwise(edges)):
             raise ValueError(f"cu_seq_lens_q must rise from 0 to the {B * L} tokens, got {edges}")

@@ -198,6 +198,32 @@ def test_every_step_routes_anew_where_it_is_told_to():
     assert torch.isfinite(logits).all()
 
 
+@torch.no_grad()
+def test_a_further_turn_that_routes_anew_leaves_padding_out():
+    """decode="token" and new tokens of unequal number, padded on the left behind what is in the cache."""
+    model = adapt(build(), decode="token")
+
+    def turns(first, mask, second, second_mask):
+        step = torch.full_like(first[:, :1], 5)
+        masks = torch.cat((mask, torch.ones_like(step), second_mask), 1)
+        positions = (masks.cumsum(1) - 1).clamp(min=0)
+        parts, cache, done = (first, step, second), None, 0
+        for ids in parts:
+            end = done + ids.shape[1]
+            out = model(
+                input_ids=ids, attention_mask=masks[:, :end], position_ids=positions[:, done:end],
+                past_key_values=cache, use_cache=True,
+            )  # fmt: skip
+            cache, done = out.past_key_values, end
+        return out.logits
+
+    firsts, seconds = prompts(2), prompts(2, lengths=(3, 2), seed=9)
+    batch = turns(*pad(firsts, "left"), *pad(seconds, "left"))
+    for row, (first, second) in enumerate(zip(firsts, seconds)):
+        alone = turns(*pad([first], "left"), *pad([second], "left"))[0]
+        assert relative(batch[row, -len(second) :], alone) < TOLERANCE
+
+
 @pytest.mark.parametrize("settings", [{}, {"decode": "token"}], ids=["prompt", "token"])
 def test_task_embedding(settings):
     from mixlora_kernels.peft import task_embedding

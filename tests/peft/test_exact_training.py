@@ -278,7 +278,8 @@ def test_a_row_of_padding_fills_up_a_batch():
     instances, batch, own = batch_of("llama")
     expected, _ = alone(model, "llama", instances, own)
     row = torch.zeros_like(batch["input_ids"][:1])
-    filled = {name: torch.cat((value, row)) for name, value in batch.items()}
+    batch["position_ids"] = torch.arange(row.shape[1]).expand(3, -1)
+    filled = {name: torch.cat((value, row)) for name, value in batch.items()}  # its positions are all 0, too
     logits = model(**filled).logits
     assert torch.isfinite(logits).all()
     for found, wanted in zip(rows_of(logits, batch), expected):
