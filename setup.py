@@ -5,7 +5,14 @@ from setuptools import find_packages, setup
 # What each use needs beyond torch. The kernels' tests run in Triton's interpreter, on any machine.
 PEFT = ["transformers>=5.0", "peft>=0.19", "accelerate>=1.10", "safetensors>=0.5"]
 BENCHMARK = [*PEFT, "matplotlib>=3.8", "scikit-learn>=1.4", "pillow>=10"]
-TEST = [*BENCHMARK, "pytest>=8", "hypothesis>=6.100", "ruff>=0.14", "triton>=3.4; platform_system == 'Linux'"]
+LLAVA = [*BENCHMARK, "pyyaml>=6"]
+TEST = [
+    *LLAVA,
+    "pytest>=8",
+    "hypothesis>=6.100",
+    "ruff>=0.14",
+    "triton>=3.4; platform_system == 'Linux'",
+]
 
 setup(
     name="mixlora_kernels",
@@ -14,8 +21,10 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["mixlora_kernels", "mixlora_kernels.*"]),
+    packages=find_packages(include=["mixlora_kernels", "mixlora_kernels.*", "integration", "integration.*"]),
+    package_data={"integration.llava": ["configs/*.yaml", "lmms_tasks/*"]},
+    entry_points={"lmms_eval.models": ["mixlora_llava = integration.llava.lmms:manifest"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6"],
-    extras_require={"peft": PEFT, "benchmark": BENCHMARK, "test": TEST},
+    extras_require={"peft": PEFT, "llava": LLAVA, "benchmark": BENCHMARK, "test": TEST},
 )

@@ -145,6 +145,10 @@ class Forward:
         """The new tokens that are not padding, and where packed instances begin, each [B, L] bool or None."""
         if self._tokens is None:
             mask = padding_mask(self.mask, self.B, self.L, self.cached)
+            if mask is not None:
+                # A row of nothing but padding fills up a batch (generate() makes such masks where every token is the
+                # padding's); it is no instance, and routes somehow.
+                mask = mask | ~mask.any(1, keepdim=True)
             starts = None
             if not self.cached and self.L > 1:
                 starts = segment_starts(self.position_ids, self.cu_seq_lens, self.seq_idx, mask, self.B, self.L)

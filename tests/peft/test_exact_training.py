@@ -273,6 +273,18 @@ def test_task_embedding():
     check(model, logits, *expected)
 
 
+def test_a_row_of_padding_fills_up_a_batch():
+    model = adapt(build())
+    instances, batch, own = batch_of("llama")
+    expected, _ = alone(model, "llama", instances, own)
+    row = torch.zeros_like(batch["input_ids"][:1])
+    filled = {name: torch.cat((value, row)) for name, value in batch.items()}
+    logits = model(**filled).logits
+    assert torch.isfinite(logits).all()
+    for found, wanted in zip(rows_of(logits, batch), expected):
+        assert relative(found, wanted) < TOLERANCE
+
+
 def test_random_routing_is_the_same_when_recomputed():
     model = adapt(build(), routing="random")
     _, batch, _ = batch_of("llama")

@@ -210,13 +210,6 @@ def test_packing_that_contradicts_itself(told, message):
     model(input_ids=IDS, use_cache=False)  # and nothing of it is left
 
 
-def test_a_row_of_padding():
-    mask = torch.ones(2, 6, dtype=torch.long)
-    mask[1] = 0
-    with pytest.raises(ValueError, match=r"pooled token.*\[1\]"):
-        adapt(build())(input_ids=IDS, attention_mask=mask)
-
-
 def test_labels():
     model = adapt(build(), pool="prompt").train()
     with pytest.raises(ValueError, match="needs labels"):

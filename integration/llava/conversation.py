@@ -1,0 +1,107 @@
+"""The text of a conversation, and where in it the answers are."""
+
+from typing import NamedTuple
+
+IMAGE = "<image>"
+
+
+class BadRecord(ValueError):
+    """A record that cannot be trained on; the message says why, without its id."""
+
+
+class Template(NamedTuple):
+    """Vicuna's format: ``system USER: question ASSISTANT: answer</s>USER: ...``."""
+
+    system: str
+    user: str = "USER"
+    assistant: str = "ASSISTANT"
+
+
+class Turn(NamedTuple):
+    question: str
+    answer: str
+
+
+TEMPLATES = {
+    # What the released MixLoRA, and LLaVA from 1.5 on, were trained with.
+    "v1": Template(
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    ),
+    # What the released evaluation uses by default, although it is not what the models were trained with.
+    "llava_v1": Template(
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    ),
+    # For small models: no system message.
+    "bare": Template(""),
+}
+
+
+def prompt(question: str, template: Template, image: bool = True) -> str:
+    """What a model continues with its answer; the image, if any, comes before the question."""
+    head = f"{template.system} " if template.system else ""
+    question = place_image(question) if image else question
+    return f"{head}{template.user}: {question} {template.assistant}:"
+
+
+def render(turns: list[Turn], template: Template, end: str) -> tuple[str, list[tuple[int, int]]]:
+    """A whole conversation.
+
+    Args:
+        turns: questions and answers.
+        end: what ends an answer, the tokenizer's end-of-sequence token.
+
+    Returns:
+        The text, and for each answer where it begins and ends in it, its end token included.
+    """
+    text, spans = f"{template.system} " if template.system else "", []
+    for question, answer in turns:
+        text += f"{template.user}: {question} {template.assistant}: "
+        spans.append((len(text), len(text) + len(answer) + len(end)))
+        text += answer + end
+    return text, spans
+
+
+def read_turns(conversations: list[dict], has_image: bool) -> list[Turn]:
+    """Questions and answers from LLaVA's ``[{from: human | gpt, value}, ...]``.
+
+    An answer before the first question is left out, as in LLaVA. The image comes before the question that mentions it,
+    or before the first.
+
+    Raises:
+        BadRecord: an unknown speaker, speakers that do not take turns, an empty or missing answer, or a mention of an
+            image in an answer, more than once, or without an image.
+    """
+    if not isinstance(conversations, list) or not conversations:
+        raise BadRecord("no conversation")
+    for message in conversations:
+        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
+            raise BadRecord("a message without a text")
+        if message.get("from") not in ("human", "gpt"):
+            raise BadRecord(f"unknown speaker {message.get('from')!r}")
+    if conversations[0]["from"] == "gpt":
+        conversations = conversations[1:]
+    speakers = [message["from"] for message in conversations]
+    if len(speakers) % 2 or not speakers:
+        raise BadRecord("no answer")
+    if speakers != ["human", "gpt"] * (len(speakers) // 2):
+        raise BadRecord("speakers do not take turns")
+    texts = [message["value"].strip() for message in conversations]
+    turns = [Turn(question, answer) for question, answer in zip(texts[::2], texts[1::2])]
+    if not all(answer for _, answer in turns):
+        raise BadRecord("empty answer")
+    mentions = [question.count(IMAGE) for question, _ in turns]
+    if any(IMAGE in answer for _, answer in turns) or sum(mentions) > 1:
+        raise BadRecord(f"{IMAGE} in an answer or more than once")
+    if sum(mentions) and not has_image:
+        raise BadRecord(f"{IMAGE} without an image")
+    if has_image:
+        place = mentions.index(1) if sum(mentions) else 0
+        turns[place] = Turn(place_image(turns[place].question), turns[place].answer)
+    return turns
+
+
+def place_image(question: str) -> str:
+    """The question after the image."""
+    return f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()

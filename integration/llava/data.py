@@ -1,0 +1,244 @@
+"""LLaVA's JSON and image folder as a data set: records are checked once, and read when they are trained on."""
+
+import json
+import logging
+from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .conversation import IMAGE, TEMPLATES, BadRecord, Turn, read_turns, render
+from .images import BadImage, check_image, find_image, load_image
+
+IGNORED = -100
+logger = logging.getLogger(__name__)
+
+
+class Record(NamedTuple):
+    """One conversation. ``task`` is Vision-Flan's ``task_name``, ``image`` a file or None."""
+
+    id: str
+    task: str | None
+    image: Path | None
+    turns: list[Turn]
+
+
+class Encoder:
+    """Turns records into what the model is trained on.
+
+    Args:
+        processor: transformers' processor of the model; its tokenizer must be a fast one, which knows where in the
+            text each token lies.
+        template: name of the conversation template.
+        max_length: tokens of text after which a conversation is cut, the image counted as one.
+    """
+
+    def __init__(self, processor, template: str = "v1", max_length: int = 1792):
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        if not self.tokenizer.is_fast:
+            raise ValueError(f"{type(self.tokenizer).__name__} does not say where its tokens lie: use a fast tokenizer")
+        if template not in TEMPLATES:
+            raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+        self.template, self.max_length = TEMPLATES[template], max_length
+        self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
+        self.varies = hasattr(processor.image_processor, "image_grid_pinpoints")  # LLaVA-Next: tokens by image size
+        self._image_tokens: dict[tuple[int, int], int] = {}
+
+    def text(self, turns: list[Turn]) -> tuple[list[int], list[int]]:
+        """Token ids and labels of a conversation, the image as one token; labels are -100 but for the answers.
+
+        Raises:
+            BadRecord: after ``max_length`` tokens, no answer or no image is left.
+        """
+        text, spans = render(turns, self.template, self.tokenizer.eos_token)
+        encoded = self.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=self.max_length)
+        ids, labels = encoded["input_ids"], [IGNORED] * len(encoded["input_ids"])
+        place = 0
+        for position, (start, end) in enumerate(encoded["offset_mapping"]):
+            while place < len(spans) and spans[place][1] <= start:
+                place += 1
+            # A token that begins with the space before the answer belongs to the answer.
+            if place < len(spans) and end > max(start, spans[place][0]):
+                labels[position] = ids[position]
+        if all(label == IGNORED for label in labels):
+            raise BadRecord(f"no answer left after {self.max_length} tokens")
+        if any(IMAGE in question for question, _ in turns) and self.image_id not in ids:
+            raise BadRecord(f"no image left after {self.max_length} tokens")
+        return ids, labels
+
+    def length(self, record: Record, size: tuple[int, int] | None) -> int:
+        """Tokens of a record, from its image's width and height.
+
+        Raises:
+            BadRecord: as ``text``.
+        """
+        length = len(self.text(record.turns)[0])
+        if size is None:
+            return length
+        size = size if self.varies else (32, 32)
+        if size not in self._image_tokens:
+            self._image_tokens[size] = self._image(Image.new("RGB", size))[0]
+        return length - 1 + self._image_tokens[size]
+
+    def _image(self, image: Image.Image) -> tuple[int, dict]:
+        out = self.processor(text=IMAGE, images=image, return_tensors="pt")
+        count = int((out["input_ids"] == self.image_id).sum())
+        return count, {key: out[key] for key in ("pixel_values", "image_sizes") if key in out}
+
+    def __call__(self, record: Record) -> dict:
+        """``input_ids`` and ``labels`` [L] int64, ``attention_mask``, and the image's tensors."""
+        ids, labels = self.text(record.turns)
+        item = {}
+        if record.image is not None:
+            count, item = self._image(load_image(record.image))
+            at = ids.index(self.image_id)
+            ids = ids[:at] + [self.image_id] * count + ids[at + 1 :]
+            labels = labels[:at] + [IGNORED] * count + labels[at + 1 :]
+        return item | {"input_ids": torch.tensor(ids), "labels": torch.tensor(labels)}
+
+
+class Conversations(Dataset):
+    """The records of a file that can be trained on.
+
+    Attributes:
+        records, lengths: the good ones, and their tokens.
+        problems: ids of the bad ones by reason.
+    """
+
+    def __init__(self, records: list[Record], lengths: list[int], encoder: Encoder, problems: dict[str, list[str]]):
+        self.records, self.lengths, self.encoder, self.problems = records, lengths, encoder, problems
+        tasks = sorted({record.task for record in records if record.task is not None})
+        self.task_ids = {task: number for number, task in enumerate(tasks)}
+
+    @classmethod
+    def read(
+        cls,
+        file: str | Path,
+        images: str | Path,
+        encoder: Encoder,
+        *,
+        strict: bool = False,
+        decode: bool = True,
+        limit: int | None = None,
+    ):
+        """Read and check a file of records, ``[{id, image, task_name, conversations}, ...]``.
+
+        Args:
+            images: the folder that the records' images lie in.
+            strict: whether a bad record is an error.
+            decode: whether every image's pixels are read now. Otherwise its header only, and a truncated image stops
+                the training that meets it.
+            limit: read no more records than that.
+
+        Raises:
+            ValueError: the file is not a list of records; none is left; or, with ``strict``, there are bad ones.
+        """
+        try:
+            raw = json.loads(Path(file).read_text(encoding="utf-8"))
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
+        if not isinstance(raw, list):
+            raise ValueError(f"{file} must hold a list of records, got {type(raw).__name__}")
+        raw = raw[:limit]
+
+        def look(numbered: tuple[int, dict]):
+            number, entry = numbered
+            name = str(entry.get("id", f"#{number}")) if isinstance(entry, dict) else f"#{number}"
+            try:
+                return read_record(name, entry, images, decode)
+            except (BadRecord, BadImage) as error:
+                return name, error
+
+        records, lengths, problems = [], [], defaultdict(list)
+        with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
+            for record, found in pool.map(look, enumerate(raw), chunksize=64):
+                if not isinstance(found, Exception):
+                    try:
+                        lengths.append(encoder.length(record, found))
+                        records.append(record)
+                        continue
+                    except BadRecord as error:
+                        record, found = record.id, error
+                problems[found.why if isinstance(found, BadImage) else str(found)].append(record)
+        if problems:
+            report = "; ".join(f"{reason}: {len(ids)} ({', '.join(ids)})" for reason, ids in problems.items())
+            message = f"{file}: {len(raw) - len(records)} of {len(raw)} records cannot be used. {report}"
+            if strict:
+                raise ValueError(message)
+            logger.warning(message)
+        if not records:
+            raise ValueError(f"{file} has no record that can be used")
+        return cls(records, lengths, encoder, dict(problems))
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict:
+        record = self.records[index]
+        try:
+            item = self.encoder(record)
+        except BadImage as error:
+            raise BadImage(f"record {record.id}: {error}") from error
+        return item | {"task": self.task_ids.get(record.task, -1)}
+
+
+def read_record(name: str, entry: dict, images: str | Path, decode: bool) -> tuple[Record, tuple[int, int] | None]:
+    """A record, and its image's width and height.
+
+    Raises:
+        BadRecord, BadImage: it cannot be used.
+    """
+    if not isinstance(entry, dict):
+        raise BadRecord("not a record")
+    image = entry.get("image")
+    if image is not None and not isinstance(image, str):
+        raise BadRecord("image is not the name of a file")
+    turns = read_turns(entry.get("conversations"), image is not None)
+    size = None
+    if image is not None:
+        image = find_image(images, image)
+        size = check_image(image, decode)
+    return Record(name, entry.get("task_name"), image, turns), size
+
+
+class Collator:
+    """Items to a batch, padded on the right.
+
+    Args:
+        pad_id: the token that pads.
+        task_embeddings: [tasks, d_task], for ``routing="task"``; each row of the batch gets its task's.
+    """
+
+    def __init__(self, pad_id: int, task_embeddings: Tensor | None = None):
+        self.pad_id, self.task_embeddings = pad_id, task_embeddings
+
+    def __call__(self, items: list[dict]) -> dict[str, Tensor]:
+        pad = torch.nn.utils.rnn.pad_sequence
+        ids = pad([item["input_ids"] for item in items], batch_first=True, padding_value=self.pad_id)
+        labels = pad([item["labels"] for item in items], batch_first=True, padding_value=IGNORED)
+        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        batch = {"input_ids": ids, "labels": labels}
+        batch["attention_mask"] = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
+        batch |= stack_images([item for item in items if "pixel_values" in item])
+        if self.task_embeddings is not None:
+            batch["task_embedding"] = self.task_embeddings[torch.tensor([item["task"] for item in items])]
+        return batch
+
+
+def stack_images(items: list[dict]) -> dict[str, Tensor]:
+    """Image tensors of several items: [images, 3, H, W], or for LLaVA-Next [images, most patches, 3, H, W]."""
+    if not items:
+        return {}
+    pixels = [item["pixel_values"] for item in items]
+    if pixels[0].dim() == 5:
+        most = max(p.shape[1] for p in pixels)
+        pixels = [torch.cat((p, p.new_zeros(1, most - p.shape[1], *p.shape[2:])), dim=1) for p in pixels]
+    batch = {"pixel_values": torch.cat(pixels)}
+    if "image_sizes" in items[0]:
+        batch["image_sizes"] = torch.cat([item["image_sizes"] for item in items])
+    return batch

@@ -1,0 +1,186 @@
+"""Predictions in the released format, and their scores.
+
+    python -m integration.llava.evaluate --model MODEL [--adapter DIR] --questions DIR --images DIR --output DIR
+
+Questions are JSONL files, one per task, with ``unique_id, image_path, prompt, target``. A run that was stopped goes on
+where it stopped.
+"""
+
+import argparse
+import json
+import logging
+import uuid
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from . import scores
+from .conversation import TEMPLATES
+from .generate import answer, build_prompt
+from .images import BadImage, find_image, load_image
+from .judge import EXACT, load_judge
+from .model import load_adapter, load_llava
+from .tasks import embed_tasks, read_definitions
+
+logger = logging.getLogger(__name__)
+FIELDS = ("unique_id", "image_path", "prompt", "target")
+
+
+def read_questions(file: str | Path) -> list[dict]:
+    """The questions of a task.
+
+    Raises:
+        ValueError: a line is not JSON or lacks a field, or an id occurs twice.
+    """
+    questions, ids = [], set()
+    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            question = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}, line {number}: not JSON ({error})") from error
+        if not isinstance(question, dict) or (missing := [name for name in FIELDS if name not in question]):
+            raise ValueError(f"{file}, line {number}: lacks {missing if isinstance(question, dict) else FIELDS}")
+        if question["unique_id"] in ids:
+            raise ValueError(f"{file}, line {number}: the id {question['unique_id']!r} occurs twice")
+        ids.add(question["unique_id"])
+        questions.append(question)
+    return questions
+
+
+def predict(
+    model: nn.Module,
+    processor,
+    questions: list[dict],
+    images: str | Path,
+    output: str | Path,
+    *,
+    batch_size: int = 8,
+    template: str = "v1",
+    model_id: str = "",
+    embedding: Tensor | None = None,
+    **options,
+) -> list[dict]:
+    """Answer questions, and write each answer as a line of ``output`` when its batch is done.
+
+    An image that cannot be used is answered by nothing, which counts as wrong; ``metadata`` says what is wrong with it.
+
+    Args:
+        images: the folder that ``image_path`` is relative to.
+        output: a JSONL file. The answers that it holds already are kept.
+        batch_size: 1 is used for adapters that average over padding, whose answers depend on it.
+        embedding: the task's, for ``routing="task"``.
+        options: see ``generate.answer``.
+
+    Returns:
+        All rows: ``question_id, prompt, predict, target, image_path, answer_id, model_id, metadata``.
+
+    Raises:
+        ValueError: the file holds answers to other questions.
+    """
+    output = Path(output)
+    rows = _finished(output)
+    answered = [row["question_id"] for row in rows]
+    if answered != [question["unique_id"] for question in questions[: len(rows)]]:
+        raise ValueError(f"{output} holds answers to other questions")
+    if _averages_padding(model) and batch_size > 1:
+        logger.warning("pool='all' averages over padding: questions are answered one by one")
+        batch_size = 1
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with output.open("a", encoding="utf-8") as stream:
+        for start in range(len(rows), len(questions), batch_size):
+            new = _answer_batch(
+                model, processor, questions[start : start + batch_size], Path(images), template, embedding, options
+            )
+            for row in new:
+                row |= {"answer_id": uuid.uuid4().hex, "model_id": model_id}
+                stream.write(json.dumps(row) + "\n")
+            stream.flush()
+            rows += new
+    return rows
+
+
+def _answer_batch(model, processor, questions, folder, template, embedding, options) -> list[dict]:
+    rows, pictures = [], {}
+    for number, question in enumerate(questions):
+        metadata = {"question": question["prompt"]}
+        try:
+            pictures[number] = load_image(find_image(folder, question["image_path"]))
+        except BadImage as error:
+            logger.warning("%s is counted as wrong: %s", question["unique_id"], error)
+            metadata["error"] = str(error)
+        rows.append(
+            {
+                "question_id": question["unique_id"],
+                "prompt": build_prompt(question["prompt"], template),
+                "predict": "",
+                "target": question["target"],
+                "image_path": str(folder / question["image_path"]),
+                "metadata": metadata,
+            }
+        )
+    if pictures:
+        prompts = [rows[number]["prompt"] for number in pictures]
+        said = answer(model, processor, prompts, list(pictures.values()), embedding=embedding, **options)
+        for number, text in zip(pictures, said):
+            rows[number]["predict"] = text
+    return rows
+
+
+def _finished(output: Path) -> list[dict]:
+    """The whole lines of a file; what a stopped run left of its last line is cut off."""
+    if not output.is_file():
+        return []
+    content = output.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with output.open("r+b") as stream:
+            stream.truncate(len(whole))
+    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+
+
+def _averages_padding(model: nn.Module) -> bool:
+    configs = getattr(model, "peft_config", {}).values()
+    return any(getattr(config, "pool", None) == "all" for config in configs)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder or hub name of a LLaVA, or its parts as JSON")
+    parser.add_argument("--adapter", type=Path, help="without it, the untuned model answers")
+    parser.add_argument("--questions", type=Path, required=True, help="folder of JSONL files, or one file")
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--template", choices=list(TEMPLATES), default="v1")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--device", default=None, help="a torch device; the model stays where it loads by default")
+    parser.add_argument("--judge", default=EXACT, help=f"{EXACT!r}, or the folder or hub name of a causal model")
+    parser.add_argument("--task-definitions", type=Path, help="for routing by task: a JSON file of a text per task")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO)
+    files = sorted(options.questions.glob("*.jsonl")) if options.questions.is_dir() else [options.questions]
+    source = json.loads(options.model) if options.model.startswith("{") else options.model
+    model, processor = load_llava(source)
+    model.to(options.device or model.device)
+    embeddings = None
+    if options.task_definitions:
+        definitions = read_definitions(options.task_definitions, [file.stem for file in files])
+        embeddings = embed_tasks(model, processor.tokenizer, definitions)
+    if options.adapter:
+        model, saved = load_adapter(model, options.adapter)
+        embeddings = embeddings or saved
+    for file in files:
+        if embeddings is not None and file.stem not in embeddings:
+            parser.error(f"the task {file.stem} has no embedding: give --task-definitions")
+        predict(
+            model, processor, read_questions(file), options.images, options.output / file.name,
+            batch_size=options.batch_size, template=options.template, max_new_tokens=options.max_new_tokens,
+            model_id=str(options.adapter or options.model), embedding=embeddings and embeddings[file.stem],
+        )  # fmt: skip
+    report = scores.score_folder(options.output, load_judge(options.judge, options.device))
+    (options.output / "scores.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""Task embeddings for ``routing="task"``: Equation 10 with LLaVA's own language model as the encoder (Appendix B)."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .patch import find_parts
+
+
+def read_definitions(file: str | Path, tasks: list[str]) -> dict[str, str]:
+    """The text of each task.
+
+    Raises:
+        ValueError: the file lacks some.
+    """
+    definitions = json.loads(Path(file).read_text(encoding="utf-8"))
+    if missing := [task for task in tasks if not isinstance(definitions.get(task), str)]:
+        raise ValueError(f"{file} has no definition of the tasks {missing}")
+    return {task: definitions[task] for task in tasks}
+
+
+@torch.no_grad()
+def embed_tasks(model: nn.Module, tokenizer, definitions: dict[str, str]) -> dict[str, Tensor]:
+    """The mean over its tokens of what the decoder's last layer makes of each definition, [d_text] float32.
+
+    Call it before the model is patched: the encoder is the pretrained model.
+    """
+    decoder = model.get_submodule(find_parts(model).decoder)
+    device = next(decoder.parameters()).device
+    return {
+        task: decoder(input_ids=tokenizer(text, return_tensors="pt").input_ids.to(device))
+        .last_hidden_state[0]
+        .float()
+        .mean(0)
+        .cpu()
+        for task, text in definitions.items()
+    }

@@ -1,0 +1,148 @@
+"""Converted checkpoints compute what the released code computes, restated here from its tensors by key."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from peft import PeftModel
+
+from integration.llava import checkpoint, convert
+
+from .tiny import LAYERS, linear_sizes, released_checkpoint, tiny_llava
+
+E, R = 12, 3  # more than ten factors: "10" comes before "2" where numbers are sorted as words
+
+
+def released_layer(state, name, x, conditional):
+    """The update of one layer, an instance at a time, with the dense product that the released code builds."""
+    outputs = []
+    for tokens in x:
+        mean = tokens.mean(0)  # every token, padding too
+        a = (state[name + "cmoa_selector.loraA_selector.weight"] @ mean).topk(R).indices.tolist()
+        A = torch.cat([state[f"{name}lora_A.default.{e}"] for e in a])  # [r, d_in]
+        extra = name + ("cmoa_loarB_extra_selector." if conditional else "cmoa_selector.")
+        score = (state[extra + "loraB_selector.weight"] @ mean).softmax(0)
+        if conditional:
+            table = state[extra + "loraA_param2loraB_selector.weight"]  # [E, r * d_in], slot by slot
+            slots = table.split(A.shape[1], dim=1)
+            # The two sums run apart: over the entries of a factor, and over the columns of a slot.
+            late = sum((A[i].sum() * slots[i].sum(1)).softmax(0) for i in range(R))
+            score = score + late.softmax(0)
+        b = score.topk(R).indices.tolist()
+        B = torch.cat([state[f"{name}lora_B.default.{e}"] for e in b])  # [r, d_out]
+        dense = sum(torch.outer(A[i], B[i]) for i in range(R))  # [d_in, d_out]
+        outputs.append(tokens @ state[name + "weight"].T + (2 * E / R) * tokens @ dense)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("kind", ["input_lora_a_param", "input"])
+def test_reproduces_the_released_computation(tmp_path, kind, shards):
+    state = released_checkpoint(tmp_path / "released", kind, E, R, shards)
+    report = convert.to_adapter(tmp_path / "released", tmp_path / "adapter")
+    model = tiny_llava()
+    for layer in range(LAYERS):
+        for name in linear_sizes(layer):
+            path = name.removeprefix("base_model.model.model.").rstrip(".")
+            model.get_submodule(f"model.language_model.{path}").weight.data = state[name + "weight"]
+    adapted = PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
+    assert report["layers"] == 7 * LAYERS
+    for layer in range(LAYERS):
+        for name, (_, d_in) in linear_sizes(layer).items():
+            path = name.removeprefix("base_model.model.model.").rstrip(".")
+            x = torch.randn(4, 6, d_in)
+            got = adapted.get_submodule(f"base_model.model.model.language_model.{path}")(x)
+            want = released_layer(state, name, x, kind.endswith("param"))
+            # The promise is 1e-5 of the output's size, which is about 100 here (scaling 8, factors of unit variance).
+            assert (got - want).abs().max() <= 1e-5 * want.abs().max(), name
+    projector = adapted.base_model.model.model.multi_modal_projector.linear_1
+    projector = projector.modules_to_save["default"]
+    assert torch.equal(projector.weight, state["base_model.model.model.mm_projector.weight"])
+    assert torch.equal(projector.bias, state["base_model.model.model.mm_projector.bias"])
+
+
+def test_names_every_unused_key(tmp_path):
+    state = released_checkpoint(tmp_path / "released")
+    report = convert.to_adapter(tmp_path / "released", tmp_path / "adapter")
+    frozen = {key for key in state if key.endswith("_proj.weight")}
+    others = {"base_model.model.lm_head.weight", *(key for key in state if "vision_tower" in key)}
+    assert set(report["unused"]) == frozen | others
+
+
+@pytest.mark.parametrize("kind", ["input_lora_a_param", "input", "random"])
+def test_back_to_the_released_layout_bit_for_bit(tmp_path, kind):
+    state = released_checkpoint(tmp_path / "released", kind)
+    convert.to_adapter(tmp_path / "released", tmp_path / "adapter")
+    report = convert.to_released(tmp_path / "adapter", tmp_path / "back", base=tmp_path / "released")
+    back = torch.load(tmp_path / "back" / "pytorch_model.bin", weights_only=True)
+    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
+    arguments = checkpoint.load(tmp_path / "back" / "cmoa_args.bin")
+    assert (arguments.n_experts, arguments.n_selected, arguments.cond_type) == (12, 3, kind)
+    assert arguments.lora_alpha == 24 and report["unused"] == []
+
+
+def test_layout_of_the_original_llava(tmp_path):
+    released_checkpoint(tmp_path / "released")
+    convert.to_adapter(tmp_path / "released", tmp_path / "adapter", layout="original")
+    from safetensors.torch import load_file
+
+    keys = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "base_model.model.model.layers.0.mlp.up_proj.mixlora_adapter.router_AB" in keys
+    assert "base_model.model.model.mm_projector.weight" in keys
+    back = convert.to_released(tmp_path / "adapter", tmp_path / "back")
+    assert back == {"layers": 14, "copied": 0, "unused": []}
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("mix_start_layer", 4), ("ifs_weight", 0.5), ("cond_type", "attr"), ("mix_loraA", False)]
+)
+def test_refuses_settings_it_cannot_reproduce(tmp_path, setting, value):
+    released_checkpoint(tmp_path)
+    arguments = checkpoint.load(tmp_path / "cmoa_args.bin")
+    setattr(arguments, setting, value)
+    torch.save(arguments, tmp_path / "cmoa_args.bin")
+    with pytest.raises(ValueError, match=setting):
+        convert.to_adapter(tmp_path, tmp_path / "adapter")
+
+
+def test_refuses_missing_factors_by_layer(tmp_path):
+    state = released_checkpoint(tmp_path)
+    del state["base_model.model.model.layers.1.mlp.up_proj.lora_B.default.7"]
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj needs the factors 0 to 11 of lora_B"):
+        convert.to_adapter(tmp_path, tmp_path / "adapter")
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("ran",)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "cmoa_args.bin"])
+def test_never_unpickles_objects(tmp_path, name, capsys):
+    released_checkpoint(tmp_path)
+    torch.save({"key": Harmful()}, tmp_path / name)
+    with pytest.raises(ValueError, match=name):
+        convert.to_adapter(tmp_path, tmp_path / "adapter")
+    (tmp_path / name).write_bytes(pickle.dumps(Harmful()))
+    with pytest.raises(ValueError, match=name):
+        convert.to_adapter(tmp_path, tmp_path / "adapter")
+    assert "ran" not in capsys.readouterr().out
+
+
+def test_names_truncated_and_missing_files(tmp_path):
+    released_checkpoint(tmp_path, shards=2)
+    shard = tmp_path / "pytorch_model-00002-of-00002.bin"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"pytorch_model-00002-of-00002\.bin"):
+        convert.to_adapter(tmp_path, tmp_path / "adapter")
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model-00002-of-00002\.bin"):
+        convert.to_adapter(tmp_path, tmp_path / "adapter")
+
+
+def test_command_prints_the_report(tmp_path, capsys):
+    released_checkpoint(tmp_path / "released")
+    convert.main([str(tmp_path / "released"), str(tmp_path / "adapter")])
+    assert json.loads(capsys.readouterr().out)["layers"] == 14

@@ -1,0 +1,230 @@
+"""Predictions: their format, resuming, batches against single questions, judges, MMAvg, chat."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from integration.llava import chat, convert, digits, evaluate, generate, scores, small
+from integration.llava.judge import LanguageModelJudge, exact, judge_prompt, read_verdict
+from integration.llava.model import load_adapter, load_llava
+from integration.llava.patch import patch_llava
+from mixlora_kernels.peft import ConditionalMixLoRAConfig
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval")
+    digits.write(folder / "data", per_task=4, held_out=6, copies=1)
+    small.save(*small.small_llava(digits.texts(), width=24, layers=2), folder / "base")
+    model, _ = load_llava(folder / "base")
+    patched = patch_llava(
+        model, ConditionalMixLoRAConfig(r=2, num_factors=6, init_weights=False, task_type="CAUSAL_LM")
+    )
+    with torch.no_grad():  # strong enough to change what is said
+        for name, parameter in patched.model.named_parameters():
+            if "lora_B" in name:
+                parameter.mul_(5)
+    patched.model.save_pretrained(folder / "adapter")
+    return folder
+
+
+@pytest.fixture
+def adapted(folder):
+    model, processor = load_llava(folder / "base")
+    return load_adapter(model, folder / "adapter")[0], processor
+
+
+def test_rows_have_the_released_fields(folder, adapted, tmp_path):
+    questions = evaluate.read_questions(folder / "data/eval/side.jsonl")
+    out = tmp_path / "side.jsonl"
+    rows = evaluate.predict(*adapted, questions, folder / "data/images", out, template="bare", max_new_tokens=3)
+    assert rows == [json.loads(line) for line in out.read_text().splitlines()]
+    assert set(rows[0]) == {
+        "question_id", "prompt", "predict", "target", "image_path", "answer_id", "model_id", "metadata",
+    }  # fmt: skip
+    assert rows[0]["prompt"] == "USER: <image>\nIs the digit on the left or on the right? ASSISTANT:"
+    assert [row["target"] for row in rows] == [question["target"] for question in questions]
+
+
+def test_a_batch_says_what_each_question_alone_says(folder, adapted, tmp_path):
+    model, processor = adapted
+    files = sorted((folder / "data/eval").glob("*.jsonl"))
+    questions = [evaluate.read_questions(file)[0] for file in files]  # prompts of several lengths: padding
+    options = {"template": "bare", "max_new_tokens": 6}
+    images = folder / "data/images"
+    batch = evaluate.predict(model, processor, questions, images, tmp_path / "a.jsonl", batch_size=7, **options)
+    alone = evaluate.predict(model, processor, questions, images, tmp_path / "b.jsonl", batch_size=1, **options)
+    assert [row["predict"] for row in batch] == [row["predict"] for row in alone]
+    base, processor = load_llava(folder / "base")
+    untuned = evaluate.predict(base, processor, questions, images, tmp_path / "c.jsonl", **options)
+    assert [row["predict"] for row in untuned] != [row["predict"] for row in batch]
+
+
+def test_a_stopped_run_goes_on(folder, adapted, tmp_path):
+    questions = evaluate.read_questions(folder / "data/eval/pope_pop.jsonl")
+    out, images = tmp_path / "pope_pop.jsonl", folder / "data/images"
+    whole = evaluate.predict(*adapted, questions, images, out, template="bare", max_new_tokens=2, batch_size=5)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:4]) + lines[4][:30])  # stopped within a line
+    again = evaluate.predict(*adapted, questions, images, out, template="bare", max_new_tokens=2, batch_size=5)
+    assert again[:4] == whole[:4] and len(out.read_text().splitlines()) == len(questions)
+    assert [row["predict"] for row in again] == [row["predict"] for row in whole]
+    with pytest.raises(ValueError, match="answers to other questions"):
+        evaluate.predict(*adapted, questions[1:], images, out, template="bare")
+
+
+def test_a_bad_image_is_counted_as_wrong(folder, adapted, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
+    Image.new("CMYK", (16, 16)).save(tmp_path / "ink.jpg")
+    questions = [
+        {"unique_id": i, "image_path": name, "prompt": "Describe the image.", "target": "a"}
+        for i, name in enumerate(["broken.png", "ink.jpg"])
+    ]
+    rows = evaluate.predict(*adapted, questions, tmp_path, tmp_path / "out.jsonl", template="bare", max_new_tokens=2)
+    assert rows[0]["predict"] == "" and "broken.png" in rows[0]["metadata"]["error"]
+    assert "error" not in rows[1]["metadata"]
+    assert scores.score_task("x", rows, lambda rows: [False, True]) == {
+        "accuracy": 50.0, "count": 2, "unclear": 0, "errors": 1,
+    }  # fmt: skip
+
+
+def test_adapters_that_average_padding_are_asked_one_by_one(folder, tmp_path, caplog):
+    model, processor = load_llava(folder / "base")
+    patched = patch_llava(model, ConditionalMixLoRAConfig.published(r=2, num_factors=4, task_type="CAUSAL_LM"))
+    questions = evaluate.read_questions(folder / "data/eval/side.jsonl")[:2]
+    evaluate.predict(
+        patched.model, processor, questions, folder / "data/images", tmp_path / "x.jsonl", template="bare",
+        max_new_tokens=2,
+    )  # fmt: skip
+    assert "one by one" in caplog.text
+
+
+def test_options_are_written_as_in_the_released_code():
+    assert generate.build_prompt("Which? [Options] a, b", "bare") == "USER: <image>\nWhich? Options a, b ASSISTANT:"
+
+
+@pytest.mark.parametrize(
+    ("predict", "target", "right"),
+    [
+        ("Seven.", "seven", True),
+        ("the cat", "Cat", True),
+        ("seven red", "seven", False),
+        ("A", "a", True),
+        ("", "x", False),
+    ],
+)
+def test_exact_judge(predict, target, right):
+    assert exact([{"predict": predict, "target": target}]) == [right]
+
+
+def test_judge_prompt_is_the_papers():
+    row = {"prompt": "?", "metadata": {"question": "Is it red?"}, "target": "Yes", "predict": "No"}
+    assert judge_prompt(row) == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed,"
+        " and polite answers to the user's questions. USER: Decide if the prediction is correct given the question and"
+        " the answer. Questions: Is it red? Answer: Yes Prediction: No Your response should only be Yes or No."
+        " ASSISTANT:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [("Yes", True), (" no.", False), ("Yes, it", True), ("Nobody", None), ("maybe", None), ("", None)],
+)
+def test_verdicts(said, verdict):
+    assert read_verdict(said) is verdict
+
+
+def test_any_causal_model_can_judge(folder):
+    """The judge is asked in padded batches; a model that always says one token shows that its words are read."""
+    model, processor = load_llava(folder / "base")
+    causal = model.model.language_model
+    from transformers import LlamaForCausalLM
+
+    judge_model = LlamaForCausalLM(causal.config)
+    tokenizer = processor.tokenizer
+    yes = tokenizer.convert_tokens_to_ids("yes")
+    with torch.no_grad():  # every logit but one is zero, whatever the state
+        judge_model.lm_head.weight.zero_()
+        judge_model.model.norm.weight.zero_()
+        judge_model.lm_head.bias = torch.nn.Parameter(torch.zeros(causal.config.vocab_size))
+        judge_model.lm_head.bias[yes] = 1.0
+    rows = [{"prompt": "red " * n, "target": "red", "predict": "red"} for n in (1, 5, 3)]
+    assert LanguageModelJudge(judge_model, tokenizer, batch_size=2)(rows) == [True, True, True]
+
+
+def test_mm_avg_is_the_mean_of_the_seven_sets(tmp_path):
+    published = {  # MixLoRA E=16, r=4 in Table 1
+        "text_vqa": 40.66, "visual_spatial_reasoning": 52.70, "snli_ve_classification": 43.10, "cifar_10": 91.59,
+        "cifar_100": 57.28, "mnist": 85.25, "pope_pop": 78.13,
+    }  # fmt: skip
+    for task, accuracy in published.items():
+        right = round(accuracy * 100)
+        rows = [
+            {"predict": "yes" if i < right else "no", "target": "yes", "prompt": "", "image_path": ""}
+            for i in range(10000)
+        ]
+        (tmp_path / f"{task}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = scores.score_folder(tmp_path, exact)
+    assert report["mm_avg"] == pytest.approx(64.10, abs=0.005)  # as printed
+    (tmp_path / "mnist.jsonl").unlink()
+    report = scores.score_folder(tmp_path, exact)
+    assert report["mm_avg"] is None and report["mm_sets"]["MNIST"] is None
+
+
+def test_mme_predictions_become_the_tools_files(tmp_path):
+    from integration.llava import mme
+
+    for name in mme.PERCEPTION + mme.COGNITION:
+        rows = [
+            {"question_id": i, "prompt": "USER: q", "metadata": {"question": "q?"}, "image_path": f"x/{i // 2}.jpg",
+             "target": target, "predict": "Yes"}
+            for i, target in enumerate(["Yes", "No"] * 3)
+        ]  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = scores.score_folder(tmp_path, exact)
+    assert report["mme"]["perception"] == 10 * 50 and report["mme"]["total"] == 14 * 50
+    assert (tmp_path / "mme" / "OCR.txt").read_text().splitlines()[1] == "0.jpg\tq?\tNo\tYes"
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [(['{"unique_id": 1}'], "lacks"), (["nothing"], "line 1: not JSON"), (["[]"], "lacks")],
+)
+def test_questions_refused_by_line(tmp_path, lines, message):
+    (tmp_path / "q.jsonl").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=message):
+        evaluate.read_questions(tmp_path / "q.jsonl")
+
+
+def test_commands(folder, tmp_path, capsys):
+    model = ["--model", str(folder / "base"), "--adapter", str(folder / "adapter"), "--template", "bare"]
+    files = ["--questions", str(folder / "data/eval/side.jsonl"), "--images", str(folder / "data/images")]
+    evaluate.main([*model, *files, "--output", str(tmp_path), "--max-new-tokens", "2"])
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads((tmp_path / "scores.json").read_text()) and report["tasks"]["side"]["count"] == 6
+    image = next((folder / "data/images/test").iterdir())
+    chat.main([*model, "--image", str(image), "--prompt", "Is it odd?", "--max-new-tokens", "4", "--factors"])
+    lines = capsys.readouterr().out.splitlines()
+    chosen = [line for line in lines if line.startswith("model.language_model.layers.")]
+    assert len(chosen) == 14 and len(lines) > 14
+    first = json.loads(chosen[0].partition(": A ")[2].partition(", B")[0])
+    assert len(set(first)) == 2 and set(first) <= set(range(6))
+    (tmp_path / "no.png").write_text("no")
+    with pytest.raises(SystemExit):
+        chat.main([*model, "--image", str(tmp_path / "no.png"), "--prompt", "?"])
+    assert "no.png: not an image" in capsys.readouterr().err
+
+
+def test_a_converted_checkpoint_answers(tmp_path, folder):
+    """From released files to an answer: conversion, projector and generation fit together."""
+    from .tiny import released_checkpoint, tiny_llava
+
+    released_checkpoint(tmp_path / "released")
+    convert.to_adapter(tmp_path / "released", tmp_path / "adapter")
+    model, _ = load_adapter(tiny_llava(), tmp_path / "adapter")
+    ids = torch.tensor([[1, 3, 3, 3, 3, 7]])
+    out = model.generate(input_ids=ids, pixel_values=torch.randn(1, 3, 8, 8), max_new_tokens=3, do_sample=False)
+    assert out.shape[1] > 6

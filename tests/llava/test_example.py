@@ -1,0 +1,18 @@
+"""The example from end to end; it checks its own promises and raises where one does not hold."""
+
+import json
+
+from integration.llava import digits, example
+
+
+def test_example_keeps_its_promises(tmp_path):
+    figures = example.main(["--output", str(tmp_path), "--quick"])
+    assert figures["resumed"]["identical"] and figures["resumed"]["killed_after"] < figures["resumed"]["steps"]
+    assert figures["accuracy"]["mixlora"] >= figures["accuracy"]["untuned"] + example.MARGIN
+    assert all(last < first / 2 for first, last in figures["loss"].values())
+    report = (tmp_path / "report.md").read_text()
+    assert f"{figures['accuracy']['mixlora']:.1f}" in report
+    for name in ("loss.png", "interference.png", "selection/tsne.png", "selection/usage.png"):
+        assert f"]({name})" in report and (tmp_path / name).stat().st_size > 5000
+    scores = json.loads((tmp_path / "predictions/mixlora/scores.json").read_text())
+    assert set(scores["tasks"]) == {*digits.TASKS, "pope_pop"} and "f1" in scores["tasks"]["pope_pop"]["pope"]

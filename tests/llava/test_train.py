@@ -1,0 +1,178 @@
+"""The switch, the dry run, and that a run which was killed ends with the weights of one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from integration.llava import digits, small, train
+from integration.llava.model import TASKS
+from integration.llava.settings import METHODS, Settings
+from integration.llava.train import LengthGrouped
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    digits.write(folder / "data", per_task=8, held_out=4, copies=1)
+    small.save(*small.small_llava(digits.texts(), width=24, layers=2), folder / "base")
+    return folder
+
+
+def settings(folder, output, **changes):
+    training = {
+        "max_steps": 6, "per_device_train_batch_size": 8, "learning_rate": 1e-3, "logging_steps": 1, "save_steps": 2,
+        "use_cpu": True, "disable_tqdm": True,
+    } | changes.pop("training", {})  # fmt: skip
+    return Settings(
+        model=str(folder / "base"), data=str(folder / "data/train.json"), images=str(folder / "data/images"),
+        output=str(folder / output), r=2, num_factors=4, template="bare", training=training, **changes,
+    )  # fmt: skip
+
+
+def weights(output):
+    return load_file(output / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_what_it_should(folder, method):
+    task = {"task_definitions": str(folder / "data/definitions.json")} if "task" in method else {}
+    report = train.train(settings(folder, method, method=method, **task))
+    tensors = weights(folder / method)
+    names = {name.rpartition("_proj.")[2] for name in tensors if ".layers." in name}
+    router = {"lora_A", "lora_B", "router_A", "router_B", "router_AB"}
+    expected = {
+        "lora": {"lora_A.weight", "lora_B.weight"},
+        "mixlora": router,
+        "mixlora_unconditional": router - {"router_AB"},
+        "mixlora_task": router,
+        "mixlora_task_unconditional": router - {"router_AB"},
+        "mixlora_random": {"lora_A", "lora_B"},
+    }[method]
+    assert {name.removeprefix("mixlora_adapter.") for name in names} == expected
+    assert report["steps"] == 6 and report["bad_records"] == {}
+    assert any("multi_modal_projector" in name for name in tensors)
+    trained = [name for name, tensor in tensors.items() if "lora_B" in name and tensor.any()]
+    assert len(trained) == 14  # lora_B starts at zero
+    assert (folder / method / TASKS).is_file() == ("task" in method)
+    assert report["loss"][6] < report["loss"][1]
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(folder):
+    """Two epochs of six steps: killed in the first, killed again in the second, across its shuffle."""
+    changes = {"training": {"max_steps": 12, "save_steps": 2}}
+    train.train(settings(folder, "whole", **changes))
+    file = folder / "killed.yaml"
+    file.write_text(yaml.safe_dump(vars(settings(folder, "killed", **changes))))
+    for stop in ("checkpoint-2", "checkpoint-8"):
+        command = [sys.executable, "-m", "integration.llava.train", "--config", str(file)]
+        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        limit = time.monotonic() + 120
+        while not (folder / "killed" / stop / "trainer_state.json").exists():
+            assert process.poll() is None and time.monotonic() < limit, "it ended before it could be killed"
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (folder / "killed" / "adapter_model.safetensors").exists()
+    train.train(settings(folder, "killed", **changes))
+    one, other = weights(folder / "whole"), weights(folder / "killed")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_half_written_checkpoint_is_not_used(folder):
+    output = folder / "half"
+    (output / "checkpoint-4").mkdir(parents=True)
+    (output / "checkpoint-10").mkdir()
+    (output / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    (output / "checkpoint-10" / "trainer_state.json").write_text('{"global')
+    assert train.last_checkpoint(output) == output / "checkpoint-4"
+
+
+def test_goes_on_only_with_the_same_settings(folder):
+    train.train(settings(folder, "same"))
+    with pytest.raises(ValueError, match="r: 2, now 3"):
+        changed = settings(folder, "same")
+        changed.r = 3
+        train.train(changed)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train.train(settings(folder, "same"), fresh=True)
+
+
+def test_dry_run_prints_modules_parameters_memory_and_stops(folder, capsys):
+    file = folder / "dry.yaml"
+    file.write_text(yaml.safe_dump(vars(settings(folder, "dry", device_tflops=0.001))))
+    train.main(["--config", str(file), "--dry-run"])
+    out = capsys.readouterr().out
+    assert "model.language_model.layers.1.mlp.down_proj" in out and "model.vision_tower" not in out
+    # per layer: q, k, v, o [24, 24]; gate, up [48, 24]; down [24, 48]; pools of 4, routers of 4, router_AB of 2 x 4
+    per_layer = 4 * (4 * (24 + 24) + 16 * 24) + 2 * (4 * (24 + 48) + 16 * 24) + 4 * (48 + 24) + 16 * 48
+    projector = 16 * 24 + 24 + 24 * 24 + 24
+    assert f"trainable: {2 * per_layer + projector:,} of" in out
+    assert "steps: 6" in out and "device hours" in out and "MiB" in out
+    assert not (folder / "dry").exists()
+
+
+def test_strict_stops_at_bad_records(folder):
+    records = json.loads((folder / "data/train.json").read_text())
+    (folder / "bad.json").write_text(json.dumps([*records, {"id": "lost", "image": "no.png", "conversations": []}]))
+    given = settings(folder, "strict", strict=True)
+    given.data = str(folder / "bad.json")
+    with pytest.raises(ValueError, match="lost"):
+        train.train(given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"method": "mixlora_tasks"}, "method must be one of lora"),
+        ({"method": "mixlora_task"}, "task_definitions must be given"),
+        ({"training": {"warmup": 1}}, "TrainingArguments does not have"),
+        ({"training": {"output_dir": "x"}}, "give output"),
+    ],
+)
+def test_settings_refused(folder, change, message):
+    with pytest.raises(ValueError, match=message):
+        settings(folder, "refused", **change)
+
+
+def test_settings_of_the_paper():
+    given = Settings.read(ROOT / "integration/llava/configs/vision_flan_7b.yaml")
+    config, training = given.adapter(), given.training
+    assert (config.r, config.num_factors, config.scaling) == (4, 16, 8)
+    assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * 4 == 128
+    assert (training["learning_rate"], training["num_train_epochs"], given.template) == (4e-5, 3, "v1")
+    assert (
+        given.adapter() is not None
+        and Settings.read(ROOT / "integration/llava/configs/vision_flan_7b.yaml", method="lora").adapter().lora_alpha
+        == 8
+    )
+
+
+@pytest.mark.parametrize("count", [5, 8, 128, 131])
+def test_batches_of_similar_length_in_an_order_of_seed_and_epoch(count):
+    lengths = [5 if i % 2 else 50 for i in range(count)]
+    lengths[3] = 99
+    sampler = LengthGrouped(lengths, 8, seed=1)
+    first = list(sampler)
+    assert sorted(first) == list(range(count)) and first == list(LengthGrouped(lengths, 8, seed=1))
+    assert 3 in first[:8]
+    sampler.set_epoch(1)
+    assert list(sampler) != first
+    means = [sum(lengths[i] for i in first[start : start + 8]) / 8 for start in range(0, count - 7, 8)]
+    mixed = sum(6 < mean < 49 for mean in means)
+    assert mixed <= 5  # one for each of the four groups that are sorted, and the one with the longest record
+    if count > 100:  # long and short batches take turns, instead of all long ones first
+        assert sum(one > other for one, other in pairwise(means)) >= 2
+        assert means != sorted(means, reverse=True)
