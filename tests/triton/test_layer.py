@@ -6,15 +6,15 @@ Which test catches which breakage (each was tried by breaking the kernel):
 |---|---|
 | the mask of pooled tokens is ignored in project, in collect's sums, in add's shares | test_every_mode |
 | the mean divides by all tokens instead of the pooled ones | test_every_mode |
-| the scale is left out in add, in collect's planes, in the gather of dlora_B, in dots | test_every_mode |
+| the scale is left out in add, in collect's planes or dots, in the gather of dlora_B | test_every_mode |
 | slot i of A is paired with another slot of B | test_every_mode |
-| the conditional look-up uses another slot's table | test_every_mode |
+| the conditional look-up, or its backward, takes another slot | test_every_mode |
+| a tile reaches into the next instance | test_every_mode, test_packed |
+| the last tokens of a chunk are left out | test_packed |
+| a plane of a split sum is left out | test_stages.py::test_expand_and_its_backward, test_every_mode |
 | ties go to the higher index | test_route.py::test_ties_go_to_the_lower_index |
-| add or collect leaves out the dropout's mask, or draws another | test_dropout.py::test_the_layer_with_its_mask |
-| dropout reaches what the routers read | test_dropout.py::test_the_routers_read_x_before_dropout |
-| a tile reaches into the next instance | test_packed, test_shapes |
-| a tile's last rows or columns are left out | test_shapes, by the poison of conftest.py |
-| a plane of a split sum is left out | test_stages.py, test_shapes |
+| add or collect leaves dropout's mask out, or draws another | test_dropout.py::test_the_layer_with_its_mask |
+| dropout changes what the routers are given | test_dropout.py::test_the_routers_read_x_before_dropout |
 """
 
 import hypothesis.strategies as st

@@ -135,8 +135,7 @@ def test_lengths_do_not_recompile_for_ever(device):
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, packed", [(torch.float32, False), (torch.bfloat16, True)])
 def test_registered_operators(dtype, packed, device):
     """torch.library.opcheck: schemas, what is mutated, fake outputs, dynamic shapes."""
     B, L, D, O, E, r, scale = 2, 9, 12, 10, 5, 3, 1.5
