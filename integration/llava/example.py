@@ -260,11 +260,11 @@ Accuracy in percent on held-out digits, exact answers:
 | task | {" | ".join(names)} |
 |---|---|---|---|
 {chr(10).join(rows)}
-| mean of the six tasks | {" | ".join(f"{figures['accuracy'][name]:.1f}" for name in names)} |
+| **mean of the six tasks** | {" | ".join(f"{figures['accuracy'][name]:.1f}" for name in names)} |
 
-MixLoRA (E=16, r=4) is {gain:.1f} points above the untuned model, which has only seen captions (needed: {MARGIN:.0f}).
-LoRA has rank 4. On the task that nothing was tuned on, POPE's figures for MixLoRA: accuracy {pope["accuracy"]:.3f},
-yes-ratio {pope["yes_ratio"]:.3f}.
+MixLoRA (E=16, r=4) is {gain:.1f} points above the untuned model, which has seen captions of images, and these questions
+in words alone (needed: {MARGIN:.0f} points). LoRA has rank 4. On the task that nothing was tuned on, POPE's figures for
+MixLoRA: accuracy {pope["accuracy"]:.3f}, yes-ratio {pope["yes_ratio"]:.3f}.
 
 Loss, mean of the first and the last ten steps: {losses}.
 

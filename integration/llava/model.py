@@ -71,16 +71,17 @@ def load_processor(source: str | Path | dict):
     return processor
 
 
-def empty_llava(source: str | Path | dict):
+def empty_llava(source: str | Path | dict, dtype: torch.dtype | str = "auto"):
     """As ``load_llava`` without its weights, on the meta device: enough to count parameters and bytes."""
     with torch.device("meta"):
         if isinstance(source, dict):
-            return LlavaForConditionalGeneration(
-                compose_config(
-                    AutoConfig.from_pretrained(source["language"]), AutoConfig.from_pretrained(source["vision"])
-                )
-            )
-        return AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(source))
+            text, vision = (AutoConfig.from_pretrained(source[part]) for part in ("language", "vision"))
+            model = LlavaForConditionalGeneration(compose_config(text, vision))
+        else:
+            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(source))
+    if dtype == "auto":
+        dtype = model.config.dtype or model.config.get_text_config().dtype or torch.float32
+    return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
 
 
 def compose_llava(language: str, vision: str, projector: str | None = None, *, tokenizer, dtype="auto"):

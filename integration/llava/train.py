@@ -113,10 +113,13 @@ def dry_run(settings: Settings) -> str:
     """What ``train`` would do, without weights: the patched modules, the parameters, memory and time.
 
     The records are read and checked where their file exists; else their number is unknown, and the estimate is for one
-    of ``max_length`` tokens.
+    of ``max_length`` tokens of text and an image.
     """
-    patched = patch(empty_llava(settings.model), settings, low_memory=True)
-    lengths, note = [settings.max_length], f"{settings.data} does not exist: one record of max_length is assumed\n"
+    model = empty_llava(settings.model, settings.dtype)
+    patched = patch(model, settings, low_memory=True)
+    vision = model.config.vision_config
+    longest = settings.max_length - 1 + (vision.image_size // vision.patch_size) ** 2
+    lengths, note = [longest], f"{settings.data} does not exist: one record of {longest} tokens is assumed\n"
     if Path(settings.data).is_file():
         lengths, note = read_data(settings, load_processor(settings.model)).lengths, ""
     needs, total, flops = plan(patched, lengths, settings, devices=1)

@@ -1,0 +1,60 @@
+"""LLaVA v1 from its parts: a language model, a CLIP, and the stage-one projector."""
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM
+
+from integration.llava import digits
+from integration.llava.generate import answer, build_prompt
+from integration.llava.model import empty_llava, linear_projector, load_llava
+from integration.llava.small import word_tokenizer
+
+from .tiny import WIDTH, tiny_llava
+
+
+@pytest.fixture
+def parts(tmp_path):
+    tiny = tiny_llava()
+    tokenizer = word_tokenizer(digits.texts())
+    text = tiny.config.text_config
+    text.vocab_size = len(tokenizer)
+    LlamaForCausalLM(text).save_pretrained(tmp_path / "language")
+    tokenizer.save_pretrained(tmp_path / "language")
+    CLIPVisionModel(tiny.config.vision_config).save_pretrained(tmp_path / "vision")
+    size = {"height": 8, "width": 8}
+    CLIPImageProcessor(size=size, crop_size=size).save_pretrained(tmp_path / "vision")
+    projector = {"model.mm_projector.weight": torch.randn(WIDTH, 12), "model.mm_projector.bias": torch.randn(WIDTH)}
+    torch.save(projector, tmp_path / "mm_projector.bin")
+    source = {name: str(tmp_path / name) for name in ("language", "vision")}
+    return source | {"projector": str(tmp_path / "mm_projector.bin")}, projector
+
+
+def test_parts_make_a_llava_that_answers(parts):
+    source, projector = parts
+    model, processor = load_llava(source)
+    x = torch.randn(5, 12)
+    want = x @ projector["model.mm_projector.weight"].T + projector["model.mm_projector.bias"]
+    # The identity adds zeros only; the order of the sums is the same product's.
+    assert torch.allclose(model.model.multi_modal_projector(x), want, atol=1e-5)
+    language = LlamaForCausalLM.from_pretrained(source["language"])
+    assert torch.equal(model.lm_head.weight, language.lm_head.weight)
+    said = answer(model, processor, [build_prompt("Describe the image.", "bare")], [Image.new("RGB", (9, 9))])
+    assert isinstance(said[0], str)
+    counted = sum(p.numel() for p in empty_llava(source).parameters())
+    assert counted == sum(p.numel() for p in model.parameters())
+
+
+def test_a_projector_that_does_not_fit_is_refused(parts, tmp_path):
+    source, _ = parts
+    torch.save({"model.mm_projector.0.weight": torch.zeros(2, 2)}, tmp_path / "mm_projector.bin")
+    with pytest.raises(ValueError, match="must hold one linear map"):
+        load_llava(source)
+    torch.save(
+        {"mm_projector.weight": torch.zeros(WIDTH, 5), "mm_projector.bias": torch.zeros(WIDTH)},
+        tmp_path / "mm_projector.bin",
+    )
+    with pytest.raises(ValueError, match="projector weight must be"):
+        load_llava(source)
+    with pytest.raises(ValueError, match="projector_hidden_act must be 'linear'"):
+        linear_projector(tiny_llava(projector_hidden_act="gelu"))
