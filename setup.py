@@ -3,11 +3,15 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 # What each use needs beyond torch. The kernels' tests run in Triton's interpreter, on any machine.
-PEFT = ["transformers>=5.0", "peft>=0.19", "accelerate>=1.10", "safetensors>=0.5"]
+PEFT = ["transformers>=5.0", "peft>=0.21", "accelerate>=1.10", "safetensors>=0.5"]
 BENCHMARK = [*PEFT, "matplotlib>=3.8", "scikit-learn>=1.4", "pillow>=10"]
 LLAVA = [*BENCHMARK, "pyyaml>=6"]
 TEST = [
     *LLAVA,
+    "trl>=1.0",
+    "datasets>=4",
+    "bitsandbytes>=0.48",
+    "torchao>=0.15",
     "pytest>=8",
     "hypothesis>=6.100",
     "ruff>=0.14",
