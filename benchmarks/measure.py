@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from random import Random
 from statistics import median
 from typing import Protocol
 
@@ -54,7 +55,8 @@ class Clock:
 
 
 def interleave(candidates: Sequence[Candidate], clock: Clock, rounds: int, seconds: float) -> list[list[list | None]]:
-    """Time the candidates round by round, each round beginning with another one.
+    """Time the candidates round by round, in an order drawn anew for each: what a candidate leaves behind, in caches
+    and in the allocator, would otherwise always meet the same one.
 
     Args:
         rounds: how many to run even if they take longer than ``seconds``, up to twice as long; beyond that, as on
@@ -65,13 +67,13 @@ def interleave(candidates: Sequence[Candidate], clock: Clock, rounds: int, secon
         For each candidate a list with, for each round, its phases' times in ms, or None where it sat out.
     """
     times: list[list[list | None]] = [[] for _ in candidates]
+    draw = Random(0)
     began = time.perf_counter()
     while (done := len(times[0])) < MAX_ROUNDS:
         expected = (time.perf_counter() - began) * (done + 1) / max(done, 1)
         if (done >= rounds and expected > seconds) or (done >= LEAST_ROUNDS and expected > 2 * seconds):
             break
-        for place in range(len(candidates)):
-            number = (place + done) % len(candidates)
+        for number in draw.sample(range(len(candidates)), len(candidates)):
             candidate = candidates[number]
             if done % candidate.every:
                 times[number].append(None)

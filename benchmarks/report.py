@@ -75,7 +75,7 @@ def write_markdown(
         f"`{command}`, {machine['date']}, commit {machine['commit']}. {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['threads']} threads; Python {machine['python']}, {versions}.",
         "",
-        "Times are medians over rounds in which every implementation runs once, in rotating order. A ratio is the "
+        "Times are medians over rounds in which every implementation runs once, in an order drawn anew. A ratio is the "
         "median over rounds of the two times' ratio within the round, not the ratio of the medians. Peak memory is "
         "what is held beyond the inputs and parameters, output and gradients included. The error is the largest "
         "deviation from a float64 reference relative to the largest element of the tensor, over the output and (with "

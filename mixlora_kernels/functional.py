@@ -252,8 +252,10 @@ class _MixLoRA(torch.autograd.Function):
 
 def learns(x: Tensor, base: Tensor | FrozenLinear, factors: Factors, given: Routing) -> bool:
     """Whether a gradient can be asked for."""
+    if not torch.is_grad_enabled():
+        return False
     inputs = (x, *((base,) if isinstance(base, Tensor) else ()), *factors, given.gate)
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    return any(t is not None and t.requires_grad for t in inputs)
 
 
 def _reference(x, base, factors, config, context, instances, given, seed, p):

@@ -117,16 +117,20 @@ class Sleeping:
         pass
 
 
-def test_rounds_interleave_and_rotate():
+def test_every_round_has_its_own_order():
+    """Each candidate once a round (b in every second one), and each of the two others as often before as after it."""
     log = []
     candidates = [Sleeping("a", log), Sleeping("b", log, every=2), Sleeping("c", log)]
-    times = measure.interleave(candidates, measure.Clock(CPU), rounds=3, seconds=0)
-    assert "".join(log) == "abc" + "ca" + "cab"
-    assert [[phases is None for phases in rounds] for rounds in times] == [
-        [False] * 3,
-        [False, True, False],
-        [False] * 3,
-    ]
+    times = measure.interleave(candidates, measure.Clock(CPU), rounds=measure.MAX_ROUNDS, seconds=60)
+    rounds = len(times[0])
+    assert rounds == measure.MAX_ROUNDS
+    assert [phases is None for phases in times[1]] == [number % 2 == 1 for number in range(rounds)]
+    orders, text = [], iter("".join(log))
+    for number in range(rounds):
+        orders.append([next(text) for _ in range(2 if number % 2 else 3)])
+        assert sorted(orders[-1]) == ["a", "c"] if number % 2 else ["a", "b", "c"]
+    first = sum(order.index("a") < order.index("c") for order in orders)
+    assert abs(first - rounds / 2) < 5 * (rounds / 4) ** 0.5  # standard deviations of a fair draw
 
 
 class Allocating:
