@@ -120,7 +120,8 @@ def _mixlora(x, base, factors, config, context, training, backend):
     y = None if isinstance(base, FrozenLinear) else base.reshape(-1, base.shape[-1])
     chosen = (None, None, None) if given is None else (given.gate, given.index_a, given.index_b)
     tokens, routing = x.reshape(-1, x.shape[-1]), None
-    few = given is not None and seed is None and len(tokens) * config.r <= module.FEW
+    # Not in training: a checkpointed forward without gradients must have the bits of its recomputation.
+    few = given is not None and not training and len(tokens) * config.r <= module.FEW
     if few and not learns(x, base, factors, given):
         lora_A, lora_B = factors[:2]
         in_place = y is None
