@@ -55,7 +55,7 @@ def _entry(rank: int, port: int, jobs: dict, folder: str) -> None:
         result = Path(folder, f"{name}.{rank}")
         try:
             work(rank, *arguments)
-        except Exception:
+        except Exception:  # not swallowed: told to the test that waits for the file, and raised again
             result.write_text(traceback.format_exc())
             raise
         result.write_text("")
