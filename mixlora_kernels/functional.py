@@ -107,15 +107,6 @@ def _mixlora(x, base, factors, config, context, training, backend):
     module = backends.select(backend, x)
     if module is reference:
         return _reference(x, base, factors, config, context, instances, given, seed, p)
-    options = Options(
-        r=config.r,
-        scale=config.scaling * (block_dropout.keep_scale(p) if p else 1.0),
-        p=p,
-        gate=config.gate,
-        conditioning=config.conditioning if config.has_conditioning else None,
-        pools=config.routing == "instance",
-        backend=module,
-    )
     weight, bias = base if isinstance(base, FrozenLinear) else (None, None)
     y = None if isinstance(base, FrozenLinear) else base.reshape(-1, base.shape[-1])
     chosen = (None, None, None) if given is None else (given.gate, given.index_a, given.index_b)
@@ -127,9 +118,18 @@ def _mixlora(x, base, factors, config, context, training, backend):
         in_place = y is None
         y = frozen_product(tokens, weight, bias) if in_place else y
         y = module.decode(
-            y, tokens, lora_A, lora_B, given.index_a, given.index_b, given.gate, options.scale, instances, in_place
+            y, tokens, lora_A, lora_B, given.index_a, given.index_b, given.gate, config.scaling, instances, in_place
         )
     else:
+        options = Options(
+            r=config.r,
+            scale=config.scaling * (block_dropout.keep_scale(p) if p else 1.0),
+            p=p,
+            gate=config.gate,
+            conditioning=config.conditioning if config.has_conditioning else None,
+            pools=config.routing == "instance",
+            backend=module,
+        )
         y, *routing = _MixLoRA.apply(tokens, y, weight, bias, *factors, pooled, *chosen, seed, instances, options)
     return y.view(*x.shape[:-1], y.shape[-1]), given or Routing(*routing)
 
