@@ -99,7 +99,7 @@ def can_fuse(base: nn.Module) -> bool:
     return (
         type(base) is nn.Linear
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-        and "forward" not in vars(base)
+        and "forward" not in base.__dict__
         and all(
             type(t) in (Tensor, nn.Parameter) and not t.requires_grad
             for t in base._parameters.values()

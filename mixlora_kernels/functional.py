@@ -130,7 +130,8 @@ def _mixlora(x, base, factors, config, context, training, backend):
             pools=config.routing == "instance",
             backend=module,
         )
-        y, *routing = _MixLoRA.apply(tokens, y, weight, bias, *factors, pooled, *chosen, seed, instances, options)
+        outputs = _MixLoRA.apply(tokens, y, weight, bias, *factors, pooled, *chosen, seed, instances, options)
+        y, *routing = outputs if given is None else (outputs,)
     return y.view(*x.shape[:-1], y.shape[-1]), given or Routing(*routing)
 
 
@@ -171,12 +172,12 @@ class _MixLoRA(torch.autograd.Function):
             *saved, instances.cu_seqlens, instances.segment, instances.mask,
         )  # fmt: skip
         if not routed:
-            return y, None, None, None, None, None
+            return y
         ctx.mark_non_differentiable(index_a, index_b, *((gate,) if options.gate == "binary" else ()))
         return y, index_a, index_b, gate, probs_a, probs_b
 
     @staticmethod
-    def backward(ctx, dy, _index_a, _index_b, dgate, dprobs_a, dprobs_b):
+    def backward(ctx, dy, _index_a=None, _index_b=None, dgate=None, dprobs_a=None, dprobs_b=None):
         if autocasts(ctx.device_type):  # whoever calls backward() under it
             with torch.autocast(ctx.device_type, enabled=False):
                 return _MixLoRA.gradients(ctx, dy, dgate, dprobs_a, dprobs_b)
@@ -294,7 +295,7 @@ def draw_routing(count: int, config: MixLoRAConfig, device: torch.device, dtype:
 
 
 def autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which knows no meta device
 
 
 def check_input(x: Tensor, base: Tensor | FrozenLinear, factors: Factors) -> None:
