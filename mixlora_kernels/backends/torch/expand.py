@@ -19,6 +19,9 @@ def expand(y: Tensor, u, lora_B, index_a, index_b, gate, scale: float, instances
     s = _place(chosen, index_b, weight, u, instances)
     lora_B = lora_B.to(y.dtype)
     s = s.to(y.dtype)
+    # A graph being compiled knows no operation in place, and torch 2.11 loses the gradient of what one has changed
+    # (pytorch/pytorch#180642).
+    in_place = in_place and not torch.compiler.is_compiling()
     return (y.addmm_(s, lora_B) if in_place else torch.addmm(y, s, lora_B)), chosen, s, weight
 
 
