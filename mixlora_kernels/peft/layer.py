@@ -10,10 +10,15 @@ from .config import ConditionalMixLoRAConfig
 from .forward import rows_as_instances
 from .side_information import SideInformation
 
-MERGING = (
-    "a MixLoRA adapter cannot be merged into the weights: which factors it adds depends on the input, so that there "
-    "is no one weight to add them to"
-)
+
+class MergingError(NotImplementedError, ValueError):
+    """Merging, refused. peft's contract is a ValueError, its own methods that cannot merge raise the other."""
+
+    def __init__(self):
+        super().__init__(
+            "a MixLoRA adapter cannot be merged into the weights: which factors it adds depends on the input, so that "
+            "there is no one weight to add them to"
+        )
 
 
 class LayerAdapter(MixLoRAAdapter):
@@ -130,7 +135,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
                         parameter.requires_grad_(False)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(MERGING)
+        raise MergingError
 
     def unmerge(self) -> None:
-        raise ValueError(MERGING)
+        raise MergingError

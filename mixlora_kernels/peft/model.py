@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .config import ConditionalMixLoRAConfig
 from .files import check_fits
-from .layer import MERGING, MixLoRALayer
+from .layer import MergingError, MixLoRALayer
 from .report import routing_report
 from .side_information import SideInformation, find_side_information
 from .targets import check_targets, decoder_linears
@@ -89,7 +89,7 @@ class ConditionalMixLoRAModel(BaseTuner):
             yield
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError(MERGING)
+        raise MergingError
 
     def _unload_and_optionally_merge(self, merge: bool = True, **options) -> nn.Module:
         if merge:
