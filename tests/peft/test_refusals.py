@@ -11,6 +11,7 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 from mixlora_kernels.peft import ConditionalMixLoRAConfig, routing_report, task_embedding
+from mixlora_kernels.peft.registration import HOOKS, check_hooks
 
 from .models import adapt, build, prompts
 
@@ -267,3 +268,50 @@ def test_a_report_before_a_forward():
         adapt(build()).routing_report()
     with pytest.raises(ValueError, match="no MixLoRA layers"):
         routing_report(build())
+
+
+@pytest.mark.parametrize("how", ["truncated", "corrupt", "pickle", "missing", "unknown", "shapes"])
+def test_transformers_own_loading(saved, how, tmp_path_factory):
+    """Its log would report tensors that are missing or of another shape, and the model would go on without them."""
+    broken = tmp_path_factory.mktemp("broken")  # what was loaded is still mapped from the whole file
+    shutil.copytree(saved, broken, dirs_exist_ok=True)
+    if how in ("missing", "unknown", "shapes"):
+        change(broken / WEIGHTS, how)
+        message = rf"{how}.*layers\.{5 if how == 'unknown' else 1}\.mlp\.up_proj.*router_AB"
+    else:
+        cut(broken / WEIGHTS, how)
+        message = "is a pickle" if how == "pickle" else "truncated or corrupt"
+    model = build()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(str(broken))
+    assert_same(model, before)
+    for name in ("first", "second"):
+        model.load_adapter(str(saved), adapter_name=name)
+    model.set_adapter("first")
+    before, expected = state(model), model(input_ids=IDS).logits
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(str(broken), adapter_name="third")
+    assert_same(model, before)
+    assert model.active_adapters() == ["first"] and "third" not in model.peft_config
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def test_transformers_own_loading_of_tensors(saved):
+    weights = load((saved / WEIGHTS).read_bytes())
+    key = next(iter(weights))
+    config = ConditionalMixLoRAConfig(r=3, num_factors=6)
+    model = build()
+    before = state(model)
+    with pytest.raises(ValueError, match="missing keys.*" + key.removeprefix("base_model.model.").rpartition(".")[2]):
+        rest = {name: value for name, value in weights.items() if name != key}
+        model.load_adapter(peft_config=copy.deepcopy(config), adapter_state_dict=rest)
+    assert_same(model, before)
+    model.load_adapter(peft_config=config, adapter_state_dict=weights)
+
+
+@pytest.mark.parametrize("owner, name", HOOKS)
+def test_a_version_that_would_not_check_what_is_loaded(monkeypatch, owner, name):
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(ImportError, match=f"{owner.__module__.partition('.')[0]} .*{name}"):
+        check_hooks()
