@@ -90,7 +90,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         config, forward = self.configs[name], self.side.forward
         if forward is None:
             self.side.check_outside(self)
-            placed, context = rows_as_instances(x), None
+            placed, context = rows_as_instances(x if rows is None else x[rows]), None
         else:
             placed, context = forward.place(self.key, name, config, x, rows)
         if placed is x:
@@ -99,7 +99,8 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
             if isinstance(base, Tensor):
                 base = base.reshape(*placed.shape[:-1], base.shape[-1])
             y, routing = self.mixlora_adapter[name](placed, base, context)
-            y = y.view(*x.shape[:-1], y.shape[-1])
+            tokens = x.shape[:-1] if rows is None else (len(rows), *x.shape[1:-1])
+            y = y.view(*tokens, y.shape[-1])
         if forward is not None:
             forward.record(self.key, name, routing)
         return y
@@ -114,7 +115,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(adapter_names):
             if name in self.mixlora_adapter:
                 rows = [row for row, chosen in enumerate(adapter_names) if chosen == name]
-                y[rows] = self._adapt(name, x[rows], y[rows], rows)
+                y[rows] = self._adapt(name, x, y[rows], rows)
         return y
 
     # peft marks a whole adapter as trained; the routers of gate="binary" are fixed.
