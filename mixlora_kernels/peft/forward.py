@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..config import MixLoRAConfig
 from ..routing import Routing, RoutingContext
-from .tokens import cumulative_lengths, padding_mask, prompt_mask, segment_starts
+from .tokens import check_undivided, cumulative_lengths, padding_mask, prompt_mask, segment_starts
 
 
 class Call:
@@ -166,6 +166,7 @@ class Forward:
             mask = padding_mask(self.mask, self.B, self.L, self.cached)
             starts = None
             if not self.cached and self.L > 1:
+                check_undivided(self.mask, self.L)
                 starts = segment_starts(self.position_ids, self.cu_seq_lens, self.seq_idx, mask, self.B, self.L)
             if mask is not None:
                 # A row of nothing but padding fills up a batch (generate() makes such masks where every token is the

@@ -78,6 +78,15 @@ def test_default_targets_in_some_layers(family):
     assert all(".layers.1." in key and "gate_proj" not in key for key in keys)
 
 
+def test_default_targets_of_an_encoder():
+    import transformers as hf
+
+    config = hf.BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    adapted = adapt(hf.BertForSequenceClassification(config), task_type="SEQ_CLS", layers_to_transform=[1])
+    keys = [layer.key for layer in layers_of(adapted).values()]
+    assert len(keys) == 6 and all(key.startswith("bert.encoder.layer.1.") for key in keys)
+
+
 def test_layers_to_transform_with_names():
     adapted = adapt(build(), target_modules=["q_proj", "down_proj"], layers_to_transform=[0], layers_pattern="layers")
     keys = {layer.key for layer in layers_of(adapted).values()}

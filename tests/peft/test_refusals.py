@@ -186,6 +186,7 @@ def test_adapter_names():
 
 
 PACKED = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+BLOCKS = torch.block_diag(*[torch.ones(3, 3).tril()] * 2).bool().expand(2, 1, 6, 6)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +195,9 @@ PACKED = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
         ({"position_ids": PACKED, "attention_mask": torch.ones(2, 6)}, "position_ids start anew.*attention_mask"),
         ({"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]] * 2), "attention_mask": torch.ones(2, 6)}, "seq_idx says"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 6, 12]), "attention_mask": torch.ones(2, 6)}, "cu_seq_lens_q says"),
+        ({"attention_mask": BLOCKS}, "attention_mask parts the tokens"),
+        ({"attention_mask": BLOCKS, "position_ids": PACKED}, "attention_mask parts the tokens"),
+        ({"attention_mask": torch.where(BLOCKS, 0.0, -1e9)}, "attention_mask parts the tokens"),
         ({"position_ids": PACKED, "seq_idx": torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)}, "contradict one another"),
         ({"position_ids": PACKED, "cu_seq_lens_q": torch.tensor([0, 6, 12])}, "contradict one another"),
         ({"cu_seq_lens_q": torch.tensor([0, 4, 9])}, "from 0 to the 12 tokens"),
@@ -240,6 +244,13 @@ def test_a_cache_of_others():
         cache = model(input_ids=IDS, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="filled without this adapter"):
         model(input_ids=IDS[:, :1], past_key_values=cache)
+    cache = model(input_ids=IDS, use_cache=True).past_key_values
+    model.add_adapter("second", ConditionalMixLoRAConfig(r=1, num_factors=3, task_type="CAUSAL_LM"))
+    model.set_adapter("second")  # in the middle of a generation
+    with pytest.raises(ValueError, match="no routing of adapter 'second'"):
+        model(input_ids=IDS[:, :1], past_key_values=cache)
+    model.set_adapter("default")
+    model(input_ids=IDS[:, :1], past_key_values=cache)
     cache = model(input_ids=IDS, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="filled for 2 rows, the forward has 1"):
         cache.batch_select_indices(torch.tensor([0]))
