@@ -11,10 +11,11 @@ The import has to come before ``PeftModel.from_pretrained`` meets a saved adapte
 from .config import PEFT_TYPE, ConditionalMixLoRAConfig
 from .layer import MixLoRALayer
 from .model import ConditionalMixLoRAModel
-from .registration import register
+from .registration import check_hooks, register
 from .report import plot_routing, routing_report
 from .side_information import task_embedding
 
+check_hooks()
 register(PEFT_TYPE, ConditionalMixLoRAConfig, ConditionalMixLoRAModel)
 
 __all__ = [

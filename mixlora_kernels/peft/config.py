@@ -1,8 +1,10 @@
 """ConditionalMixLoRAConfig: MixLoRAConfig with the fields that peft asks of a method."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
 from ..config import MixLoRAConfig
 from .files import check_weights_file
@@ -65,7 +67,9 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
             ValueError: ``adapter_model.safetensors`` is truncated, corrupt, or something else, such as a pickle.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        check_weights_file(pretrained_model_name_or_path, subfolder)
+        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if file.is_file():  # else it is on the hub, or saved in another format: peft's business
+            check_weights_file(file)
         # Read when weights that do not fit are refused: what was injected for them alone is then taken out again.
         config._awaits_weights = True
         return config

@@ -1,21 +1,20 @@
 """Saved adapters: a file must be whole, and it must fit the model it is loaded into."""
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+LOADING = "_load_pretrained_model"  # of a transformers model: what its load_adapter() loads weights by
 
-def check_weights_file(folder: str | Path, subfolder: str | None = None) -> None:
-    """Read the header of a local ``adapter_model.safetensors``, which tells the length the file must have.
+
+def check_weights_file(file: Path) -> None:
+    """Read the header of a safetensors file, which tells the length the file must have.
 
     Raises:
         ValueError: it is no whole safetensors file.
     """
-    file = Path(folder, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-    if not file.is_file():
-        return  # from the hub, or saved in another format: peft's business
     try:
         with safe_open(file, framework="pt"):
             pass
@@ -34,17 +33,49 @@ def check_fits(expected: dict[str, Tensor], given: dict[str, Tensor], adapter_na
     Raises:
         ValueError: a tensor is missing, superfluous or of another shape; all of them are named.
     """
+    common = expected.keys() & given.keys()
+    shapes = [(key, given[key].shape, expected[key].shape) for key in common if given[key].shape != expected[key].shape]
+    _refuse_unless_empty(adapter_name, expected.keys() - given.keys(), given.keys() - expected.keys(), shapes)
+
+
+def load_strictly(load: Callable, tuner, adapter_name: str, *args, checkpoint_files: list[str] | None = None, **kwargs):
+    """In the place of the function by which transformers' own ``load_adapter`` loads weights: the same, but what it
+    would report in its log, and leave at random values, is refused, and the adapter taken out again.
+
+    Args:
+        load: transformers' function; returns its report, and perhaps more.
+        tuner: what has injected the adapter.
+
+    Raises:
+        ValueError: a file is no whole safetensors file; or a tensor is missing, superfluous or of another shape, and
+            all of them are named.
+    """
+    vars(tuner.model).pop(LOADING, None)  # for this call alone
+    try:
+        for file in map(Path, checkpoint_files or ()):
+            if file.suffix == ".safetensors":
+                check_weights_file(file)
+        result = load(*args, checkpoint_files=checkpoint_files, **kwargs)
+        found = result[0] if isinstance(result, tuple) else result  # transformers 5.0 returns the report alone
+        mark = f".{tuner.prefix}"
+        missing = {key for key in found.missing_keys if mark in key and f".{adapter_name}." in key}
+        unknown = {key for key in found.unexpected_keys if mark in key}
+        _refuse_unless_empty(adapter_name, missing, unknown, found.mismatched_keys)
+    except Exception:
+        tuner.withdraw(adapter_name)
+        raise
+    return result
+
+
+def _refuse_unless_empty(adapter_name: str, missing: Collection, unknown: Collection, shapes: Collection) -> None:
     problems = []
-    if missing := sorted(expected.keys() - given.keys()):
-        problems.append(f"missing keys: {missing}")
-    if unknown := sorted(given.keys() - expected.keys()):
-        problems.append(f"unknown keys: {unknown}")
-    if shapes := [
-        f"{key}: {tuple(given[key].shape)} in the file, {tuple(expected[key].shape)} in the model"
-        for key in sorted(expected.keys() & given.keys())
-        if given[key].shape != expected[key].shape
-    ]:
-        problems.append(f"other shapes: {shapes}")
+    if missing:
+        problems.append(f"missing keys: {sorted(missing)}")
+    if unknown:
+        problems.append(f"unknown keys: {sorted(unknown)}")
+    if shapes:
+        described = [f"{key}: {tuple(a)} in the file, {tuple(b)} in the model" for key, a, b in sorted(shapes)]
+        problems.append(f"other shapes: {described}")
     if problems:
         raise ValueError(
             f"the weights do not fit adapter {adapter_name!r}, and nothing was loaded. " + "; ".join(problems)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..config import MixLoRAConfig
 from ..routing import Routing, RoutingContext
-from .tokens import cumulative_lengths, padding_mask, prompt_mask, segment_starts
+from .tokens import check_undivided, cumulative_lengths, padding_mask, prompt_mask, segment_starts
 
 
 class Call:
@@ -53,6 +53,7 @@ class Forward:
         self.call, self.training, self.cached, self.kept = call, training, cached, kept
         self.mask, self.position_ids = named.get("attention_mask"), named.get("position_ids")
         self.cu_seq_lens, self.seq_idx = named.get("cu_seq_lens_q"), named.get("seq_idx")
+        self.encoded, self.encoder_mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
         keep = call.logits_to_keep
         self.keep = keep if isinstance(keep, int) and named.get("past_key_values") is not None else 0
         self.routings: dict[tuple[str, str], Routing] = {}
@@ -67,12 +68,18 @@ class Forward:
 
         Args:
             key, name: the layer and its adapter.
-            x: [B, L, d_in], or flattened [B * L, d_in]; or those of ``rows`` alone.
+            x: [B, L, d_in], or flattened [B * L, d_in]; in cross-attention what the encoder gave.
+            rows: those of x that have the adapter; None: all.
 
         Raises:
             ValueError: x does not belong to this forward's tokens, though they matter; or what the forward says
                 about them is contradictory, or missing.
         """
+        if self._is_encoded(x):
+            context = self._context(config)._replace(mask=self._encoder_padding(config), cu_seqlens=None)
+            return (x, context) if rows is None else (x[rows], _of_rows(context, rows))
+        if rows is not None:
+            x = x[rows]
         if self.L is None:
             context = self._context(config)
             return rows_as_instances(x), context if rows is None else _of_rows(context, rows)
@@ -97,6 +104,18 @@ class Forward:
         if context.cu_seqlens is not None and B > 1:
             x = x.reshape(1, B * self.L, x.shape[-1])
         return x, context
+
+    def _is_encoded(self, x: Tensor) -> bool:
+        """Whether a layer of the decoder sees what the encoder gave. A recomputation may see it under another name."""
+        encoded = self.encoded
+        return encoded is not None and (
+            x is encoded or (x.shape == encoded.shape and x.data_ptr() == encoded.data_ptr() and x.numel() > 0)
+        )
+
+    def _encoder_padding(self, config: MixLoRAConfig) -> Tensor | None:
+        if self.encoder_mask is None or config.pool == "all":
+            return None
+        return padding_mask(self.encoder_mask, *self.encoded.shape[:2], 0)
 
     # One context per kind of adapter, shared by all layers.
 
@@ -147,6 +166,7 @@ class Forward:
             mask = padding_mask(self.mask, self.B, self.L, self.cached)
             starts = None
             if not self.cached and self.L > 1:
+                check_undivided(self.mask, self.L)
                 starts = segment_starts(self.position_ids, self.cu_seq_lens, self.seq_idx, mask, self.B, self.L)
             if mask is not None:
                 # A row of nothing but padding fills up a batch (generate() makes such masks where every token is the

@@ -10,10 +10,15 @@ from .config import ConditionalMixLoRAConfig
 from .forward import rows_as_instances
 from .side_information import SideInformation
 
-MERGING = (
-    "a MixLoRA adapter cannot be merged into the weights: which factors it adds depends on the input, so that there "
-    "is no one weight to add them to"
-)
+
+class MergingError(NotImplementedError, ValueError):
+    """Merging, refused. peft's contract is a ValueError, its own methods that cannot merge raise the other."""
+
+    def __init__(self):
+        super().__init__(
+            "a MixLoRA adapter cannot be merged into the weights: which factors it adds depends on the input, so that "
+            "there is no one weight to add them to"
+        )
 
 
 class LayerAdapter(MixLoRAAdapter):
@@ -85,7 +90,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         config, forward = self.configs[name], self.side.forward
         if forward is None:
             self.side.check_outside(self)
-            placed, context = rows_as_instances(x), None
+            placed, context = rows_as_instances(x if rows is None else x[rows]), None
         else:
             placed, context = forward.place(self.key, name, config, x, rows)
         if placed is x:
@@ -94,7 +99,8 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
             if isinstance(base, Tensor):
                 base = base.reshape(*placed.shape[:-1], base.shape[-1])
             y, routing = self.mixlora_adapter[name](placed, base, context)
-            y = y.view(*x.shape[:-1], y.shape[-1])
+            tokens = x.shape[:-1] if rows is None else (len(rows), *x.shape[1:-1])
+            y = y.view(*tokens, y.shape[-1])
         if forward is not None:
             forward.record(self.key, name, routing)
         return y
@@ -109,7 +115,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(adapter_names):
             if name in self.mixlora_adapter:
                 rows = [row for row, chosen in enumerate(adapter_names) if chosen == name]
-                y[rows] = self._adapt(name, x[rows], y[rows], rows)
+                y[rows] = self._adapt(name, x, y[rows], rows)
         return y
 
     # peft marks a whole adapter as trained; the routers of gate="binary" are fixed.
@@ -130,7 +136,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
                         parameter.requires_grad_(False)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        raise ValueError(MERGING)
+        raise MergingError
 
     def unmerge(self) -> None:
-        raise ValueError(MERGING)
+        raise MergingError

@@ -9,8 +9,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .config import ConditionalMixLoRAConfig
-from .files import check_fits
-from .layer import MERGING, MixLoRALayer
+from .files import LOADING, check_fits, load_strictly
+from .layer import MergingError, MixLoRALayer
 from .report import routing_report
 from .side_information import SideInformation, find_side_information
 from .targets import check_targets, decoder_linears
@@ -40,10 +40,26 @@ class ConditionalMixLoRAModel(BaseTuner):
         if state_dict is None:
             check_targets(model, config, self._check_target_module_exists)
         self.side = side_information(model)
-        if getattr(config, "_awaits_weights", False):
-            self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        layer = next((module for module in model.modules() if isinstance(module, MixLoRALayer)), None)
+        self._active_before = None if layer is None else layer.active_adapters
+        self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         self.side.install(model)
+        if hasattr(model, LOADING):
+            setattr(model, LOADING, partial(load_strictly, getattr(type(model), LOADING), self, adapter_name))
+
+    def withdraw(self, adapter_name: str) -> None:
+        """Take out an adapter that was injected for weights which turned out not to fit: the model is as before."""
+        if self._active_before is None:
+            self.unload()
+            if hasattr(self.model, LOADING):
+                self.model._hf_peft_config_loaded = False
+        else:
+            self.delete_adapter(adapter_name)
+            self.set_adapter(self._active_before)
+        trained = {id(parameter) for parameter in self._trained_before}
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
 
     def _create_and_replace(
         self, peft_config: ConditionalMixLoRAConfig, adapter_name, target, target_name, parent, current_key, **_
@@ -89,7 +105,7 @@ class ConditionalMixLoRAModel(BaseTuner):
             yield
 
     def _check_merge_allowed(self) -> None:
-        raise ValueError(MERGING)
+        raise MergingError
 
     def _unload_and_optionally_merge(self, merge: bool = True, **options) -> nn.Module:
         if merge:
@@ -114,7 +130,7 @@ class ConditionalMixLoRAModel(BaseTuner):
             check_fits(expected, {key: value for key, value in state_dict.items() if marker in key}, adapter_name)
         except ValueError:
             if getattr(config, "_awaits_weights", False):
-                _withdraw(model, adapter_name)
+                model.base_model.withdraw(adapter_name)
             raise
         config._awaits_weights = False
         return state_dict
@@ -126,19 +142,6 @@ def side_information(model: nn.Module) -> SideInformation:
         return find_side_information(model)
     except ValueError:
         return SideInformation()
-
-
-def _withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter out of a PeftModel again; without the last one, the base model is as it was."""
-    if not hasattr(model, "base_model") or not isinstance(model.base_model, ConditionalMixLoRAModel):
-        return
-    tuner = model.base_model
-    if len(model.peft_config) > 1:
-        model.delete_adapter(adapter_name)
-    else:
-        tuner.unload()
-    for parameter in tuner._trained_before:
-        parameter.requires_grad_(True)
 
 
 def _pass_adapter_names(_module, args, kwargs, adapter_names):

@@ -1,7 +1,28 @@
 """Make the method known to peft, whose list of methods is an enumeration without an entry for strangers."""
 
+import importlib.metadata
+
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
+from transformers import PreTrainedModel
+
+from .files import LOADING
+
+# What the checks of loaded weights are hung on. A version without one of these would skip the check without a word.
+HOOKS = ((BaseTuner, "_remap_adapter_state_dict_for_load"), (PreTrainedModel, LOADING))
+
+
+def check_hooks() -> None:
+    """Raise an ImportError where the installed peft or transformers lacks what incomplete weights are refused by."""
+    for owner, name in HOOKS:
+        if not hasattr(owner, name):
+            package = owner.__module__.partition(".")[0]
+            version = importlib.metadata.version(package)
+            raise ImportError(
+                f"mixlora_kernels.peft does not know {package} {version}: without {owner.__name__}.{name}, incomplete "
+                "weights would be loaded silently. See constraints.txt for the versions that were tested"
+            )
 
 
 def add_peft_type(name: str) -> PeftType:

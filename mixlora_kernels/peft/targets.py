@@ -13,7 +13,7 @@ from .side_information import find_decoders
 
 
 def decoder_linears(model: nn.Module, config: ConditionalMixLoRAConfig) -> str:
-    """An expression for every linear layer inside the text decoder's layers.
+    """An expression for every linear layer inside the text decoder's layers (an encoder's, of a model without one).
 
     The decoder is found by its place in the model: vision towers use the same names for their layers.
 
@@ -25,18 +25,20 @@ def decoder_linears(model: nn.Module, config: ConditionalMixLoRAConfig) -> str:
         raise ValueError(f"Please specify `target_modules`: {type(model).__name__} has no get_decoder(), so {ask}")
     decoder = find_decoders(model)[0]
     path = next(name for name, module in model.named_modules() if module is decoder)
-    lists = [name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList)]
-    wanted = config.layers_pattern or lists
-    lists = [name for name in lists if name in ([wanted] if isinstance(wanted, str) else wanted)]
+    lists = _lists_of_layers(decoder)
+    wanted = config.layers_pattern
+    if wanted:
+        wanted = [wanted] if isinstance(wanted, str) else wanted
+        lists = [name for name in lists if name in wanted or name.rpartition(".")[2] in wanted]
     if not lists:
         raise ValueError(f"Please specify `target_modules`: {type(decoder).__name__} has no list of layers, so {ask}")
     indices = config.layers_to_transform
     indices = [indices] if isinstance(indices, int) else indices
     inside = {}  # what stands below a layer, by whether it is linear
     for name, module in _outside_adapters(decoder):
-        head, _, rest = name.partition(".")
-        index, _, rest = rest.partition(".")
-        if head in lists and rest and (not indices or int(index) in indices):
+        head = next((head for head in lists if name.startswith(f"{head}.")), name)
+        index, _, rest = name[len(head) + 1 :].partition(".")
+        if rest and (not indices or int(index) in indices):
             inside.setdefault(is_linear(module), set()).add(rest)
     if not inside.get(True):
         raise ValueError(
@@ -46,7 +48,14 @@ def decoder_linears(model: nn.Module, config: ConditionalMixLoRAConfig) -> str:
     which = "|".join(map(str, sorted(indices))) if indices else r"\d+"
     places = "|".join(map(re.escape, sorted(inside[True])))
     prefix = re.escape(path) + r"\." if path else ""
-    return rf"{prefix}({'|'.join(lists)})\.({which})\.({places})"
+    return rf"{prefix}({'|'.join(map(re.escape, lists))})\.({which})\.({places})"
+
+
+def _lists_of_layers(decoder: nn.Module) -> list[str]:
+    """The paths of the outermost lists of modules: ``layers`` of a LLaMA, ``encoder.layer`` of a BERT."""
+    lists = [name for name, module in decoder.named_modules() if isinstance(module, nn.ModuleList)]
+    depth = min((name.count(".") for name in lists), default=0)
+    return [name for name in lists if name.count(".") == depth]
 
 
 def check_targets(model: nn.Module, config: ConditionalMixLoRAConfig, matches: Callable) -> None:

@@ -41,6 +41,23 @@ def padding_mask(mask, B: int, L: int, offset: int) -> Tensor | None:
     )
 
 
+def check_undivided(mask, L: int) -> None:
+    """Refuse an attention mask [B, 1, L, K] by which a row holds several instances.
+
+    Raises:
+        ValueError: a token does not see the one before it, though neither is padding.
+    """
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or not _may_look():
+        return
+    sees = mask == 0 if mask.is_floating_point() else mask != 0
+    own, previous = sees.diagonal(0, 2, 3)[..., :L], sees.diagonal(-1, 2, 3)
+    if bool((own[..., 1:] & own[..., :-1] & ~previous).any()):
+        raise ValueError(
+            "attention_mask parts the tokens of a row, which then holds several instances: for packed instances give "
+            "position_ids that start anew (or cu_seq_lens_q, or seq_idx) and no attention_mask"
+        )
+
+
 def segment_starts(position_ids, cu_seq_lens, seq_idx, mask: Tensor | None, B: int, L: int) -> Tensor | None:
     """Where packed instances begin, [B, L] bool; None where every row is one instance.
 

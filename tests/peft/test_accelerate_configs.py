@@ -1,4 +1,4 @@
-"""The ready configurations are read by Accelerate. ZeRO is not run here: DeepSpeed needs a GPU."""
+"""The ready configurations are read by Accelerate. What they configure is run in test_distributed."""
 
 from pathlib import Path
 

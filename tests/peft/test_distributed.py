@@ -5,6 +5,7 @@ import os
 import socket
 import traceback
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -49,7 +50,7 @@ def _entry(rank: int, port: int, jobs: dict, folder: str) -> None:
     """Run the jobs in turn and leave a file for each: empty, or how it failed; after a failure none is run."""
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(WORLD))
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true")
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), ACCELERATE_USE_CPU="true", DS_ACCELERATOR="cpu")
     dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
     for name, (work, *arguments) in jobs.items():
         result = Path(folder, f"{name}.{rank}")
@@ -70,8 +71,9 @@ def results(tmp_path_factory) -> Path:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    jobs = {name: job for name, job in JOBS.items() if name not in LEFT_OUT}
     try:
-        mp.spawn(_entry, args=(port, JOBS, str(folder)), nprocs=WORLD)
+        mp.spawn(_entry, args=(port, jobs, str(folder)), nprocs=WORLD)
     except mp.ProcessRaisedException:
         assert any(file.read_text() for file in folder.iterdir())  # told by the job's own test
     return folder
@@ -123,13 +125,15 @@ def _fsdp2(rank: int, checkpointing: bool) -> None:
     compare(found, expected_gradients({}))
     weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if rank == 0:
-        reference = model_for({})
-        with TemporaryDirectory() as folder:
-            model.save_pretrained(folder, state_dict=weights)
-            saved = load(Path(folder, "adapter_model.safetensors").read_bytes())
-        assert len(saved) == len(trained(reference))
-        for name, parameter in trained(reference).items():
-            assert torch.equal(saved[name.replace(".default.", ".")], parameter)
+        check_saved(model, weights, trained(model_for({})))
+
+
+def check_saved(model, weights: dict, expected: dict) -> None:
+    """What is saved of a sharded model, from its gathered weights, holds all of the adapter and no more."""
+    with TemporaryDirectory() as folder:
+        model.save_pretrained(folder, state_dict=weights)
+        saved = load(Path(folder, "adapter_model.safetensors").read_bytes())
+    compare(saved, {name.replace(".default.", "."): value.detach() for name, value in expected.items()})
 
 
 def _fsdp1(rank: int, dtype: torch.dtype) -> None:
@@ -186,6 +190,48 @@ def _accelerate(rank: int, plugin: str) -> None:
     AcceleratorState._reset_state(True)
 
 
+def _zero(rank: int, stage: int, checkpointing: bool) -> None:
+    """DeepSpeed: the gradients of each of three steps, the weights after them, and what is saved."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
+
+    model, reference = model_for({}), model_for({})
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    optimizer = torch.optim.SGD(trained(reference).values(), lr=0.1)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=torch.optim.SGD(trained(model).values(), lr=0.1),
+        config={
+            "train_micro_batch_size_per_gpu": len(half(rank)["input_ids"]),
+            # 0: of these small parameters, too, a process keeps its part only.
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    )
+    for _ in range(3):
+        for part in range(WORLD):
+            (loss_of(reference, half(part)) / WORLD).backward()
+        engine.backward(loss_of(engine, half(rank)))
+        found = {name: safe_get_full_grad(parameter) for name, parameter in trained(model).items()}
+        compare(found, {name: parameter.grad for name, parameter in trained(reference).items()})
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.step()
+    found = {name: safe_get_full_fp32_param(parameter) for name, parameter in trained(model).items()}
+    compare(found, trained(reference))
+    if stage == 3:
+        sharded = sum(parameter.numel() for parameter in trained(model).values())
+        assert sharded < sum(value.numel() for value in found.values())  # nothing would be shown otherwise
+        weights = engine._zero3_consolidated_16bit_state_dict()  # as Accelerate gathers them
+    else:
+        weights = model.state_dict()
+    if rank == 0:
+        check_saved(model, weights, trained(reference))
+    engine.destroy()
+
+
 JOBS = {
     "ddp": (_ddp, {}),
     "ddp-checkpointed": (_ddp, {}, True),
@@ -197,11 +243,18 @@ JOBS = {
     "fsdp1-pefts-policy-bfloat16-base": (_fsdp1, torch.bfloat16),
     "accelerate-ddp": (_accelerate, "ddp"),
     "accelerate-fsdp2": (_accelerate, "fsdp2"),
+    "zero2": (_zero, 2, False),
+    "zero2-checkpointed": (_zero, 2, True),
+    "zero3": (_zero, 3, False),
+    "zero3-checkpointed": (_zero, 3, True),
 }
+LEFT_OUT = set() if find_spec("deepspeed") else {name for name, (work, *_) in JOBS.items() if work is _zero}
 
 
 @pytest.mark.parametrize("job", JOBS)
 def test_two_processes(results, job):
+    if job in LEFT_OUT:
+        pytest.skip("DeepSpeed is not installed: ZeRO was not run")
     for rank in range(WORLD):
         result = results / f"{job}.{rank}"
         assert result.exists(), f"not run, because an earlier job failed: {sorted(os.listdir(results))}"

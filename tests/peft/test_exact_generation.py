@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from mixlora_kernels.peft import ConditionalMixLoRAConfig
+
 from . import models
 from .models import FAMILIES, IMAGE_TOKEN, build, pad, prompts, relative
 
@@ -53,6 +55,19 @@ def test_greedy_in_a_padded_batch(family):
         one, own_logits, _ = generate(model, tokens[None], **own, **extra(family, tokens[None]))
         assert torch.equal(answers[row], one[0])
         assert relative(logits[row], own_logits[0]) < TOLERANCE
+
+
+def test_embeddings_in_the_place_of_tokens():
+    model = adapt(build())
+    instances = prompts(3)
+    ids, mask = pad(instances, "left", value=0)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    with torch.inference_mode():
+        out = model.generate(inputs_embeds=embeddings, attention_mask=mask, **{**GREEDY, **NO_END})
+    for row, tokens in enumerate(instances):
+        one, own, _ = generate(model, tokens[None])
+        assert torch.equal(out.sequences[row], one[0])
+        assert relative(torch.stack(out.logits, 1)[row], own[0]) < TOLERANCE
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -244,7 +259,8 @@ def test_task_embedding(settings):
 
 def test_an_adapter_for_each_row():
     model = adapt(build())
-    model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
+    config = ConditionalMixLoRAConfig(r=3, num_factors=7, init_weights=False, task_type="CAUSAL_LM")
+    model.add_adapter("second", config)
     model.eval().double()
     instances = prompts(3)
     ids, mask = pad(instances, "left", value=0)

@@ -94,6 +94,34 @@ def test_padding_in_single_precision(side):
     check(model, logits, *expected, tolerance=SINGLE)
 
 
+@pytest.mark.parametrize("form", ["bool", "additive"])
+def test_masks_of_four_dimensions(form):
+    """[B, 1, L, L], made by the user: padding is found on the diagonal."""
+    model = adapt(build())
+    instances, batch, own = batch_of("llama")
+    expected = alone(model, "llama", instances, own)
+    real = batch["attention_mask"].bool()
+    sees = real[:, None, None] & torch.ones(real.shape[1], real.shape[1], dtype=torch.bool).tril()
+    mask = sees if form == "bool" else torch.zeros(sees.shape).double().masked_fill(~sees, -1e300)
+    logits = rows_of(model(**{**batch, "attention_mask": mask}, use_cache=False).logits, batch)
+    sum(map(answer_of, logits)).backward()
+    check(model, logits, *expected)
+
+
+def test_several_images_in_one_instance():
+    model = adapt(build("llava"))
+    instances = prompts(2, image_tokens=4)
+    instances[0] = torch.cat((instances[0], instances[0][1:]))  # a second image, and more text
+    pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(5)).double()
+    own = [{"pixel_values": pixels[:2]}, {"pixel_values": pixels[2:]}]
+    expected = alone(model, "llava", instances, own)
+    ids, mask = pad(instances, "right", value=7)
+    logits = model(input_ids=ids, attention_mask=mask, pixel_values=pixels, use_cache=False).logits
+    logits = rows_of(logits, {"attention_mask": mask})
+    sum(map(answer_of, logits)).backward()
+    check(model, logits, *expected)
+
+
 @pytest.mark.parametrize("settings", [{"gate": "weighted"}, {"gate": "binary", "conditioning": "published"}])
 def test_padding_other_gates(settings):
     model = adapt(build(), **settings)
@@ -129,6 +157,24 @@ def test_checkpointing_with_two_forwards_before_a_backward(family, reentrant):
     model(**others, use_cache=False, **extra(family, others["input_ids"]))
     sum(map(answer_of, logits)).backward()
     check(model, logits, *expected)
+
+
+def test_checkpointing_with_a_reference_in_between():
+    """Preference training: two branches, each followed by the model without its adapter, then one backward."""
+    model = adapt(build())
+    instances, first, own = batch_of("llama")
+    expected, wanted = alone(model, "llama", instances, own)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    second = {name: value.flip(0) for name, value in first.items()}
+    branches = []
+    for branch in (first, second):
+        branches.append(rows_of(model(**branch, use_cache=False).logits, branch))
+        with torch.no_grad(), model.disable_adapter():
+            model(**branch, use_cache=False)
+    for found in branches:
+        sum(map(answer_of, found)).backward()
+    both = {name: 2 * gradient for name, gradient in wanted.items()}
+    check(model, branches[0] + branches[1][::-1], expected * 2, both)
 
 
 def test_checkpointing_switched_on_before_the_adapter():

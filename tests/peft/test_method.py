@@ -78,6 +78,15 @@ def test_default_targets_in_some_layers(family):
     assert all(".layers.1." in key and "gate_proj" not in key for key in keys)
 
 
+def test_default_targets_of_an_encoder():
+    import transformers as hf
+
+    config = hf.BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    adapted = adapt(hf.BertForSequenceClassification(config), task_type="SEQ_CLS", layers_to_transform=[1])
+    keys = [layer.key for layer in layers_of(adapted).values()]
+    assert len(keys) == 6 and all(key.startswith("bert.encoder.layer.1.") for key in keys)
+
+
 def test_layers_to_transform_with_names():
     adapted = adapt(build(), target_modules=["q_proj", "down_proj"], layers_to_transform=[0], layers_pattern="layers")
     keys = {layer.key for layer in layers_of(adapted).values()}
@@ -264,8 +273,9 @@ def test_unloading_leaves_the_base_as_it_was():
 def test_merging_is_refused_with_the_reason(way):
     model = adapt(build())
     before = logits_of(model)
-    with pytest.raises(ValueError, match="depends on the input"):
+    with pytest.raises(ValueError, match="depends on the input") as refused:
         getattr(model, way)()
+    assert isinstance(refused.value, NotImplementedError)
     assert torch.equal(logits_of(model), before)
 
 

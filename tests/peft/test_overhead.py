@@ -3,12 +3,22 @@
 import copy
 import time
 
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 import mixlora_kernels.adapter
 
 from .models import adapt, build
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for one another on a busy machine cost more than what is measured."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_no_more_than_pefts_own_lora_layer(monkeypatch):
@@ -35,19 +45,18 @@ def test_no_more_than_pefts_own_lora_layer(monkeypatch):
     times = dict.fromkeys(models, float("inf"))
     for _ in range(40):
         for name, model in models.items():
-            start = time.perf_counter()
-            model(**batch)
-            times[name] = min(times[name], time.perf_counter() - start)
+            times[name] = min(times[name], _time(lambda model=model: model(**batch)))
+    assert len(results) == 14  # every layer, and no other
     # The remembered output also spares the frozen product, which the base model has: count it for MixLoRA.
     x, frozen = torch.randn(2, 4, 32), base.model.layers[0].self_attn.q_proj
     product = min(_time(lambda: frozen(x)) for _ in range(200))
-    layers = 14
-    lora = (times["lora"] - times["base"]) / layers
-    ours = (times["mixlora"] - times["base"]) / layers + product
+    lora = (times["lora"] - times["base"]) / len(results)
+    ours = (times["mixlora"] - times["base"]) / len(results) + product
     assert ours <= lora, f"{ours * 1e6:.1f} us a layer, LoRA {lora * 1e6:.1f} us"
 
 
 def _time(call) -> float:
-    start = time.perf_counter()
+    """Of this thread alone, in seconds: what others do on the machine meanwhile does not count."""
+    start = time.thread_time()
     call()
-    return time.perf_counter() - start
+    return time.thread_time() - start

@@ -11,6 +11,7 @@ from safetensors.torch import load, save_file
 from torch import nn
 
 from mixlora_kernels.peft import ConditionalMixLoRAConfig, routing_report, task_embedding
+from mixlora_kernels.peft.registration import HOOKS, check_hooks
 
 from .models import adapt, build, prompts
 
@@ -185,6 +186,7 @@ def test_adapter_names():
 
 
 PACKED = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
+BLOCKS = torch.block_diag(*[torch.ones(3, 3).tril()] * 2).bool().expand(2, 1, 6, 6)
 
 
 @pytest.mark.parametrize(
@@ -193,6 +195,9 @@ PACKED = torch.tensor([[0, 1, 2, 0, 1, 2]] * 2)
         ({"position_ids": PACKED, "attention_mask": torch.ones(2, 6)}, "position_ids start anew.*attention_mask"),
         ({"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]] * 2), "attention_mask": torch.ones(2, 6)}, "seq_idx says"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 6, 12]), "attention_mask": torch.ones(2, 6)}, "cu_seq_lens_q says"),
+        ({"attention_mask": BLOCKS}, "attention_mask parts the tokens"),
+        ({"attention_mask": BLOCKS, "position_ids": PACKED}, "attention_mask parts the tokens"),
+        ({"attention_mask": torch.where(BLOCKS, 0.0, -1e9)}, "attention_mask parts the tokens"),
         ({"position_ids": PACKED, "seq_idx": torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)}, "contradict one another"),
         ({"position_ids": PACKED, "cu_seq_lens_q": torch.tensor([0, 6, 12])}, "contradict one another"),
         ({"cu_seq_lens_q": torch.tensor([0, 4, 9])}, "from 0 to the 12 tokens"),
@@ -240,6 +245,13 @@ def test_a_cache_of_others():
     with pytest.raises(ValueError, match="filled without this adapter"):
         model(input_ids=IDS[:, :1], past_key_values=cache)
     cache = model(input_ids=IDS, use_cache=True).past_key_values
+    model.add_adapter("second", ConditionalMixLoRAConfig(r=1, num_factors=3, task_type="CAUSAL_LM"))
+    model.set_adapter("second")  # in the middle of a generation
+    with pytest.raises(ValueError, match="no routing of adapter 'second'"):
+        model(input_ids=IDS[:, :1], past_key_values=cache)
+    model.set_adapter("default")
+    model(input_ids=IDS[:, :1], past_key_values=cache)
+    cache = model(input_ids=IDS, use_cache=True).past_key_values
     with pytest.raises(ValueError, match="filled for 2 rows, the forward has 1"):
         cache.batch_select_indices(torch.tensor([0]))
         model(input_ids=IDS[:1, :1], past_key_values=cache)
@@ -267,3 +279,50 @@ def test_a_report_before_a_forward():
         adapt(build()).routing_report()
     with pytest.raises(ValueError, match="no MixLoRA layers"):
         routing_report(build())
+
+
+@pytest.mark.parametrize("how", ["truncated", "corrupt", "pickle", "missing", "unknown", "shapes"])
+def test_transformers_own_loading(saved, how, tmp_path_factory):
+    """Its log would report tensors that are missing or of another shape, and the model would go on without them."""
+    broken = tmp_path_factory.mktemp("broken")  # what was loaded is still mapped from the whole file
+    shutil.copytree(saved, broken, dirs_exist_ok=True)
+    if how in ("missing", "unknown", "shapes"):
+        change(broken / WEIGHTS, how)
+        message = rf"{how}.*layers\.{5 if how == 'unknown' else 1}\.mlp\.up_proj.*router_AB"
+    else:
+        cut(broken / WEIGHTS, how)
+        message = "is a pickle" if how == "pickle" else "truncated or corrupt"
+    model = build()
+    before = state(model)
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(str(broken))
+    assert_same(model, before)
+    for name in ("first", "second"):
+        model.load_adapter(str(saved), adapter_name=name)
+    model.set_adapter("first")
+    before, expected = state(model), model(input_ids=IDS).logits
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(str(broken), adapter_name="third")
+    assert_same(model, before)
+    assert model.active_adapters() == ["first"] and "third" not in model.peft_config
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+
+
+def test_transformers_own_loading_of_tensors(saved):
+    weights = load((saved / WEIGHTS).read_bytes())
+    key = next(iter(weights))
+    config = ConditionalMixLoRAConfig(r=3, num_factors=6)
+    model = build()
+    before = state(model)
+    with pytest.raises(ValueError, match="missing keys.*" + key.removeprefix("base_model.model.").rpartition(".")[2]):
+        rest = {name: value for name, value in weights.items() if name != key}
+        model.load_adapter(peft_config=copy.deepcopy(config), adapter_state_dict=rest)
+    assert_same(model, before)
+    model.load_adapter(peft_config=config, adapter_state_dict=weights)
+
+
+@pytest.mark.parametrize("owner, name", HOOKS)
+def test_a_version_that_would_not_check_what_is_loaded(monkeypatch, owner, name):
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(ImportError, match=f"{owner.__module__.partition('.')[0]} .*{name}"):
+        check_hooks()
