@@ -30,7 +30,7 @@ def read_questions(file: str | Path) -> list[dict]:
     """The questions of a task.
 
     Raises:
-        ValueError: a line is not JSON or lacks a field, or an id occurs twice.
+        ValueError: a line is not JSON, lacks a field or holds one that is no text, or an id occurs twice.
     """
     questions, ids = [], set()
     for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
@@ -40,6 +40,8 @@ def read_questions(file: str | Path) -> list[dict]:
             raise ValueError(f"{file}, line {number}: not JSON ({error})") from error
         if not isinstance(question, dict) or (missing := [name for name in FIELDS if name not in question]):
             raise ValueError(f"{file}, line {number}: lacks {missing if isinstance(question, dict) else FIELDS}")
+        if wrong := [name for name in FIELDS[1:] if not isinstance(question[name], str)]:
+            raise ValueError(f"{file}, line {number}: {wrong} must be texts")
         if question["unique_id"] in ids:
             raise ValueError(f"{file}, line {number}: the id {question['unique_id']!r} occurs twice")
         ids.add(question["unique_id"])

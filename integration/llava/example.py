@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +60,29 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--output", type=Path, default=Path("llava_example"))
     parser.add_argument("--quick", action="store_true", help="fewer steps and questions")
     options = parser.parse_args(arguments)
-    size, folder, start = SIZES[options.quick], options.output, time.monotonic()
+    with one_thread():
+        return run(options.output, SIZES[options.quick])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Products as small as these gain nothing from a second thread; where other programs use the cores, threads that
+    wait for one another take twenty times as long. The run that is killed must add in the same order as the others, and
+    inherits this by its environment."""
+    threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        os.environ.pop("OMP_NUM_THREADS")
+        os.environ |= {} if variable is None else {"OMP_NUM_THREADS": variable}
+
+
+def run(folder: Path, size: Size) -> dict:
+    """See ``main``."""
+    start = time.monotonic()
     digits.write(folder / "data", per_task=size.per_task, held_out=size.held_out)
     pretrain(folder, size.pretraining)
     losses = {name: train(settings(folder, name, size.tuning, method=name))["loss"] for name in ("mixlora", "lora")}
