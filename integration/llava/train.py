@@ -97,7 +97,8 @@ def train(settings: Settings, fresh: bool = False) -> dict:
     set_seed(arguments.seed)  # the adapter's initial values must not depend on how the model was loaded
     patched = patch(model, settings)
     table = None if embeddings is None else torch.stack([embeddings[task] for task in dataset.task_ids])
-    collator = Collator(processor.tokenizer.pad_token_id, table)
+    blank = dataset.encoder.blank() if settings.train_projector and arguments.world_size > 1 else None
+    collator = Collator(processor.tokenizer.pad_token_id, table, blank)
     trainer = LlavaTrainer(model=patched.model, args=arguments, train_dataset=dataset, data_collator=collator)
     if trainer.is_world_process_zero():
         announce(patched, dataset, settings, trainer, collator)
@@ -179,7 +180,9 @@ def read_data(settings: Settings, processor) -> Conversations:
 def training_arguments(settings: Settings) -> TrainingArguments:
     # The collator makes its batch of more than the model's arguments; unknown columns must reach it.
     fixed = {"output_dir": settings.output, "remove_unused_columns": False, "label_names": ["labels"]}
-    return TrainingArguments(**({"report_to": "none"} | settings.training | fixed))
+    # Every parameter that is trained has a gradient in every step; see ``Collator``.
+    defaults = {"report_to": "none", "ddp_find_unused_parameters": False}
+    return TrainingArguments(**(defaults | settings.training | fixed))
 
 
 def last_checkpoint(output: Path) -> Path | None:

@@ -91,6 +91,24 @@ def test_killed_and_resumed_ends_with_the_same_weights(folder):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_two_processes_train_on_texts_and_images(folder):
+    """The projector is trained, and batches without an image meet batches with one on the other process."""
+    records = json.loads((folder / "data/pretraining.json").read_text())
+    texts, pictures = ([row for row in records if ("image" in row) == kind][:24] for kind in (False, True))
+    (folder / "mixed.json").write_text(json.dumps(texts + pictures))
+    given = settings(folder, "two", training={"per_device_train_batch_size": 4, "gradient_checkpointing": True})
+    given.data = str(folder / "mixed.json")
+    (folder / "two.yaml").write_text(yaml.safe_dump(vars(given)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command += ["integration.llava.train", "--config", str(folder / "two.yaml")]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before = load_file(folder / "base" / "model.safetensors")
+    name = next(name for name in before if "projector.linear_1.weight" in name)
+    trained = next(tensor for name, tensor in weights(folder / "two").items() if "projector.linear_1.weight" in name)
+    assert not torch.equal(before[name], trained)
+
+
 def test_a_half_written_checkpoint_is_not_used(folder):
     output = folder / "half"
     (output / "checkpoint-4").mkdir(parents=True)
