@@ -160,6 +160,8 @@ def plot_usage(selections: Selections, file: str | Path, module: str) -> None:
             panel.bar(factors, counts[task], bottom=bottom, color=colours(number), label=task)
             bottom += counts[task]
         panel.set_title(f"{name.partition('layers.')[2]}, lora_{pool}", fontsize=8)
+        panel.set_xlabel("factor", fontsize=8)
+        panel.set_ylabel("times chosen", fontsize=8)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=7)
     figure.savefig(file, dpi=120)
 

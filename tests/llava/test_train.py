@@ -101,7 +101,8 @@ def test_two_processes_train_on_texts_and_images(folder):
     (folder / "two.yaml").write_text(yaml.safe_dump(vars(given)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     command += ["integration.llava.train", "--config", str(folder / "two.yaml")]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     before = load_file(folder / "base" / "model.safetensors")
     name = next(name for name in before if "projector.linear_1.weight" in name)
