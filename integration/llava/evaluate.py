@@ -19,11 +19,23 @@ from .conversation import TEMPLATES
 from .generate import answer, build_prompt
 from .images import BadImage, find_image, load_image
 from .judge import EXACT, load_judge
-from .model import load_adapter, load_llava
+from .model import load_adapter, load_llava, read_source
 from .tasks import embed_tasks, read_definitions
 
 logger = logging.getLogger(__name__)
 FIELDS = ("unique_id", "image_path", "prompt", "target")
+
+
+def question_files(place: Path) -> list[Path]:
+    """The files of questions, one per task: all of a folder's ``.jsonl``, or the one.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
+    if not files or not files[0].is_file():
+        raise ValueError(f"{place} is neither a file of questions nor a folder with files TASK.jsonl")
+    return files
 
 
 def read_questions(file: str | Path) -> list[dict]:
@@ -160,9 +172,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--task-definitions", type=Path, help="for routing by task: a JSON file of a text per task")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO)
-    files = sorted(options.questions.glob("*.jsonl")) if options.questions.is_dir() else [options.questions]
-    source = json.loads(options.model) if options.model.startswith("{") else options.model
-    model, processor = load_llava(source)
+    files = question_files(options.questions)
+    model, processor = load_llava(read_source(options.model))
     model.to(options.device or model.device)
     embeddings = None
     if options.task_definitions:

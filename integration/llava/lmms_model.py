@@ -14,7 +14,7 @@ from lmms_eval.api.model import lmms
 
 from .data import IGNORED
 from .generate import answer, build_prompt
-from .model import load_adapter, load_llava
+from .model import load_adapter, load_llava, read_source
 
 
 class MixLoRALlava(lmms):
@@ -46,7 +46,7 @@ class MixLoRALlava(lmms):
         self._rank, self._world_size = state.process_index, state.num_processes
         # lmms-eval gathers the processes' counts on it.
         self.device = state.device if device is None or state.num_processes > 1 else torch.device(device)
-        model, self.processor = load_llava(json.loads(pretrained) if pretrained.startswith("{") else pretrained, dtype)
+        model, self.processor = load_llava(read_source(pretrained), dtype)
         self.embedding = None
         model.to(self.device)
         if adapter is not None:

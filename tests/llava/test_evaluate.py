@@ -191,12 +191,23 @@ def test_mme_predictions_become_the_tools_files(tmp_path):
 
 @pytest.mark.parametrize(
     ("lines", "message"),
-    [(['{"unique_id": 1}'], "lacks"), (["nothing"], "line 1: not JSON"), (["[]"], "lacks")],
+    [
+        (['{"unique_id": 1}'], "lacks"),
+        (["nothing"], "line 1: not JSON"),
+        (["[]"], "lacks"),
+        (['{"unique_id": 1, "image_path": "a", "prompt": "b", "target": 3}'], r"line 1: \['target'\] must be texts"),
+    ],
 )
 def test_questions_refused_by_line(tmp_path, lines, message):
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
         evaluate.read_questions(tmp_path / "q.jsonl")
+
+
+def test_a_folder_without_questions_is_refused(tmp_path):
+    for place in (tmp_path, tmp_path / "none.jsonl"):
+        with pytest.raises(ValueError, match="neither a file of questions nor a folder"):
+            evaluate.question_files(place)
 
 
 def test_commands(folder, tmp_path, capsys):

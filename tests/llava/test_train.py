@@ -159,11 +159,31 @@ def test_strict_stops_at_bad_records(folder):
         ({"method": "mixlora_task"}, "task_definitions must be given"),
         ({"training": {"warmup": 1}}, "TrainingArguments does not have"),
         ({"training": {"output_dir": "x"}}, "give output"),
+        ({"training": {"learning_rate": "fast"}}, "training.learning_rate must be a number, got 'fast'"),
+        ({"mixlora": {"pools": "all"}}, "MixLoRAConfig does not have: .'pools'"),
+        ({"dtype": "bf16"}, "dtype must be one of auto, float32"),
     ],
 )
 def test_settings_refused(folder, change, message):
     with pytest.raises(ValueError, match=message):
         settings(folder, "refused", **change)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("model: [", "wrong.yaml is not YAML"), ("- model", "must hold fields"), ("modle: x", "unknown fields .'modle'"),
+     ("model: x", "lacks .'data', 'images', 'output'")],
+)  # fmt: skip
+def test_settings_files_refused(tmp_path, text, message):
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Settings.read(tmp_path / "wrong.yaml")
+
+
+def test_a_rate_without_a_dot_is_a_number(tmp_path):
+    """YAML takes 4e-5 for a text."""
+    (tmp_path / "s.yaml").write_text("{model: x, data: x, images: x, output: x, training: {learning_rate: 4e-5}}")
+    assert Settings.read(tmp_path / "s.yaml").training == {"learning_rate": 4e-5}
 
 
 def test_settings_of_the_paper():
