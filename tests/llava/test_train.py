@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from integration.llava import digits, small, train
-from integration.llava.model import TASKS
+from integration.llava import digits, estimate, small, train
+from integration.llava.data import Collator
+from integration.llava.model import TASKS, load_llava
 from integration.llava.settings import METHODS, Settings
 from integration.llava.train import LengthGrouped
 
@@ -141,6 +143,54 @@ def test_dry_run_prints_modules_parameters_memory_and_stops(folder, capsys):
     assert f"trainable: {2 * per_layer + projector:,} of" in out
     assert "steps: 6" in out and "device hours" in out and "MiB" in out
     assert not (folder / "dry").exists()
+
+
+def test_says_before_the_first_step_what_the_run_does(folder, capsys):
+    """Three steps of an epoch's five batches of eight, in each of two epochs."""
+    changes = {"training": {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}, "limit": 40}
+    report = train.train(settings(folder, "said", **changes))
+    out = capsys.readouterr().out
+    assert report["steps"] == 6 and "steps: 6\n" in out and "trainable: " in out
+    minutes, seconds = re.search(
+        r"time: about ([\d.]+) minutes, from ([\d.]+) s measured for a batch of 8", out
+    ).groups()
+    assert float(minutes) == pytest.approx(float(seconds) * 6 * 2 / 60, abs=0.1)
+
+
+def test_timing_a_batch_leaves_no_trace(folder):
+    model, processor = load_llava(folder / "base")
+    patched = train.patch(model, settings(folder, "none"))
+    patched.model.eval()
+    data = train.read_data(settings(folder, "none"), processor)
+    random, values = torch.get_rng_state(), [p.clone() for p in patched.model.parameters()]
+    found = estimate.measure(patched.model, Collator(0)([data[0], data[1]]), torch.device("cpu"))
+    assert found["seconds"] > 0 and torch.equal(torch.get_rng_state(), random) and not patched.model.training
+    assert all(p.grad is None and torch.equal(p, v) for p, v in zip(patched.model.parameters(), values))
+
+
+def test_memory_is_counted(folder):
+    """Parameters, gradients and AdamW's states are exact; they are what a step of it leaves."""
+    patched = train.patch(load_llava(folder / "base")[0], settings(folder, "none"))
+    needs = estimate.memory(patched.model, batch=2, tokens=10, checkpointing=False, activation_bytes=4)
+    trained = [p for p in patched.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    states = [v for state in optimizer.state.values() for name, v in state.items() if name != "step"]
+    assert needs["optimizer"] == sum(v.numel() * v.element_size() for v in states)
+    assert needs["gradients"] == sum(p.grad.numel() * 4 for p in trained)
+    assert needs["parameters"] == sum(p.numel() * 4 for p in patched.model.parameters())
+
+
+def test_tensorboard_has_every_loss(folder):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", exc_type=ImportError)
+    report = train.train(settings(folder, "board", training={"report_to": "tensorboard"}))
+    events = next((folder / "board").rglob("events.out.tfevents.*"))
+    reader = accumulator.EventAccumulator(str(events.parent))
+    reader.Reload()
+    # The file's values are float32.
+    assert {row.step: row.value for row in reader.Scalars("train/loss")} == pytest.approx(report["loss"], rel=1e-6)
 
 
 def test_strict_stops_at_bad_records(folder):
