@@ -53,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
             if options.task not in embeddings:
                 parser.error(f"--task must be one of {', '.join(embeddings)}, got {options.task}")
             embedding = embeddings[options.task]
+    if options.factors:
+        find_side_information(model)  # refuses other adapters before the answer
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     text = build_prompt(options.prompt, options.template)
     answer(

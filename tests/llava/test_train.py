@@ -10,12 +10,13 @@ import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from integration.llava import digits, estimate, small, train
+from integration.llava import chat, digits, estimate, evaluate, interference, selection, small, train
 from integration.llava.data import Collator
 from integration.llava.model import TASKS, load_llava
 from integration.llava.settings import METHODS, Settings
@@ -69,6 +70,41 @@ def test_every_method_trains_what_it_should(folder, method):
     assert len(trained) == 14  # lora_B starts at zero
     assert (folder / method / TASKS).is_file() == ("task" in method)
     assert report["loss"][6] < report["loss"][1]
+
+
+def test_an_adapter_that_routes_by_task_is_evaluated_analysed_and_asked(folder, tmp_path, capsys):
+    definitions, base = str(folder / "data/definitions.json"), str(folder / "base")
+    given = settings(folder, "tasks", method="mixlora_task", task_definitions=definitions)
+    train.train(given)
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(vars(given)))
+    (tmp_path / "more.json").write_text(
+        json.dumps(json.loads(Path(definitions).read_text()) | {"pope_pop": "Say whether the image shows a digit."})
+    )
+    adapter, eval_folder = str(folder / "tasks"), folder / "data/eval"
+    model = ["--model", base, "--adapter", adapter, "--template", "bare", "--images", str(folder / "data/images")]
+    asked = [*model, "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
+    with pytest.raises(SystemExit):  # it was not tuned on this task, and the task's embedding was not saved
+        evaluate.main([*asked, "--questions", str(eval_folder / "pope_pop.jsonl")])
+    assert "pope_pop has no embedding" in capsys.readouterr().err
+    evaluate.main([*asked, "--questions", str(eval_folder), "--task-definitions", str(tmp_path / "more.json")])
+    assert json.loads((tmp_path / "out/scores.json").read_text())["tasks"]["pope_pop"]["count"] == 8
+    for file in eval_folder.glob("pope*"):
+        file.unlink()
+    selection.main([*model, "--questions", str(eval_folder), "--output", str(tmp_path / "chosen"), "--per-task", "4"])
+    chosen = np.load(tmp_path / "chosen/selection.npz")
+    rows = chosen["model.language_model.layers.0.mlp.up_proj.A"].reshape(len(digits.TASKS), 4, 2)
+    assert (rows == rows[:, :1]).all()  # by the task alone, whatever the image
+    options = ["--config", str(tmp_path / "tasks.yaml"), "--adapter", adapter, "--batches", "2", "--batch-size", "3"]
+    interference.main([*options, "--output", str(tmp_path / "interference")])
+    found = json.loads((tmp_path / "interference/interference.json").read_text())["tasks"]
+    assert found["tasks"] == sorted(digits.TASKS) and len(found["groups"]) == 8
+    assert all(row[i] == pytest.approx(1) for scores in found["groups"].values() for i, row in enumerate(scores))
+    assert len(list((tmp_path / "interference").glob("*.png"))) == 5
+    image = str(next((folder / "data/images/test").iterdir()))
+    chat.main([*model[:-2], "--image", image, "--prompt", "Is it odd?", "--task", "side", "--max-new-tokens", "2"])
+    with pytest.raises(SystemExit):
+        chat.main([*model[:-2], "--image", image, "--prompt", "Is it odd?", "--task", "none"])
+    assert "--task must be one of digit_name" in capsys.readouterr().err
 
 
 def test_killed_and_resumed_ends_with_the_same_weights(folder):
