@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from . import digits, interference, scores, selection, small
 from .data import IGNORED, Collator, Conversations, Encoder
@@ -197,26 +197,47 @@ def standard_error(result: dict) -> float:
     return sum(row["accuracy"] * (100 - row["accuracy"]) / row["count"] for row in rows) ** 0.5 / len(rows)
 
 
+class Kill(TrainerCallback):
+    """Ends the process as ``kill -9`` does, within the step after ``step``."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(config: Path, step: int) -> None:
+    """Train in a process of its own that is killed after ``step`` steps.
+
+    A process that kills itself does so at that very step, however the machine is loaded; the system leaves it no more
+    time to tidy up than it leaves one that is killed from outside.
+
+    Raises:
+        RuntimeError: it ended otherwise.
+    """
+    code = "import sys; from integration.llava import example as e, settings as s; "
+    code += "e.train(s.Settings.read(sys.argv[1]), callbacks=[e.Kill(int(sys.argv[2]))])"
+    root = str(Path(__file__).parents[2])
+    paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
+    log = config.with_suffix(".log")
+    with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.run(
+            [sys.executable, "-c", code, str(config.resolve()), str(step)],
+            env=os.environ | {"PYTHONPATH": paths}, stdout=stream, stderr=stream,
+        )  # fmt: skip
+    if process.returncode != -signal.SIGKILL:
+        raise RuntimeError(f"the run ended with {process.returncode} instead of being killed: see {log}")
+
+
 def kill_and_resume(folder: Path, steps: int) -> dict:
-    """Kill a run with SIGKILL at its second checkpoint, let it go on, and compare it with one that was left alone."""
+    """Kill a run a step after its second checkpoint, let it go on, and compare it with one that was left alone."""
     whole, killed = (settings(folder, name, steps, **TUNED["mixlora"]) for name in ("whole", "killed"))
     train(whole)
     file = folder / "killed.yaml"
     file.write_text(yaml.safe_dump(vars(killed)), encoding="utf-8")
-    root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
-    with (folder / "killed.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "integration.llava.train", "--config", str(file.resolve())],
-            env=os.environ | {"PYTHONPATH": paths}, stdout=log, stderr=log,
-        )  # fmt: skip
-        state = folder / "killed" / f"checkpoint-{2 * (steps // 4)}" / "trainer_state.json"
-        while not state.exists():
-            if process.poll() is not None:
-                raise RuntimeError(f"the run ended before it could be killed: see {folder / 'killed.log'}")
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    train_until_killed(file, 2 * (steps // 4) + 1)
     reached = max(int(path.name.rpartition("-")[2]) for path in (folder / "killed").glob("checkpoint-*"))
     train(killed)
     one, other = (load_file(folder / name / "adapter_model.safetensors") for name in ("whole", "killed"))

@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from integration.llava import chat, digits, estimate, evaluate, interference, selection, small, train
+from integration.llava import chat, digits, estimate, evaluate, example, interference, selection, small, train
 from integration.llava.data import Collator
 from integration.llava.model import TASKS, load_llava
 from integration.llava.settings import METHODS, Settings
@@ -113,15 +111,9 @@ def test_killed_and_resumed_ends_with_the_same_weights(folder):
     train.train(settings(folder, "whole", **changes))
     file = folder / "killed.yaml"
     file.write_text(yaml.safe_dump(vars(settings(folder, "killed", **changes))))
-    for stop in ("checkpoint-2", "checkpoint-8"):
-        command = [sys.executable, "-m", "integration.llava.train", "--config", str(file)]
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        limit = time.monotonic() + 120
-        while not (folder / "killed" / stop / "trainer_state.json").exists():
-            assert process.poll() is None and time.monotonic() < limit, "it ended before it could be killed"
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    for stop in (3, 9):
+        example.train_until_killed(file, stop)
+        assert train.last_checkpoint(folder / "killed").name == f"checkpoint-{stop - 1}"
     assert not (folder / "killed" / "adapter_model.safetensors").exists()
     train.train(settings(folder, "killed", **changes))
     one, other = weights(folder / "whole"), weights(folder / "killed")
