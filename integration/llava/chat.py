@@ -4,7 +4,6 @@ python -m integration.llava.chat --model MODEL --image FILE --prompt TEXT [--ada
 """
 
 import argparse
-import json
 from pathlib import Path
 
 from transformers import TextStreamer
@@ -14,7 +13,7 @@ from mixlora_kernels.peft.side_information import find_side_information
 from .conversation import TEMPLATES
 from .generate import answer, build_prompt
 from .images import BadImage, load_image
-from .model import load_adapter, load_llava
+from .model import load_adapter, load_llava, read_source
 
 
 def chosen_factors(model) -> dict[str, dict[str, list[int]]]:
@@ -46,7 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
         image = load_image(options.image)
     except BadImage as error:
         parser.error(str(error))
-    model, processor = load_llava(json.loads(options.model) if options.model.startswith("{") else options.model)
+    model, processor = load_llava(read_source(options.model))
     embedding = None
     if options.adapter:
         model, embeddings = load_adapter(model, options.adapter)
@@ -54,6 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
             if options.task not in embeddings:
                 parser.error(f"--task must be one of {', '.join(embeddings)}, got {options.task}")
             embedding = embeddings[options.task]
+    if options.factors:
+        find_side_information(model)  # refuses other adapters before the answer
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     text = build_prompt(options.prompt, options.template)
     answer(

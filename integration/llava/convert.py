@@ -16,6 +16,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -169,9 +170,11 @@ def to_released(adapter: str | Path, folder: str | Path, base: str | Path | None
         The report: ``layers``, ``copied`` (the number of tensors from ``base``), and ``unused`` keys of the adapter.
 
     Raises:
-        ValueError: the adapter computes something that the released code does not.
+        ValueError: the adapter is none of MixLoRA, or computes something that the released code does not.
     """
-    config = ConditionalMixLoRAConfig.from_pretrained(adapter)
+    config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, ConditionalMixLoRAConfig):
+        raise ValueError(f"{adapter} holds no MixLoRA adapter, its type is {config.peft_type}")
     kinds = {
         ("instance", "published"): "input_lora_a_param",
         ("instance", "none"): "input",

@@ -90,6 +90,11 @@ class Encoder:
         count = int((out["input_ids"] == self.image_id).sum())
         return count, {key: out[key] for key in ("pixel_values", "image_sizes") if key in out}
 
+    def blank(self) -> dict:
+        """An image that shows nothing: its tensors, and its tokens as ``input_ids``."""
+        count, item = self._image(Image.new("RGB", (32, 32)))
+        return item | {"input_ids": torch.full((count,), self.image_id)}
+
     def __call__(self, record: Record) -> dict:
         """``input_ids`` and ``labels`` [L] int64, ``attention_mask``, and the image's tensors."""
         ids, labels = self.text(record.turns)
@@ -212,19 +217,29 @@ class Collator:
     Args:
         pad_id: the token that pads.
         task_embeddings: [tasks, d_task], for ``routing="task"``; each row of the batch gets its task's.
+        blank: of ``Encoder.blank``. Where the projector is trained by several processes, each of them must run it in
+            every step, or they wait for one another's gradients for ever. A batch without images gets this one in the
+            padding of its first row, where nothing attends to it: the projector's gradient is zero, and no other
+            changes.
     """
 
-    def __init__(self, pad_id: int, task_embeddings: Tensor | None = None):
-        self.pad_id, self.task_embeddings = pad_id, task_embeddings
+    def __init__(self, pad_id: int, task_embeddings: Tensor | None = None, blank: dict | None = None):
+        self.pad_id, self.task_embeddings, self.blank = pad_id, task_embeddings, blank
 
     def __call__(self, items: list[dict]) -> dict[str, Tensor]:
         pad = torch.nn.utils.rnn.pad_sequence
-        ids = pad([item["input_ids"] for item in items], batch_first=True, padding_value=self.pad_id)
-        labels = pad([item["labels"] for item in items], batch_first=True, padding_value=IGNORED)
-        lengths = torch.tensor([len(item["input_ids"]) for item in items])
+        ids, labels = ([item[name] for item in items] for name in ("input_ids", "labels"))
+        lengths = torch.tensor([len(row) for row in ids])
+        images = [item for item in items if "pixel_values" in item]
+        if self.blank is not None and not images:
+            images, hidden = [self.blank], self.blank["input_ids"]
+            ids[0] = torch.cat((ids[0], hidden))
+            labels[0] = torch.cat((labels[0], torch.full_like(hidden, IGNORED)))
+        ids = pad(ids, batch_first=True, padding_value=self.pad_id)
+        labels = pad(labels, batch_first=True, padding_value=IGNORED)
         batch = {"input_ids": ids, "labels": labels}
         batch["attention_mask"] = (torch.arange(ids.shape[1]) < lengths.unsqueeze(1)).long()
-        batch |= stack_images([item for item in items if "pixel_values" in item])
+        batch |= stack_images(images)
         if self.task_embeddings is not None:
             batch["task_embedding"] = self.task_embeddings[torch.tensor([item["task"] for item in items])]
         return batch

@@ -53,8 +53,8 @@ def operations(model: nn.Module, lengths: list[int], checkpointing: bool) -> flo
 
 
 def steps(records: int, batch: int, accumulation: int, devices: int, epochs: float) -> int:
-    """Optimizer steps of a run."""
-    return math.ceil(math.ceil(records / (batch * devices)) / accumulation * epochs)
+    """Optimizer steps of a run; the last of an epoch accumulates what is left."""
+    return math.ceil(math.ceil(math.ceil(records / (batch * devices)) / accumulation) * epochs)
 
 
 def measure(model: nn.Module, batch: dict, device: torch.device, autocast: torch.dtype | None = None) -> dict:

@@ -19,18 +19,30 @@ from .conversation import TEMPLATES
 from .generate import answer, build_prompt
 from .images import BadImage, find_image, load_image
 from .judge import EXACT, load_judge
-from .model import load_adapter, load_llava
+from .model import load_adapter, load_llava, read_source
 from .tasks import embed_tasks, read_definitions
 
 logger = logging.getLogger(__name__)
 FIELDS = ("unique_id", "image_path", "prompt", "target")
 
 
+def question_files(place: Path) -> list[Path]:
+    """The files of questions, one per task: all of a folder's ``.jsonl``, or the one.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
+    if not files or not files[0].is_file():
+        raise ValueError(f"{place} is neither a file of questions nor a folder with files TASK.jsonl")
+    return files
+
+
 def read_questions(file: str | Path) -> list[dict]:
     """The questions of a task.
 
     Raises:
-        ValueError: a line is not JSON or lacks a field, or an id occurs twice.
+        ValueError: a line is not JSON, lacks a field or holds one that is no text, or an id occurs twice.
     """
     questions, ids = [], set()
     for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
@@ -40,6 +52,8 @@ def read_questions(file: str | Path) -> list[dict]:
             raise ValueError(f"{file}, line {number}: not JSON ({error})") from error
         if not isinstance(question, dict) or (missing := [name for name in FIELDS if name not in question]):
             raise ValueError(f"{file}, line {number}: lacks {missing if isinstance(question, dict) else FIELDS}")
+        if wrong := [name for name in FIELDS[1:] if not isinstance(question[name], str)]:
+            raise ValueError(f"{file}, line {number}: {wrong} must be texts")
         if question["unique_id"] in ids:
             raise ValueError(f"{file}, line {number}: the id {question['unique_id']!r} occurs twice")
         ids.add(question["unique_id"])
@@ -158,9 +172,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--task-definitions", type=Path, help="for routing by task: a JSON file of a text per task")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO)
-    files = sorted(options.questions.glob("*.jsonl")) if options.questions.is_dir() else [options.questions]
-    source = json.loads(options.model) if options.model.startswith("{") else options.model
-    model, processor = load_llava(source)
+    files = question_files(options.questions)
+    model, processor = load_llava(read_source(options.model))
     model.to(options.device or model.device)
     embeddings = None
     if options.task_definitions:

@@ -14,18 +14,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import yaml
-from matplotlib.figure import Figure
 from safetensors.torch import load_file
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from . import digits, interference, scores, selection, small
 from .data import IGNORED, Collator, Conversations, Encoder
 from .evaluate import predict, read_questions
+from .example_report import plot_losses, plot_samples, report
 from .judge import exact
 from .model import load_adapter, load_llava
 from .settings import Settings
@@ -33,6 +35,13 @@ from .train import LlavaTrainer, read_data, train
 
 TEMPLATE = "bare"
 MARGIN = 25.0  # points of accuracy that MixLoRA has to be above the untuned model
+# LoRA with as many factors at work as MixLoRA, and of the rank that has about as many parameters as MixLoRA with its
+# routers; all with the same scaling, alpha / r = 8, which is MixLoRA's alpha = 2 E.
+TUNED = {
+    "lora_r4": {"method": "lora", "r": 4, "alpha": 32},
+    "lora_r64": {"method": "lora", "r": 64, "alpha": 512},
+    "mixlora": {"method": "mixlora", "r": 4, "num_factors": 16},
+}
 
 
 class Size(NamedTuple):
@@ -58,24 +67,53 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--output", type=Path, default=Path("llava_example"))
     parser.add_argument("--quick", action="store_true", help="fewer steps and questions")
     options = parser.parse_args(arguments)
-    size, folder, start = SIZES[options.quick], options.output, time.monotonic()
+    if options.output.exists() and any(options.output.iterdir()):
+        parser.error(f"{options.output} is not empty: what lies there would be gone on with; give another --output")
+    with one_thread():
+        return run(options.output, SIZES[options.quick])
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Products as small as these gain nothing from a second thread; where other programs use the cores, threads that
+    wait for one another take twenty times as long. The run that is killed must add in the same order as the others, and
+    inherits this by its environment."""
+    threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        os.environ.pop("OMP_NUM_THREADS")
+        os.environ |= {} if variable is None else {"OMP_NUM_THREADS": variable}
+
+
+def run(folder: Path, size: Size) -> dict:
+    """See ``main``."""
+    start, computing = time.monotonic(), time.process_time()
     digits.write(folder / "data", per_task=size.per_task, held_out=size.held_out)
     pretrain(folder, size.pretraining)
-    losses = {name: train(settings(folder, name, size.tuning, method=name))["loss"] for name in ("mixlora", "lora")}
-    results = {name: evaluate(folder, name) for name in ("untuned", "lora", "mixlora")}
+    losses = {name: train(settings(folder, name, size.tuning, **method))["loss"] for name, method in TUNED.items()}
+    results = {name: evaluate(folder, name) for name in ("untuned", *TUNED)}
     figures = {
-        "accuracy": {name: seen(result) for name, result in results.items()},
-        "unseen": {name: result["tasks"]["pope_pop"] for name, result in results.items()},
         "tasks": {name: {t: row["accuracy"] for t, row in result["tasks"].items()} for name, result in results.items()},
+        "accuracy": {name: seen(result) for name, result in results.items()},
+        "error": {name: standard_error(result) for name, result in results.items()},
+        "parameters": {name: adapter_parameters(folder / name) for name in TUNED},
+        "unseen": {name: result["tasks"]["pope_pop"]["pope"] for name, result in results.items()},
         "loss": {name: ends(list(loss.values())) for name, loss in losses.items()},
+        "questions": size.held_out,
         "resumed": kill_and_resume(folder, size.killed),
         "silhouettes": analyse_selection(folder),
         "interference": analyse_interference(folder),
     }
     plot_losses(losses, folder / "loss.png")
+    plot_samples(folder, list(results), folder / "samples.png")
     figures["minutes"] = (time.monotonic() - start) / 60
+    figures["cpu_minutes"] = (time.process_time() - computing) / 60
     (folder / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    (folder / "report.md").write_text(report(figures), encoding="utf-8")
+    (folder / "report.md").write_text(report(figures, MARGIN), encoding="utf-8")
     check(figures)
     print(f"{folder / 'report.md'} after {figures['minutes']:.1f} minutes")
     return figures
@@ -120,7 +158,7 @@ def pretrain_tower(tower: torch.nn.Module, data: Conversations, steps: int) -> N
         optimizer.step()
 
 
-def settings(folder: Path, name: str, steps: int, **changes) -> Settings:
+def settings(folder: Path, name: str, steps: int, **method) -> Settings:
     training = {
         "max_steps": steps, "per_device_train_batch_size": 32, "learning_rate": 6e-4, "lr_scheduler_type": "cosine",
         "warmup_steps": 0.03, "logging_steps": 1, "save_steps": max(1, steps // 4), "save_total_limit": 2,
@@ -128,7 +166,7 @@ def settings(folder: Path, name: str, steps: int, **changes) -> Settings:
     }  # fmt: skip
     return Settings(
         model=str(folder / "base"), data=str(folder / "data/train.json"), images=str(folder / "data/images"),
-        output=str(folder / name), template=TEMPLATE, training=training, r=4, num_factors=16, **changes,
+        output=str(folder / name), template=TEMPLATE, training=training, **method,
     )  # fmt: skip
 
 
@@ -153,26 +191,53 @@ def seen(result: dict) -> float:
     return mean_of([result["tasks"][task]["accuracy"] for task in digits.TASKS])
 
 
+def standard_error(result: dict) -> float:
+    """Of ``seen``, from the number of questions alone; another seed of the training would add to it."""
+    rows = [result["tasks"][task] for task in digits.TASKS]
+    return sum(row["accuracy"] * (100 - row["accuracy"]) / row["count"] for row in rows) ** 0.5 / len(rows)
+
+
+class Kill(TrainerCallback):
+    """Ends the process as ``kill -9`` does, within the step after ``step``."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_until_killed(config: Path, step: int) -> None:
+    """Train in a process of its own that is killed after ``step`` steps.
+
+    A process that kills itself does so at that very step, however the machine is loaded; the system leaves it no more
+    time to tidy up than it leaves one that is killed from outside.
+
+    Raises:
+        RuntimeError: it ended otherwise.
+    """
+    code = "import sys; from integration.llava import example as e, settings as s; "
+    code += "e.train(s.Settings.read(sys.argv[1]), callbacks=[e.Kill(int(sys.argv[2]))])"
+    root = str(Path(__file__).parents[2])
+    paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
+    log = config.with_suffix(".log")
+    with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.run(
+            [sys.executable, "-c", code, str(config.resolve()), str(step)],
+            env=os.environ | {"PYTHONPATH": paths}, stdout=stream, stderr=stream,
+        )  # fmt: skip
+    if process.returncode != -signal.SIGKILL:
+        raise RuntimeError(f"the run ended with {process.returncode} instead of being killed: see {log}")
+
+
 def kill_and_resume(folder: Path, steps: int) -> dict:
-    """Kill a run with SIGKILL at its second checkpoint, let it go on, and compare it with one that was left alone."""
-    whole, killed = settings(folder, "whole", steps), settings(folder, "killed", steps)
+    """Kill a run a step after its second checkpoint, let it go on, and compare it with one that was left alone."""
+    whole, killed = (settings(folder, name, steps, **TUNED["mixlora"]) for name in ("whole", "killed"))
     train(whole)
     file = folder / "killed.yaml"
     file.write_text(yaml.safe_dump(vars(killed)), encoding="utf-8")
-    root = str(Path(__file__).parents[2])
-    paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
-    with (folder / "killed.log").open("w", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "integration.llava.train", "--config", str(file.resolve())],
-            env=os.environ | {"PYTHONPATH": paths}, stdout=log, stderr=log,
-        )  # fmt: skip
-        state = folder / "killed" / f"checkpoint-{2 * (steps // 4)}" / "trainer_state.json"
-        while not state.exists():
-            if process.poll() is not None:
-                raise RuntimeError(f"the run ended before it could be killed: see {folder / 'killed.log'}")
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    train_until_killed(file, 2 * (steps // 4) + 1)
     reached = max(int(path.name.rpartition("-")[2]) for path in (folder / "killed").glob("checkpoint-*"))
     train(killed)
     one, other = (load_file(folder / name / "adapter_model.safetensors") for name in ("whole", "killed"))
@@ -190,7 +255,7 @@ def analyse_selection(folder: Path) -> dict:
 
 def analyse_interference(folder: Path) -> dict:
     results = {}
-    for name in ("lora", "mixlora"):
+    for name in ("lora_r4", "mixlora"):
         model, processor = load_llava(folder / "base")
         data = read_data(settings(folder, name, 1), processor)
         model, _ = load_adapter(model, folder / name)
@@ -203,16 +268,6 @@ def analyse_interference(folder: Path) -> dict:
     return {name: result["negative"] for name, result in results.items()}
 
 
-def plot_losses(losses: dict[str, dict[int, float]], file: Path) -> None:
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    panel = figure.subplots()
-    for name, loss in losses.items():
-        panel.plot(list(loss), list(loss.values()), label=name, linewidth=0.8)
-    panel.set(xlabel="step", ylabel="loss", yscale="log")
-    panel.legend()
-    figure.savefig(file, dpi=120)
-
-
 def mean_of(values: list[float]) -> float:
     return sum(values) / len(values)
 
@@ -220,6 +275,12 @@ def mean_of(values: list[float]) -> float:
 def ends(values: list[float], count: int = 10) -> list[float]:
     """The means of the first and of the last values."""
     return [mean_of(values[:count]), mean_of(values[-count:])]
+
+
+def adapter_parameters(folder: Path) -> int:
+    """The adapter's own parameters, without the projector's."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    return sum(tensor.numel() for name, tensor in tensors.items() if ".layers." in name)
 
 
 def check(figures: dict) -> None:
@@ -233,59 +294,6 @@ def check(figures: dict) -> None:
         failed.append("the run that was killed and resumed ended with other weights")
     if failed:
         raise RuntimeError("; ".join(failed))
-
-
-def report(figures: dict) -> str:
-    """The report in Markdown."""
-    names = ("untuned", "lora", "mixlora")
-    rows = [
-        f"| {task}{'' if task in digits.TASKS else ' (not tuned on)'} | "
-        + " | ".join(f"{figures['tasks'][name][task]:.1f}" for name in names) + " |"
-        for task in figures["tasks"]["untuned"]
-    ]  # fmt: skip
-    pope = figures["unseen"]["mixlora"]["pope"]
-    gain = figures["accuracy"]["mixlora"] - figures["accuracy"]["untuned"]
-    resumed = figures["resumed"]
-    negative = "; ".join(
-        f"{name}: lora_A {value['A']:.3f}, lora_B {value['B']:.3f}" for name, value in figures["interference"].items()
-    )
-    silhouettes = ", ".join(
-        f"{key} {'-' if value is None else format(value, '.2f')}" for key, value in figures["silhouettes"].items()
-    )
-    losses = "; ".join(f"{name} {first:.3f} to {last:.3f}" for name, (first, last) in figures["loss"].items())
-    return f"""# MixLoRA on a small LLaVA: visual instructions about handwritten digits
-
-Accuracy in percent on held-out digits, exact answers:
-
-| task | {" | ".join(names)} |
-|---|---|---|---|
-{chr(10).join(rows)}
-| **mean of the six tasks** | {" | ".join(f"{figures['accuracy'][name]:.1f}" for name in names)} |
-
-MixLoRA (E=16, r=4) is {gain:.1f} points above the untuned model, which has seen captions of images, and these questions
-in words alone (needed: {MARGIN:.0f} points). LoRA has rank 4. On the task that nothing was tuned on, POPE's figures for
-MixLoRA: accuracy {pope["accuracy"]:.3f}, yes-ratio {pope["yes_ratio"]:.3f}.
-
-Loss, mean of the first and the last ten steps: {losses}.
-
-![loss](loss.png)
-
-A run of {resumed["steps"]} steps, killed with SIGKILL after checkpoint {resumed["killed_after"]} and resumed, ended
-with {"identical" if resumed["identical"] else "OTHER"} weights: {resumed["tensors"]} tensors, compared bit for bit.
-
-Interference (Equation 3), mean of the negative scores over all layers: {negative}. Numbers: `interference.json`.
-
-![interference](interference.png)
-
-Factors chosen, silhouettes of the tasks by the Jaccard distance (layer.block.pool): {silhouettes}. Numbers:
-`selection/selection.npz`, `usage.json`, `tsne.json`.
-
-![t-SNE](selection/tsne.png)
-
-![usage](selection/usage.png)
-
-{figures["minutes"]:.1f} minutes on {torch.get_num_threads()} threads.
-"""
 
 
 if __name__ == "__main__":

@@ -184,6 +184,8 @@ def plot(results: dict[str, dict], file: str | Path, key: str | None = None) -> 
             labels = range(len(result["tasks"]))
             panel.set_xticks(labels, result["tasks"], rotation=45, ha="right", fontsize=7)
             panel.set_yticks(labels, result["tasks"], fontsize=7)
+            panel.set_xlabel("task j, whose step it is", fontsize=8)
+            panel.set_ylabel("task i, whose loss it is", fontsize=8)
             panel.set_title(f"{name}: lora_{pool}" + (f", layer {key}" if key else ""), fontsize=9)
             for i, j in torch.cartesian_prod(torch.tensor(labels), torch.tensor(labels)).tolist():
                 panel.text(j, i, f"{score[i, j]:.2f}", ha="center", va="center", fontsize=6)

@@ -14,7 +14,7 @@ from lmms_eval.api.model import lmms
 
 from .data import IGNORED
 from .generate import answer, build_prompt
-from .model import load_adapter, load_llava
+from .model import load_adapter, load_llava, read_source
 
 
 class MixLoRALlava(lmms):
@@ -44,10 +44,11 @@ class MixLoRALlava(lmms):
         super().__init__()
         state = PartialState()
         self._rank, self._world_size = state.process_index, state.num_processes
-        device = state.device if device is None or state.num_processes > 1 else torch.device(device)
-        model, self.processor = load_llava(json.loads(pretrained) if pretrained.startswith("{") else pretrained, dtype)
+        # lmms-eval gathers the processes' counts on it.
+        self.device = state.device if device is None or state.num_processes > 1 else torch.device(device)
+        model, self.processor = load_llava(read_source(pretrained), dtype)
         self.embedding = None
-        model.to(device)
+        model.to(self.device)
         if adapter is not None:
             model, embeddings = load_adapter(model, adapter)
             if embeddings is not None:
@@ -108,10 +109,9 @@ class MixLoRALlava(lmms):
             continuation = continuation(self.task_dict[task][split][doc_id])
         images = self._images((context, None, *rest)) or None
         prompt = build_prompt(context, self.template, image=images is not None)
-        texts = [prompt, f"{prompt} {continuation}"]
-        device = next(self.model.parameters()).device
+        texts = [prompt, f"{prompt} {continuation.lstrip()}"]  # of a choice, lmms-eval writes the space itself
         start = self.processor(text=texts[:1], images=images, return_tensors="pt")["input_ids"].shape[1]
-        inputs = self.processor(text=texts[1:], images=images, return_tensors="pt").to(device)
+        inputs = self.processor(text=texts[1:], images=images, return_tensors="pt").to(self.device)
         inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
         labels = inputs["input_ids"].clone()
         labels[:, :start] = IGNORED

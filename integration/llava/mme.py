@@ -30,48 +30,45 @@ def read_answer(response: str) -> str:
 def score_subtask(lines: list[str], name: str = "subtask") -> dict[str, float | int]:
     """Score one subtask.
 
+    Where every answer is ``other`` the score is 0, as the tool prints with older releases of scikit-learn; newer ones
+    refuse to count nothing, and the tool stops.
+
     Args:
-        lines: of its file, in order. A line that has not four fields is left out of the accuracy, and its image
-            cannot be right as a whole.
+        lines: of its file, in order.
         name: for messages.
 
     Returns:
         ``score``, which is ``acc + acc_plus`` in percent (at most 200); ``acc``, the share of questions answered
         right, and ``acc_plus``, the share of images with both questions right, both within 0 to 1; the number of
-        ``questions``, of ``other`` answers and of ``malformed`` lines.
+        ``questions`` and of ``other`` answers.
 
     Raises:
-        ValueError: where the official tool stops as well: an odd number of lines, a ground truth other than yes and
-            no, or no line that can be read.
+        ValueError: where the official tool stops as well: no lines, an odd number of them, one that has not four
+            fields, or a ground truth other than yes and no.
     """
-    if len(lines) % 2:
-        raise ValueError(f"{name}: two lines belong to an image, got an odd number, {len(lines)}")
-    right = answered = other = malformed = whole_images = 0
-    for first in range(0, len(lines), 2):
-        right_of_image = 0
-        for number, line in enumerate(lines[first : first + 2], first + 1):
-            fields = line.split("\t")
-            if len(fields) != 4:
-                malformed += 1
-                continue
-            truth, answer = fields[2].lower(), read_answer(fields[3])
-            if truth not in ("yes", "no"):
-                raise ValueError(f"{name}, line {number}: the ground truth must be yes or no, got {fields[2]!r}")
-            answered += 1
-            other += answer == "other"
-            right_of_image += truth == answer
-        right += right_of_image
-        whole_images += right_of_image == 2
-    if not answered:
-        raise ValueError(f"{name}: no line of the four fields image, question, ground truth, response")
-    acc, acc_plus = right / answered, whole_images / (len(lines) // 2)
+    answers = []
+    for number, line in enumerate(lines, 1):
+        fields = line.split("\t")
+        if len(fields) != 4:
+            raise ValueError(
+                f"{name}, line {number}: needs the four fields image, question, ground truth and response with a tab "
+                f"between each, got {len(fields)}: {line!r}"
+            )
+        truth = fields[2].lower()
+        if truth not in ("yes", "no"):
+            raise ValueError(f"{name}, line {number}: the ground truth must be yes or no, got {fields[2]!r}")
+        answers.append((truth, read_answer(fields[3])))
+    if not lines or len(lines) % 2:
+        raise ValueError(f"{name}: two lines belong to each image, got {len(lines)} lines in all")
+    right = [truth == answer for truth, answer in answers]
+    acc = sum(right) / len(right)
+    acc_plus = sum(one and other for one, other in zip(right[::2], right[1::2])) / (len(right) // 2)
     return {
         "score": acc * 100 + acc_plus * 100,
         "acc": acc,
         "acc_plus": acc_plus,
-        "questions": answered,
-        "other": other,
-        "malformed": malformed,
+        "questions": len(right),
+        "other": sum(answer == "other" for _, answer in answers),
     }
 
 
@@ -82,13 +79,20 @@ def score_folder(folder: str | Path) -> dict:
         ``perception`` (at most 2000), ``cognition`` (at most 800), their sum ``total``, and ``subtasks`` by name.
 
     Raises:
-        FileNotFoundError: a subtask has no file. ValueError: see ``score_subtask``.
+        FileNotFoundError: subtasks have no file. ValueError: a file is not UTF-8, or see ``score_subtask``.
     """
+    files = {name: Path(folder, f"{name}.txt") for name in PERCEPTION + COGNITION}
+    if missing := [file.name for file in files.values() if not file.is_file()]:
+        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
     subtasks = {}
-    for name in PERCEPTION + COGNITION:
-        # As in the official tool, a carriage return alone ends a line too.
-        with Path(folder, f"{name}.txt").open(encoding="utf-8") as stream:
-            subtasks[name] = score_subtask(stream.readlines(), f"{name}.txt")
+    for name, file in files.items():
+        try:
+            # As in the official tool, a carriage return alone ends a line too.
+            with file.open(encoding="utf-8") as stream:
+                lines = stream.readlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not UTF-8: {error}") from error
+        subtasks[name] = score_subtask(lines, file.name)
     perception = sum(subtasks[name]["score"] for name in PERCEPTION)
     cognition = sum(subtasks[name]["score"] for name in COGNITION)
     return {

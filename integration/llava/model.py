@@ -1,5 +1,6 @@
 """LLaVA from its parts, or whole; and adapters back into it."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -47,11 +48,33 @@ def load_llava(source: str | Path | dict, dtype: torch.dtype | str = "auto"):
     return model.eval(), processor
 
 
+def read_source(text: str) -> str | dict:
+    """What ``load_llava`` takes, from a command line: a name, or a LLaVA's parts as JSON.
+
+    Raises:
+        ValueError: it begins as JSON, and is none or has other parts.
+    """
+    if not text.startswith("{"):
+        return text
+    try:
+        parts = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"a model's parts must be JSON, got {text}: {error}") from error
+    if not {"language", "vision"} <= parts.keys() <= {"language", "vision", "projector"}:
+        raise ValueError(f"a model's parts are language, vision and, if any, projector, got {', '.join(parts)}")
+    return parts
+
+
 def load_processor(source: str | Path | dict):
     """The processor alone; see ``load_llava``."""
     if not isinstance(source, dict):
-        processor = AutoProcessor.from_pretrained(source)
-        config = AutoConfig.from_pretrained(source)
+        try:
+            processor = AutoProcessor.from_pretrained(source)
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"{source} is no folder of a model with its processor, and no hub name: {error}"
+            ) from error
         vision, strategy = config.vision_config, config.vision_feature_select_strategy
     else:
         tokenizer = AutoTokenizer.from_pretrained(source["language"], use_fast=True)
@@ -166,8 +189,12 @@ def load_adapter(model: nn.Module, folder: str | Path):
     """A model with a trained adapter, for inference, and its task embeddings by name (None where it routes by input).
 
     Raises:
-        ValueError: the adapter does not fit the model; see ``mixlora_kernels.peft``.
+        ValueError: the adapter does not fit the model, or there is none in the folder.
     """
-    adapted = PeftModel.from_pretrained(model, folder).eval()
+    try:
+        adapted = PeftModel.from_pretrained(model, folder).eval()
+    except (RuntimeError, AttributeError) as error:  # of another model's sizes; the second while taking it out again
+        reason = str(error.__context__ or error)
+        raise ValueError(f"{folder} is the adapter of another model: {reason[:500]}") from error
     file = Path(folder, TASKS)
     return adapted, load_file(file) if file.is_file() else None

@@ -33,10 +33,13 @@ def score(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float | in
         by how much they differ. A figure that would be 0 / 0, where the script stops, is None.
 
     Raises:
-        ValueError: nothing to score.
+        ValueError: nothing to score, or an answer that is no text.
     """
     if not answers or not labels:
         raise ValueError(f"nothing to score: {len(answers)} answers and {len(labels)} labels")
+    for number, answer in enumerate(answers, 1):
+        if not isinstance(answer, str):
+            raise ValueError(f"answer {number} must be a text, got {answer!r}")
     said = [says_yes(answer) for answer in answers]
     pairs = list(zip(said, (label != "no" for label in labels)))
     tp, fp, tn, fn = (
@@ -68,15 +71,19 @@ def read_field(file: str | Path, field: str) -> list[str]:
     """One field of every line of a JSONL file.
 
     Raises:
-        ValueError: a line is no JSON object with this field.
+        ValueError: the file is not UTF-8, or a line is no JSON object with this field.
     """
+    try:
+        with Path(file).open(encoding="utf-8") as stream:  # as in the script, a carriage return alone ends a line too
+            lines = stream.readlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from error
     values = []
-    with Path(file).open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, 1):
-            try:
-                values.append(json.loads(line)[field])
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise ValueError(f"{file}, line {number}: no JSON object with {field!r}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(json.loads(line)[field])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}, line {number}: no JSON object with {field!r}") from error
     return values
 
 

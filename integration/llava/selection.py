@@ -24,10 +24,10 @@ from mixlora_kernels.peft import task_embedding
 from mixlora_kernels.peft.side_information import find_side_information
 
 from .conversation import TEMPLATES
-from .evaluate import read_questions
+from .evaluate import question_files, read_questions
 from .generate import build_prompt
 from .images import find_image, load_image
-from .model import load_adapter, load_llava
+from .model import load_adapter, load_llava, read_source
 
 LAYER = re.compile(r"layers\.(\d+)\.(self_attn|mlp)\.(\w+)$")
 BLOCKS = {"attention": "self_attn", "mlp": "mlp"}
@@ -160,6 +160,8 @@ def plot_usage(selections: Selections, file: str | Path, module: str) -> None:
             panel.bar(factors, counts[task], bottom=bottom, color=colours(number), label=task)
             bottom += counts[task]
         panel.set_title(f"{name.partition('layers.')[2]}, lora_{pool}", fontsize=8)
+        panel.set_xlabel("factor", fontsize=8)
+        panel.set_ylabel("times chosen", fontsize=8)
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=7)
     figure.savefig(file, dpi=120)
 
@@ -187,18 +189,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="folder or hub name of a LLaVA, or its parts as JSON")
     parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--questions", type=Path, required=True, help="folder of JSONL files, one per task")
+    parser.add_argument("--questions", type=Path, required=True, help="folder of JSONL files, one per task, or one")
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--per-task", type=int, default=300)
     parser.add_argument("--layers", type=int, nargs="+", help="for the maps")
     parser.add_argument("--template", choices=list(TEMPLATES), default="v1")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args(arguments)
-    model, processor = load_llava(json.loads(options.model) if options.model.startswith("{") else options.model)
+    model, processor = load_llava(read_source(options.model))
     model, embeddings = load_adapter(model, options.adapter)
-    questions = {
-        file.stem: read_questions(file)[: options.per_task] for file in sorted(options.questions.glob("*.jsonl"))
-    }
+    files = question_files(options.questions)
+    questions = {file.stem: read_questions(file)[: options.per_task] for file in files}
     selections = record(model, processor, questions, options.images, template=options.template, embeddings=embeddings)
     print(json.dumps(write(selections, options.output, options.layers), indent=1))
 

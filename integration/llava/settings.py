@@ -8,7 +8,10 @@ import yaml
 from peft import LoraConfig, PeftConfig
 from transformers import TrainingArguments
 
+from mixlora_kernels import MixLoRAConfig
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
+
+from .conversation import TEMPLATES
 
 # The one switch: what the paper compares, in Tables 1 and 2 and Figure 4.
 METHODS = {
@@ -19,6 +22,7 @@ METHODS = {
     "mixlora_task_unconditional": {"routing": "task", "conditioning": "none"},
     "mixlora_random": {"routing": "random"},
 }
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -73,7 +77,8 @@ class Settings:
     training: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        for name, known in (("method", METHODS), ("check_images", ("decode", "header"))):
+        choices = {"method": METHODS, "check_images": ("decode", "header"), "template": TEMPLATES, "dtype": DTYPES}
+        for name, known in choices.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         if (self.routing == "task") != (self.task_definitions is not None):
@@ -81,11 +86,22 @@ class Settings:
                 "task_definitions must be given with a method that routes by task and only then, got "
                 f"method={self.method!r} and task_definitions={self.task_definitions!r}"
             )
-        arguments = {entry.name for entry in dataclasses.fields(TrainingArguments)}
-        if unknown := sorted(set(self.training) - arguments):
+        if unknown := sorted(set(self.mixlora) - {entry.name for entry in dataclasses.fields(MixLoRAConfig)}):
+            raise ValueError(f"mixlora has fields that MixLoRAConfig does not have: {unknown}")
+        arguments = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments)}
+        if unknown := sorted(set(self.training) - arguments.keys()):
             raise ValueError(f"training has fields that TrainingArguments does not have: {unknown}")
         if "output_dir" in self.training:
             raise ValueError("give output, not training.output_dir")
+        self.training = dict(self.training)
+        for name, value in self.training.items():
+            if isinstance(value, str) and isinstance(
+                arguments[name], (int, float)
+            ):  # what YAML makes of 4e-5, without a dot
+                try:
+                    self.training[name] = float(value)
+                except ValueError:
+                    raise ValueError(f"training.{name} must be a number, got {value!r}") from None
 
     @classmethod
     def read(cls, file: str | Path, **changes) -> "Settings":
@@ -93,7 +109,10 @@ class Settings:
 
         Paths in the file are relative to the working directory.
         """
-        given = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        try:
+            given = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} is not YAML: {error}") from error
         if not isinstance(given, dict):
             raise ValueError(f"{file} must hold fields and values")
         given |= {name: value for name, value in changes.items() if value is not None}

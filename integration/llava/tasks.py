@@ -13,9 +13,14 @@ def read_definitions(file: str | Path, tasks: list[str]) -> dict[str, str]:
     """The text of each task.
 
     Raises:
-        ValueError: the file lacks some.
+        ValueError: the file is no JSON object, or lacks some.
     """
-    definitions = json.loads(Path(file).read_text(encoding="utf-8"))
+    try:
+        definitions = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not JSON: {error}") from error
+    if not isinstance(definitions, dict):
+        raise ValueError(f"{file} must hold an object of a text per task, got {type(definitions).__name__}")
     if missing := [task for task in tasks if not isinstance(definitions.get(task), str)]:
         raise ValueError(f"{file} has no definition of the tasks {missing}")
     return {task: definitions[task] for task in tasks}

@@ -9,13 +9,13 @@ import argparse
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from . import estimate
@@ -69,11 +69,12 @@ class LlavaTrainer(Trainer):
         return LengthGrouped(dataset.lengths, together, self.args.seed)
 
 
-def train(settings: Settings, fresh: bool = False) -> dict:
+def train(settings: Settings, fresh: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     """Run a training to its end, from the last whole checkpoint where there is one.
 
     Args:
         fresh: refuse to go on instead.
+        callbacks: the Trainer's.
 
     Returns:
         ``loss`` by step, ``bad_records`` by reason, and ``steps``.
@@ -97,8 +98,11 @@ def train(settings: Settings, fresh: bool = False) -> dict:
     set_seed(arguments.seed)  # the adapter's initial values must not depend on how the model was loaded
     patched = patch(model, settings)
     table = None if embeddings is None else torch.stack([embeddings[task] for task in dataset.task_ids])
-    collator = Collator(processor.tokenizer.pad_token_id, table)
-    trainer = LlavaTrainer(model=patched.model, args=arguments, train_dataset=dataset, data_collator=collator)
+    blank = dataset.encoder.blank() if settings.train_projector and arguments.world_size > 1 else None
+    collator = Collator(processor.tokenizer.pad_token_id, table, blank)
+    trainer = LlavaTrainer(
+        model=patched.model, args=arguments, train_dataset=dataset, data_collator=collator, callbacks=list(callbacks)
+    )
     if trainer.is_world_process_zero():
         announce(patched, dataset, settings, trainer, collator)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
@@ -179,7 +183,9 @@ def read_data(settings: Settings, processor) -> Conversations:
 def training_arguments(settings: Settings) -> TrainingArguments:
     # The collator makes its batch of more than the model's arguments; unknown columns must reach it.
     fixed = {"output_dir": settings.output, "remove_unused_columns": False, "label_names": ["labels"]}
-    return TrainingArguments(**({"report_to": "none"} | settings.training | fixed))
+    # Every parameter that is trained has a gradient in every step; see ``Collator``.
+    defaults = {"report_to": "none", "ddp_find_unused_parameters": False}
+    return TrainingArguments(**(defaults | settings.training | fixed))
 
 
 def last_checkpoint(output: Path) -> Path | None:

@@ -5,9 +5,12 @@ import pickle
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 
 from integration.llava import checkpoint, convert
+from integration.llava.patch import patch_llava
+from mixlora_kernels import RoutingContext
+from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
 from .tiny import LAYERS, linear_sizes, released_checkpoint, tiny_llava
 
@@ -62,6 +65,40 @@ def test_reproduces_the_released_computation(tmp_path, kind, shards):
     assert torch.equal(projector.bias, state["base_model.model.model.mm_projector.bias"])
 
 
+def test_reproduces_routing_by_task(tmp_path):
+    """The routers read the task's embedding, as wide as Vicuna's, in place of the input."""
+    state = released_checkpoint(tmp_path / "released", "task_embed", E, R)
+    report = convert.to_adapter(tmp_path / "released", tmp_path / "adapter")
+    assert report["config"]["routing"] == "task" and report["config"]["conditioning"] == "none"
+    name, place = (
+        next(iter(linear_sizes(1).items()))[0],
+        "base_model.model.model.language_model.layers.1.self_attn.q_proj",
+    )
+    layer = PeftModel.from_pretrained(tiny_llava(), tmp_path / "adapter").eval().get_submodule(place)
+    layer.base_layer.weight.data = state[name + "weight"]
+    x, task = torch.randn(4, 6, layer.in_features), torch.randn(4, 3, 4096)
+    got, _ = layer.mixlora_adapter["default"](x, layer.base_layer(x), RoutingContext(task=task))
+    for tokens, of_task, mine in zip(x, task, got):
+        mean = of_task.mean(0)
+        a = (state[name + "cmoa_selector.loraA_selector.weight"] @ mean).topk(R).indices.tolist()
+        b = (state[name + "cmoa_selector.loraB_selector.weight"] @ mean).topk(R).indices.tolist()
+        dense = sum(
+            torch.outer(state[f"{name}lora_A.default.{i}"][0], state[f"{name}lora_B.default.{j}"][0])
+            for i, j in zip(a, b)
+        )
+        want = tokens @ state[name + "weight"].T + (2 * E / R) * tokens @ dense
+        assert (mine - want).abs().max() <= 1e-5 * want.abs().max()
+
+
+def test_refuses_other_adapters(tmp_path):
+    patch_llava(tiny_llava(), LoraConfig(r=2)).model.save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match="holds no MixLoRA adapter"):
+        convert.to_released(tmp_path / "lora", tmp_path / "back")
+    patch_llava(tiny_llava(), ConditionalMixLoRAConfig(r=2, num_factors=4)).model.save_pretrained(tmp_path / "ours")
+    with pytest.raises(ValueError, match=r"no counterpart .* gate='straight_through'"):
+        convert.to_released(tmp_path / "ours", tmp_path / "back")
+
+
 def test_names_every_unused_key(tmp_path):
     state = released_checkpoint(tmp_path / "released")
     report = convert.to_adapter(tmp_path / "released", tmp_path / "adapter")
@@ -70,7 +107,7 @@ def test_names_every_unused_key(tmp_path):
     assert set(report["unused"]) == frozen | others
 
 
-@pytest.mark.parametrize("kind", ["input_lora_a_param", "input", "random"])
+@pytest.mark.parametrize("kind", ["input_lora_a_param", "input", "task_embed", "random"])
 def test_back_to_the_released_layout_bit_for_bit(tmp_path, kind):
     state = released_checkpoint(tmp_path / "released", kind)
     convert.to_adapter(tmp_path / "released", tmp_path / "adapter")

@@ -14,7 +14,9 @@ from transformers import LlavaNextImageProcessor, LlavaNextProcessor, PreTrained
 from integration.llava.conversation import TEMPLATES, BadRecord, Turn, prompt, read_turns, render
 from integration.llava.data import IGNORED, Collator, Conversations, Encoder
 from integration.llava.images import BadImage, check_image, find_image, load_image
+from integration.llava.patch import patch_llava
 from integration.llava.small import SPECIAL, small_llava
+from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
 TEXTS = [TEMPLATES["v1"].system, "USER: Which digit is it? ASSISTANT: seven three red", "Is it odd? yes no"]
 TURNS = [Turn("<image>\nWhich digit is it?", "seven red"), Turn("Is it odd?", "yes")]
@@ -200,6 +202,36 @@ def test_items_and_batches(images, processor):
         assert torch.equal(batch["input_ids"][row, :length], item["input_ids"])
         assert (batch["labels"][row, length:] == IGNORED).all() and not batch["attention_mask"][row, length:].any()
         assert batch["attention_mask"][row, :length].all()
+
+
+@pytest.mark.parametrize("pool", ["sequence", "prompt"])
+def test_a_blank_image_in_the_padding_changes_nothing(images, processor, pool):
+    """A batch of texts alone, with and without it: the same loss and gradients, but for the projector's, now zero."""
+    model = patch_llava(
+        small_llava(TEXTS, image=8, patch=4, width=24)[0].eval(),
+        ConditionalMixLoRAConfig(r=2, num_factors=4, init_weights=False, pool=pool, task_type="CAUSAL_LM"),
+        train_projector=True,
+    ).model
+    records = [
+        record(name, None, question="Is it " + word, answer="yes") for name, word in (("a", "odd?"), ("b", "red"))
+    ]
+    encoder = Encoder(processor, "bare")
+    data = Conversations.read(write(images, records), images, encoder)
+    found = []
+    for blank in (None, encoder.blank()):
+        batch = Collator(0, blank=blank)([data[0], data[1]])
+        loss = model(**batch).loss
+        loss.backward()
+        found.append(
+            {name: p.grad for name, p in model.named_parameters() if p.requires_grad} | {"loss": loss.detach()}
+        )
+        model.zero_grad(set_to_none=True)
+    assert batch["input_ids"].shape[1] > batch["attention_mask"].sum(1).max()
+    for name, without in found[0].items():
+        if "projector" in name:
+            assert without is None and found[1][name] is not None and not found[1][name].any()
+        else:  # float32 sums over rows of another length
+            assert torch.allclose(without, found[1][name], rtol=1e-4, atol=1e-6), name
 
 
 def test_llava_next_counts_tokens_by_image_size(images, processor):

@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 
-from integration.llava import chat, convert, digits, evaluate, generate, scores, small
+from integration.llava import chat, convert, digits, evaluate, generate, scores, selection, small
+from integration.llava.images import load_image
 from integration.llava.judge import LanguageModelJudge, exact, judge_prompt, read_verdict
 from integration.llava.model import load_adapter, load_llava
 from integration.llava.patch import patch_llava
@@ -88,6 +90,34 @@ def test_a_bad_image_is_counted_as_wrong(folder, adapted, tmp_path):
     assert scores.score_task("x", rows, lambda rows: [False, True]) == {
         "accuracy": 50.0, "count": 2, "unclear": 0, "errors": 1,
     }  # fmt: skip
+
+
+def test_recorded_choices_are_those_that_each_answer_is_made_with(folder, adapted):
+    """In padded batches of several tasks, against each question alone; both pools of every layer."""
+    model, processor = adapted
+    files = sorted((folder / "data/eval").glob("*.jsonl"))
+    questions, images = {file.stem: evaluate.read_questions(file)[:3] for file in files[:3]}, folder / "data/images"
+    found = selection.record(model, processor, questions, images, template="bare", batch_size=2)
+    rows = [(task, row) for task, of_task in questions.items() for row in of_task]
+    assert found.tasks == [task for task, _ in rows] and found.num_factors == 6
+    for number, (_, row) in enumerate(rows):
+        prompt = generate.build_prompt(row["prompt"], "bare")
+        generate.answer(model, processor, [prompt], [load_image(images / row["image_path"])], max_new_tokens=3)
+        alone = chat.chosen_factors(model)
+        assert len(alone) == 14
+        for name, chosen in alone.items():
+            for pool in "AB":
+                assert found.chosen[name, pool][number].tolist() == chosen[pool], (name, pool)
+
+
+def test_factors_are_refused_of_lora_before_the_answer(folder, tmp_path, capsys):
+    model, _ = load_llava(folder / "base")
+    patch_llava(model, LoraConfig(r=2, task_type="CAUSAL_LM")).model.save_pretrained(tmp_path)
+    image = next((folder / "data/images/test").iterdir())
+    asked = ["--model", str(folder / "base"), "--adapter", str(tmp_path), "--image", str(image), "--prompt", "?"]
+    with pytest.raises(ValueError, match="no MixLoRA layers"):
+        chat.main([*asked, "--factors", "--template", "bare"])
+    assert capsys.readouterr().out == ""
 
 
 def test_adapters_that_average_padding_are_asked_one_by_one(folder, tmp_path, caplog):
@@ -191,12 +221,23 @@ def test_mme_predictions_become_the_tools_files(tmp_path):
 
 @pytest.mark.parametrize(
     ("lines", "message"),
-    [(['{"unique_id": 1}'], "lacks"), (["nothing"], "line 1: not JSON"), (["[]"], "lacks")],
+    [
+        (['{"unique_id": 1}'], "lacks"),
+        (["nothing"], "line 1: not JSON"),
+        (["[]"], "lacks"),
+        (['{"unique_id": 1, "image_path": "a", "prompt": "b", "target": 3}'], r"line 1: \['target'\] must be texts"),
+    ],
 )
 def test_questions_refused_by_line(tmp_path, lines, message):
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
         evaluate.read_questions(tmp_path / "q.jsonl")
+
+
+def test_a_folder_without_questions_is_refused(tmp_path):
+    for place in (tmp_path, tmp_path / "none.jsonl"):
+        with pytest.raises(ValueError, match="neither a file of questions nor a folder"):
+            evaluate.question_files(place)
 
 
 def test_commands(folder, tmp_path, capsys):

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from integration.llava import digits, example
 
 
@@ -12,7 +14,9 @@ def test_example_keeps_its_promises(tmp_path):
     assert all(last < first / 2 for first, last in figures["loss"].values())
     report = (tmp_path / "report.md").read_text()
     assert f"{figures['accuracy']['mixlora']:.1f}" in report
-    for name in ("loss.png", "interference.png", "selection/tsne.png", "selection/usage.png"):
+    for name in ("samples.png", "loss.png", "interference.png", "selection/tsne.png", "selection/usage.png"):
         assert f"]({name})" in report and (tmp_path / name).stat().st_size > 5000
     scores = json.loads((tmp_path / "predictions/mixlora/scores.json").read_text())
     assert set(scores["tasks"]) == {*digits.TASKS, "pope_pop"} and "f1" in scores["tasks"]["pope_pop"]["pope"]
+    with pytest.raises(SystemExit):
+        example.main(["--output", str(tmp_path), "--quick"])

@@ -1,5 +1,7 @@
-"""The plug-in against a stand-in for lmms-eval, of whose interface it uses a base class and a manifest."""
+"""The plug-in in lmms-eval, or, without it, against a stand-in for what it uses: a base class and a manifest."""
 
+import importlib
+import json
 import sys
 import types
 from dataclasses import dataclass
@@ -28,27 +30,29 @@ class Request:
 
 
 @pytest.fixture
-def stand_in(monkeypatch):
-    class Base:
-        def __init__(self):
-            self.task_dict = {}
-
-    for name in (
-        "lmms_eval",
-        "lmms_eval.api",
-        "lmms_eval.api.model",
-        "lmms_eval.models",
-        "lmms_eval.models.registry_v2",
-    ):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules["lmms_eval.api.model"].lmms = Base
-    sys.modules["lmms_eval.models.registry_v2"].ModelManifest = Manifest
+def harness(monkeypatch):
+    """lmms-eval, or a stand-in for it."""
+    try:
+        importlib.import_module("lmms_eval.api.model")
+    except ImportError:
+        names = (
+            "lmms_eval",
+            "lmms_eval.api",
+            "lmms_eval.api.model",
+            "lmms_eval.models",
+            "lmms_eval.models.registry_v2",
+        )
+        for name in names:
+            monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+        base = type("lmms", (), {"__init__": lambda self: setattr(self, "task_dict", {})})
+        sys.modules["lmms_eval.api.model"].lmms = base
+        sys.modules["lmms_eval.models.registry_v2"].ModelManifest = Manifest
     yield
     sys.modules.pop("integration.llava.lmms_model", None)
 
 
 @pytest.fixture
-def model(stand_in, tmp_path):
+def model(harness, tmp_path):
     from integration.llava import lmms
 
     small.save(*small.small_llava(digits.texts(), width=24, layers=2), tmp_path / "base")
@@ -87,14 +91,16 @@ def test_text_is_cut_at_stop_words():
     assert build_prompt("red", "bare", image=False) == "USER: red ASSISTANT:"
 
 
-def test_stop_words(stand_in):
+def test_stop_words(harness):
     from integration.llava.lmms_model import cut
 
     assert cut("seven. And more", [".", "And"]) == "seven" and cut("seven", ["\n\n"]) == "seven"
 
 
-def test_log_likelihood_by_hand(model):
-    asked = Request(("Is the digit odd or even?", "odd", lambda doc: [doc["image"]], 0, "t", "test"))
+# As a text, as one of several choices, and as a function of the document: lmms-eval's three ways.
+@pytest.mark.parametrize("continuation", ["odd", " odd", lambda doc: "odd"])
+def test_log_likelihood_by_hand(model, continuation):
+    asked = Request(("Is the digit odd or even?", continuation, lambda doc: [doc["image"]], 0, "t", "test"))
     value, greedy = model.loglikelihood([asked])[0]
     text = prompt("Is the digit odd or even?", TEMPLATES["bare"]) + " odd"
     inputs = model.processor(text=[text], images=[model.task_dict["t"]["test"][0]["image"]], return_tensors="pt")
@@ -111,6 +117,51 @@ def test_refuses_two_images_and_rounds(model):
         model.generate_until([two])
     with pytest.raises(NotImplementedError, match="single questions"):
         model.generate_until_multi_round([two])
+
+
+def test_lmms_eval_runs_an_adapter_on_the_tasks(tmp_path, monkeypatch):
+    """With the real lmms-eval: model by its manifest, tasks by their files, and accuracies of known value."""
+    evaluator = pytest.importorskip("lmms_eval.evaluator", exc_type=ImportError)
+    from datasets import config as datasets_config
+    from lmms_eval.models import MODEL_REGISTRY_V2
+    from lmms_eval.tasks import TaskManager
+
+    from integration.llava import lmms
+    from integration.llava.evaluate import read_questions
+    from integration.llava.generate import answer, build_prompt
+    from integration.llava.images import load_image
+    from integration.llava.model import load_adapter, load_llava
+    from integration.llava.patch import patch_llava
+    from mixlora_kernels.peft import ConditionalMixLoRAConfig
+
+    digits.write(tmp_path / "data", per_task=4, held_out=6, copies=1)
+    small.save(*small.small_llava(digits.texts(), width=24, layers=2), tmp_path / "base")
+    base, processor = load_llava(tmp_path / "base")
+    config = ConditionalMixLoRAConfig(r=2, num_factors=4, init_weights=False, task_type="CAUSAL_LM")
+    patch_llava(base, config).model.save_pretrained(tmp_path / "adapter")
+    adapted, _ = load_adapter(load_llava(tmp_path / "base")[0], tmp_path / "adapter")
+    questions = read_questions(tmp_path / "data/eval/side.jsonl")
+    images = tmp_path / "data/images"
+    for row in questions[:4]:  # two thirds of the targets are what the model says
+        picture = load_image(images / row["image_path"])
+        row["target"] = answer(adapted, processor, [build_prompt(row["prompt"], "bare")], [picture])[0]
+    names = [path.stem for path in TASKS.glob("*.yaml") if path.stem != "mixlora_unseen"]
+    (tmp_path / "data/mm_tasks").mkdir()
+    for name in names:
+        (tmp_path / "data/mm_tasks" / f"{name}.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIXLORA_EVAL_IMAGES", str(images))
+    monkeypatch.setattr(datasets_config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    MODEL_REGISTRY_V2.register_manifest(lmms.manifest())  # what the entry point does for an installed package
+    found = evaluator.simple_evaluate(
+        model="mixlora_llava",
+        model_args=f"pretrained={tmp_path / 'base'},adapter={tmp_path / 'adapter'},template=bare,device=cpu",
+        tasks=["mixlora_unseen"],
+        batch_size=4,
+        task_manager=TaskManager(include_path=str(TASKS), model_name="mixlora_llava"),
+    )
+    accuracies = {name: row["accuracy,none"] for name, row in found["results"].items() if "accuracy,none" in row}
+    assert accuracies == {f"mixlora_{name}": pytest.approx(2 / 3) for name in names}
 
 
 class Loader(yaml.SafeLoader):

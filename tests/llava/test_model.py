@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from peft import LoraConfig
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM
 
 from integration.llava import digits
 from integration.llava.generate import answer, build_prompt
-from integration.llava.model import empty_llava, linear_projector, load_llava
+from integration.llava.model import empty_llava, linear_projector, load_adapter, load_llava, read_source
+from integration.llava.patch import patch_llava
 from integration.llava.small import word_tokenizer
+from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
 from .tiny import WIDTH, tiny_llava
 
@@ -58,3 +61,23 @@ def test_a_projector_that_does_not_fit_is_refused(parts, tmp_path):
         load_llava(source)
     with pytest.raises(ValueError, match="projector_hidden_act must be 'linear'"):
         linear_projector(tiny_llava(projector_hidden_act="gelu"))
+
+
+@pytest.mark.parametrize("config", [ConditionalMixLoRAConfig(r=2, num_factors=4), LoraConfig(r=2)])
+def test_an_adapter_of_another_model_is_refused(tmp_path, config):
+    patch_llava(tiny_llava(projector_hidden_act="gelu"), config, train_projector=True).model.save_pretrained(tmp_path)
+    wider = tiny_llava(projector_hidden_act="gelu").config
+    wider.text_config.hidden_size *= 2
+    with pytest.raises(ValueError, match=r"another model: (.|\n)*16"):
+        load_adapter(type(tiny_llava())(wider), tmp_path)
+
+
+def test_sources_of_models():
+    assert read_source("a/b") == "a/b"
+    assert read_source('{"language": "a", "vision": "b"}') == {"language": "a", "vision": "b"}
+    with pytest.raises(ValueError, match="must be JSON"):
+        read_source("{language: a}")
+    with pytest.raises(ValueError, match=r"parts are language, vision .* got language, tower"):
+        read_source('{"language": "a", "tower": "b"}')
+    with pytest.raises(ValueError, match="nowhere is no folder of a model"):
+        load_llava("/nowhere")

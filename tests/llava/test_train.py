@@ -2,20 +2,21 @@
 
 import json
 import os
-import signal
+import re
 import subprocess
 import sys
-import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
 
-from integration.llava import digits, small, train
-from integration.llava.model import TASKS
+from integration.llava import chat, digits, estimate, evaluate, example, interference, selection, small, train
+from integration.llava.data import Collator
+from integration.llava.model import TASKS, load_llava
 from integration.llava.settings import METHODS, Settings
 from integration.llava.train import LengthGrouped
 
@@ -69,26 +70,74 @@ def test_every_method_trains_what_it_should(folder, method):
     assert report["loss"][6] < report["loss"][1]
 
 
+def test_an_adapter_that_routes_by_task_is_evaluated_analysed_and_asked(folder, tmp_path, capsys):
+    definitions, base = str(folder / "data/definitions.json"), str(folder / "base")
+    given = settings(folder, "tasks", method="mixlora_task", task_definitions=definitions)
+    train.train(given)
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(vars(given)))
+    (tmp_path / "more.json").write_text(
+        json.dumps(json.loads(Path(definitions).read_text()) | {"pope_pop": "Say whether the image shows a digit."})
+    )
+    adapter, eval_folder = str(folder / "tasks"), folder / "data/eval"
+    model = ["--model", base, "--adapter", adapter, "--template", "bare", "--images", str(folder / "data/images")]
+    asked = [*model, "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
+    with pytest.raises(SystemExit):  # it was not tuned on this task, and the task's embedding was not saved
+        evaluate.main([*asked, "--questions", str(eval_folder / "pope_pop.jsonl")])
+    assert "pope_pop has no embedding" in capsys.readouterr().err
+    evaluate.main([*asked, "--questions", str(eval_folder), "--task-definitions", str(tmp_path / "more.json")])
+    assert json.loads((tmp_path / "out/scores.json").read_text())["tasks"]["pope_pop"]["count"] == 8
+    for file in eval_folder.glob("pope*"):
+        file.unlink()
+    selection.main([*model, "--questions", str(eval_folder), "--output", str(tmp_path / "chosen"), "--per-task", "4"])
+    chosen = np.load(tmp_path / "chosen/selection.npz")
+    rows = chosen["model.language_model.layers.0.mlp.up_proj.A"].reshape(len(digits.TASKS), 4, 2)
+    assert (rows == rows[:, :1]).all()  # by the task alone, whatever the image
+    options = ["--config", str(tmp_path / "tasks.yaml"), "--adapter", adapter, "--batches", "2", "--batch-size", "3"]
+    interference.main([*options, "--output", str(tmp_path / "interference")])
+    found = json.loads((tmp_path / "interference/interference.json").read_text())["tasks"]
+    assert found["tasks"] == sorted(digits.TASKS) and len(found["groups"]) == 8
+    assert all(row[i] == pytest.approx(1) for scores in found["groups"].values() for i, row in enumerate(scores))
+    assert len(list((tmp_path / "interference").glob("*.png"))) == 5
+    image = str(next((folder / "data/images/test").iterdir()))
+    chat.main([*model[:-2], "--image", image, "--prompt", "Is it odd?", "--task", "side", "--max-new-tokens", "2"])
+    with pytest.raises(SystemExit):
+        chat.main([*model[:-2], "--image", image, "--prompt", "Is it odd?", "--task", "none"])
+    assert "--task must be one of digit_name" in capsys.readouterr().err
+
+
 def test_killed_and_resumed_ends_with_the_same_weights(folder):
     """Two epochs of six steps: killed in the first, killed again in the second, across its shuffle."""
     changes = {"training": {"max_steps": 12, "save_steps": 2}}
     train.train(settings(folder, "whole", **changes))
     file = folder / "killed.yaml"
     file.write_text(yaml.safe_dump(vars(settings(folder, "killed", **changes))))
-    for stop in ("checkpoint-2", "checkpoint-8"):
-        command = [sys.executable, "-m", "integration.llava.train", "--config", str(file)]
-        process = subprocess.Popen(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-        limit = time.monotonic() + 120
-        while not (folder / "killed" / stop / "trainer_state.json").exists():
-            assert process.poll() is None and time.monotonic() < limit, "it ended before it could be killed"
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+    for stop in (3, 9):
+        example.train_until_killed(file, stop)
+        assert train.last_checkpoint(folder / "killed").name == f"checkpoint-{stop - 1}"
     assert not (folder / "killed" / "adapter_model.safetensors").exists()
     train.train(settings(folder, "killed", **changes))
     one, other = weights(folder / "whole"), weights(folder / "killed")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_two_processes_train_on_texts_and_images(folder):
+    """The projector is trained, and batches without an image meet batches with one on the other process."""
+    records = json.loads((folder / "data/pretraining.json").read_text())
+    texts, pictures = ([row for row in records if ("image" in row) == kind][:24] for kind in (False, True))
+    (folder / "mixed.json").write_text(json.dumps(texts + pictures))
+    given = settings(folder, "two", training={"per_device_train_batch_size": 4, "gradient_checkpointing": True})
+    given.data = str(folder / "mixed.json")
+    (folder / "two.yaml").write_text(yaml.safe_dump(vars(given)))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    command += ["integration.llava.train", "--config", str(folder / "two.yaml")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    before = load_file(folder / "base" / "model.safetensors")
+    name = next(name for name in before if "projector.linear_1.weight" in name)
+    trained = next(tensor for name, tensor in weights(folder / "two").items() if "projector.linear_1.weight" in name)
+    assert not torch.equal(before[name], trained)
 
 
 def test_a_half_written_checkpoint_is_not_used(folder):
@@ -124,6 +173,54 @@ def test_dry_run_prints_modules_parameters_memory_and_stops(folder, capsys):
     assert not (folder / "dry").exists()
 
 
+def test_says_before_the_first_step_what_the_run_does(folder, capsys):
+    """Three steps of an epoch's five batches of eight, in each of two epochs."""
+    changes = {"training": {"max_steps": -1, "num_train_epochs": 2, "gradient_accumulation_steps": 2}, "limit": 40}
+    report = train.train(settings(folder, "said", **changes))
+    out = capsys.readouterr().out
+    assert report["steps"] == 6 and "steps: 6\n" in out and "trainable: " in out
+    minutes, seconds = re.search(
+        r"time: about ([\d.]+) minutes, from ([\d.]+) s measured for a batch of 8", out
+    ).groups()
+    assert float(minutes) == pytest.approx(float(seconds) * 6 * 2 / 60, abs=0.1)
+
+
+def test_timing_a_batch_leaves_no_trace(folder):
+    model, processor = load_llava(folder / "base")
+    patched = train.patch(model, settings(folder, "none"))
+    patched.model.eval()
+    data = train.read_data(settings(folder, "none"), processor)
+    random, values = torch.get_rng_state(), [p.clone() for p in patched.model.parameters()]
+    found = estimate.measure(patched.model, Collator(0)([data[0], data[1]]), torch.device("cpu"))
+    assert found["seconds"] > 0 and torch.equal(torch.get_rng_state(), random) and not patched.model.training
+    assert all(p.grad is None and torch.equal(p, v) for p, v in zip(patched.model.parameters(), values))
+
+
+def test_memory_is_counted(folder):
+    """Parameters, gradients and AdamW's states are exact; they are what a step of it leaves."""
+    patched = train.patch(load_llava(folder / "base")[0], settings(folder, "none"))
+    needs = estimate.memory(patched.model, batch=2, tokens=10, checkpointing=False, activation_bytes=4)
+    trained = [p for p in patched.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    states = [v for state in optimizer.state.values() for name, v in state.items() if name != "step"]
+    assert needs["optimizer"] == sum(v.numel() * v.element_size() for v in states)
+    assert needs["gradients"] == sum(p.grad.numel() * 4 for p in trained)
+    assert needs["parameters"] == sum(p.numel() * 4 for p in patched.model.parameters())
+
+
+def test_tensorboard_has_every_loss(folder):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", exc_type=ImportError)
+    report = train.train(settings(folder, "board", training={"report_to": "tensorboard"}))
+    events = next((folder / "board").rglob("events.out.tfevents.*"))
+    reader = accumulator.EventAccumulator(str(events.parent))
+    reader.Reload()
+    # The file's values are float32.
+    assert {row.step: row.value for row in reader.Scalars("train/loss")} == pytest.approx(report["loss"], rel=1e-6)
+
+
 def test_strict_stops_at_bad_records(folder):
     records = json.loads((folder / "data/train.json").read_text())
     (folder / "bad.json").write_text(json.dumps([*records, {"id": "lost", "image": "no.png", "conversations": []}]))
@@ -140,11 +237,31 @@ def test_strict_stops_at_bad_records(folder):
         ({"method": "mixlora_task"}, "task_definitions must be given"),
         ({"training": {"warmup": 1}}, "TrainingArguments does not have"),
         ({"training": {"output_dir": "x"}}, "give output"),
+        ({"training": {"learning_rate": "fast"}}, "training.learning_rate must be a number, got 'fast'"),
+        ({"mixlora": {"pools": "all"}}, "MixLoRAConfig does not have: .'pools'"),
+        ({"dtype": "bf16"}, "dtype must be one of auto, float32"),
     ],
 )
 def test_settings_refused(folder, change, message):
     with pytest.raises(ValueError, match=message):
         settings(folder, "refused", **change)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("model: [", "wrong.yaml is not YAML"), ("- model", "must hold fields"), ("modle: x", "unknown fields .'modle'"),
+     ("model: x", "lacks .'data', 'images', 'output'")],
+)  # fmt: skip
+def test_settings_files_refused(tmp_path, text, message):
+    (tmp_path / "wrong.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Settings.read(tmp_path / "wrong.yaml")
+
+
+def test_a_rate_without_a_dot_is_a_number(tmp_path):
+    """YAML takes 4e-5 for a text."""
+    (tmp_path / "s.yaml").write_text("{model: x, data: x, images: x, output: x, training: {learning_rate: 4e-5}}")
+    assert Settings.read(tmp_path / "s.yaml").training == {"learning_rate": 4e-5}
 
 
 def test_settings_of_the_paper():

@@ -41,9 +41,10 @@ def released_checkpoint(folder: Path, kind: str = "input_lora_a_param", E: int =
                 state[f"{name}lora_A.default.{e}"] = torch.randn(1, d_in)
                 state[f"{name}lora_B.default.{e}"] = torch.randn(1, d_out)
             extra = "cmoa_loarB_extra_selector." if kind.endswith("param") else "cmoa_selector."
+            d_route = 4096 if kind == "task_embed" else d_in
             if kind != "random":
-                state[name + "cmoa_selector.loraA_selector.weight"] = torch.randn(E, d_in)
-                state[f"{name}{extra}loraB_selector.weight"] = torch.randn(E, d_in)
+                state[name + "cmoa_selector.loraA_selector.weight"] = torch.randn(E, d_route) * (d_in / d_route) ** 0.5
+                state[f"{name}{extra}loraB_selector.weight"] = torch.randn(E, d_route) * (d_in / d_route) ** 0.5
             if kind.endswith("param"):
                 state[f"{name}{extra}loraA_param2loraB_selector.weight"] = torch.randn(E, r * d_in)
     state["base_model.model.lm_head.weight"] = torch.randn(48, WIDTH)
