@@ -53,7 +53,10 @@ def architecture(device: torch.device) -> str:
 
 def bucket(tokens: int) -> int:
     """The number of tokens, rounded so that a choice serves many lengths."""
-    return next((limit for limit in BUCKETS if tokens <= limit), 4 * BUCKETS[-1])
+    for limit in BUCKETS:  # a loop, which every torch.compile can trace
+        if tokens <= limit:
+            return limit
+    return 4 * BUCKETS[-1]
 
 
 def pad(count: int) -> int:
