@@ -11,7 +11,6 @@ from problem import draw_factors
 from torch import Tensor, nn
 
 import mixlora_kernels as mk
-from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
 
 def adapt_model(name: str, model: nn.Module, config: mk.MixLoRAConfig, seed: int, exact: bool = False) -> nn.Module:
@@ -34,6 +33,8 @@ def adapt_model(name: str, model: nn.Module, config: mk.MixLoRAConfig, seed: int
         )  # fmt: skip
         return get_peft_model(model, lora, autocast_adapter_dtype=name == "peft_lora")
     if name == "mixlora" and not exact:
+        from mixlora_kernels.peft import ConditionalMixLoRAConfig  # only here: the layers do without peft's inside
+
         settings = {"r": config.r, "num_factors": config.num_factors, "dropout": config.dropout}
         model = get_peft_model(model, ConditionalMixLoRAConfig(**settings))
         for number, (parent, leaf) in enumerate(projections(model)):

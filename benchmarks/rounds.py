@@ -72,10 +72,14 @@ class Runner:
         try:
             peaks = dict(zip(candidate.phases, peak_bytes(candidate, self.device)))
             errors = candidate.errors()
-            launches = dict(zip(candidate.phases, count_launches(candidate, self.device)))
         except Exception as error:
             self.fail(f"{candidate.name} at {candidate.case.name}", error)
             return False
+        try:
+            launches = dict(zip(candidate.phases, count_launches(candidate, self.device)))
+        except Exception as error:  # the profiler's troubles are no reason not to time
+            self.fail(f"launches of {candidate.name} at {candidate.case.name}", error)
+            launches = dict.fromkeys(candidate.phases)
         self.examined[key] = Examined(errors, peaks, launches)
         return True
 

@@ -14,12 +14,11 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network, and nothing may wait for it
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises on what is not used here
+os.environ.setdefault("TEARDOWN_CUPTI", "0")  # else the profiler, which counts launches, breaks later CUDA graphs
 
 import torch
 
-if (
-    not torch.cuda.is_available()
-):  # the kernels' stages are then shown in the interpreter, chosen before Triton's import
+if not torch.cuda.is_available():  # the kernels are then shown in Triton's interpreter, chosen before its import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import machine

@@ -107,7 +107,7 @@ def stages(setting: Setting) -> Iterator[Group]:
         yield left_out("stages", obstacle)
         return
     size, n, sets = (1 << 20, 256, 2) if setting.quick else (kernels.COPIED, kernels.MULTIPLIED, kernels.SETS)
-    shapes = (Case(2, 20, 64, 48),) if setting.quick else (setting.square, setting.up, setting.down)
+    shapes = (Case(2, 10, 32, 24),) if setting.quick else (setting.square, setting.up, setting.down)
     shapes = [replace(shape, dtype=torch.bfloat16, dropout=PAPER_DROPOUT) for shape in shapes]
 
     def limits(report):
@@ -117,17 +117,14 @@ def stages(setting: Setting) -> Iterator[Group]:
     def build(report, case: Case):
         return [kernels.copy(case, setting.device, size), *kernels.stages(case, setting.device, sets)]
 
-    note = None if setting.gpu else "in Triton's interpreter, where times mean nothing"
     rounds, weight = (20, 4) if setting.gpu else (2, 1)
-    yield Group("stages", "a copy and a product", limits, rounds, weight, note)
+    yield Group("stages", "a copy and a product", limits, rounds, weight)
+    note = None if setting.gpu else "in Triton's interpreter, where times mean nothing"
     for E, r in POOLS:
         for shape in shapes:
             case = replace(shape, E=E, r=r)
             case = replace(case, label=f"{case.name}, E {E}, r {r}")
-            rounds = 20 if setting.gpu else 2
-            yield Group(
-                "stages", case.name, partial(build, case=case), rounds, weight=4 if setting.gpu else 1, note=note
-            )
+            yield Group("stages", case.name, partial(build, case=case), rounds, weight, note)
 
 
 def layer(setting: Setting) -> Iterator[Group]:
@@ -231,7 +228,7 @@ def applicable(case: Case, compiled: bool = False) -> list[str]:
 
 
 def step_case(setting: Setting, dtype: torch.dtype, B: int, E: int, r: int) -> StepCase:
-    blocks, hidden, wide = (1, 256, 688) if setting.quick else (4, 4096, 11008)
+    blocks, hidden, wide = (1, 256, 688) if setting.quick else (3, 4096, 11008)
     return StepCase(B, blocks, hidden, wide, dtype, E, r)
 
 

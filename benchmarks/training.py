@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mixlora_kernels as mk
 
 SMALL_DECODER = {
-    "B": 2, "L": 24, "hidden": 128, "intermediate": 344, "layers": 2, "heads": 2, "vocabulary": 64
+    "B": 2, "L": 8, "hidden": 64, "intermediate": 172, "layers": 2, "heads": 1, "vocabulary": 64
 }  # fmt: skip
 
 
@@ -102,8 +102,12 @@ class TrainingStep(Candidate):
     """Forward, backward and an AdamW step. Its memory includes the adapters, their gradients and the optimizer's state,
     and not the frozen model."""
 
-    def __init__(self, name: str, case: TrainingCase, model: nn.Module, device: torch.device, seed: int):
+    def __init__(
+        self, name: str, case: TrainingCase, model: nn.Module, frozen: nn.Module, device: torch.device, seed: int
+    ):
+        """``model`` is what ``frozen`` became under this implementation."""
         self.name, self.case, self.model, self.device, self.seed = name, case, prepare(model, case), device, seed
+        self.adapters = size(model) - size(frozen)
         self.every = 2 if name == "published" else 1  # it takes several times as long as the others
         self.parameters = [parameter for _, parameter in trained(model)]
         fused = device.type == "cuda"
@@ -118,8 +122,7 @@ class TrainingStep(Candidate):
             leaf.grad = None
 
     def held(self) -> int:
-        kept = state_bytes(self.optimizer) if self.optimizer else 0
-        return kept + sum(parameter.nbytes for parameter in self.parameters)
+        return self.adapters + (state_bytes(self.optimizer) if self.optimizer else 0)
 
     def forward(self) -> None:
         self.loss = self.model(**self.inputs, use_cache=False).loss
@@ -153,6 +156,11 @@ class TrainingStep(Candidate):
         return {"logits": output.logits.detach(), "inputs_embeds": inputs["inputs_embeds"].grad} | gradients
 
 
+def size(model: nn.Module) -> int:
+    """Of all parameters, in bytes."""
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def build_steps(
     case: TrainingCase, names: Sequence[str], device: torch.device, seed: int, report: Callable[[str], None]
 ) -> list[TrainingStep]:
@@ -163,7 +171,7 @@ def build_steps(
     steps = []
     for name in names:
         model = adapt_model(name, copy.deepcopy(plain, dict(shared)), case.config, seed)
-        steps.append(TrainingStep(name, case, model, device, seed))
+        steps.append(TrainingStep(name, case, model, plain, device, seed))
     while not fits(steps, case):
         if case.B == 1:
             raise RuntimeError("not even one instance fits into the device's memory")
