@@ -173,7 +173,7 @@ def decode(setting: Setting) -> Iterator[Group]:
     for dtype in setting.dtypes or (setting.usual,):
         for B, (E, r) in ((8, POOLS[0]), (1, POOLS[0]), (8, POOLS[1])):
             case = step_case(setting, dtype, B, E, r)
-            build = partial(build_step, setting, case, applicable(DECODE))
+            build = partial(build_step, setting, case, ("base", "peft_lora", "eager", "mixlora"))
             yield Group("decode", case.name, build, rounds=20, weight=5)
 
 
