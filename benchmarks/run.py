@@ -38,6 +38,8 @@ def main() -> int:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's calls, not ours
     arguments = parse_arguments()
     device = torch.device(arguments.device)
+    if arguments.quick:
+        torch.set_num_threads(1)  # shapes this small only lose by more
     dtypes = tuple(DTYPES[name] for name in arguments.dtype) or None
     setting = suites.Setting(device, dtypes, arguments.quick, arguments.seed)
     where = machine.describe(device, arguments.commit)

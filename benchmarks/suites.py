@@ -106,7 +106,7 @@ def stages(setting: Setting) -> Iterator[Group]:
     if obstacle:
         yield left_out("stages", obstacle)
         return
-    size, n, sets = (1 << 20, 256, 2) if setting.quick else (kernels.COPIED, kernels.MULTIPLIED, kernels.SETS)
+    size, n, sets = (1 << 20, 256, 1) if setting.quick else (kernels.COPIED, kernels.MULTIPLIED, kernels.SETS)
     shapes = (Case(2, 10, 32, 24),) if setting.quick else (setting.square, setting.up, setting.down)
     shapes = [replace(shape, dtype=torch.bfloat16, dropout=PAPER_DROPOUT) for shape in shapes]
 

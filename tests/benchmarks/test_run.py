@@ -40,7 +40,6 @@ def quick(tmp_path_factory) -> tuple[Path, str]:
     command = [sys.executable, "benchmarks/run.py", "--quick", "--device", "cpu", "--seconds", "5", "--out", str(out)]
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"}
-    environment["OMP_NUM_THREADS"] = "1"  # shapes this small only lose by threads
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
