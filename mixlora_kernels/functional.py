@@ -294,7 +294,9 @@ def draw_routing(count: int, config: MixLoRAConfig, device: torch.device, dtype:
 
 
 def autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # Older versions' compiler cannot trace the first question; what it compiles for knows autocast.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def check_input(x: Tensor, base: Tensor | FrozenLinear, factors: Factors) -> None:

@@ -19,7 +19,10 @@ def expand(y: Tensor, u, lora_B, index_a, index_b, gate, scale: float, instances
     s = _place(chosen, index_b, weight, u, instances)
     lora_B = lora_B.to(y.dtype)
     s = s.to(y.dtype)
-    return (y.addmm_(s, lora_B) if in_place else torch.addmm(y, s, lora_B)), chosen, s, weight
+    # A compiler decides itself what to reuse; torch 2.11's, given addmm_, returns gradients of zero without a word.
+    if in_place and not torch.compiler.is_compiling():
+        return y.addmm_(s, lora_B), chosen, s, weight
+    return torch.addmm(y, s, lora_B), chosen, s, weight
 
 
 def expand_backward(
