@@ -74,7 +74,7 @@ class Eager(nn.Module):
 class Published(nn.Module):
     """The released algorithm, from its description: it multiplies the chosen factors out to one dense update
     [d_in, d_out] for each instance, routes without gradient on every call, sums both sides of the conditional
-    router separately, and keeps everything in the frozen layer's dtype."""
+    router separately, and keeps its parameters in the frozen layer's dtype."""
 
     def __init__(self, base: nn.Module, config: mk.MixLoRAConfig, factors: dict[str, Tensor]):
         super().__init__()
@@ -86,11 +86,16 @@ class Published(nn.Module):
 
     @torch.no_grad()
     def choose(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = x.mean(dim=1)
-        index_a = torch.softmax(pooled @ self.router_A.T, -1).topk(self.r).indices
-        logits = torch.einsum("brd,rfe->bre", self.lora_A[index_a], self.router_AB.mT)  # a product of sums
+        """In float32 at least: rounded to bfloat16, two probabilities that are nearly equal change places now and then,
+        and what follows could not be compared with the reference."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        router_A, router_B, router_AB = (t.to(dtype) for t in (self.router_A, self.router_B, self.router_AB))
+        pooled = x.mean(dim=1, dtype=dtype)
+        index_a = torch.softmax(pooled @ router_A.T, -1).topk(self.r).indices
+        chosen = self.lora_A[index_a].to(dtype)
+        logits = torch.einsum("brd,rfe->bre", chosen, router_AB.mT)  # a product of sums
         p_cfs = torch.softmax(torch.softmax(logits, -1).sum(dim=1), -1)
-        index_b = (torch.softmax(pooled @ self.router_B.T, -1) + p_cfs).topk(self.r).indices
+        index_b = (torch.softmax(pooled @ router_B.T, -1) + p_cfs).topk(self.r).indices
         return index_a, index_b
 
     def forward(self, x: Tensor) -> Tensor:

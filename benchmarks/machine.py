@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mixlora_kernels", "torch", "triton", "transformers", "peft", "numpy")
 
 
-def describe(device: torch.device) -> dict:
-    """The machine, the versions, the commit and the date, in words and numbers."""
+def describe(device: torch.device, known_commit: str | None = None) -> dict:
+    """The machine, the versions, the commit (the one known, else the checkout's) and the date, in words and numbers."""
     cuda = device.type == "cuda"
     return {
         "device": device_name(device),
@@ -27,7 +27,7 @@ def describe(device: torch.device) -> dict:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": versions(),
-        "commit": commit(),
+        "commit": known_commit or commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

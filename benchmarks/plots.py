@@ -1,6 +1,7 @@
-"""Pictures of the rows: ratios, scaling, memory."""
+"""Pictures of the rows: ratios, scaling, memory, bandwidth."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -13,22 +14,48 @@ COLOURS = dict(zip(NAMES, ("#8c8c8c", "#e07b39", "#f2b684", "#5b8db8", "#a7c4dc"
 LAST_PASSES = ("forward+backward", "training step", "generation")
 
 
-def draw(folder: Path, rows: Sequence[dict], device: str) -> list[Path]:
-    """Write the plots that the rows allow, named by suite, and return their paths."""
+def draw(folder: Path, rows: Sequence[dict], machine: dict) -> list[Path]:
+    """Write the plots that the rows allow, named by suite, and return their paths. A row with a note is not drawn: its
+    numbers must not be read without it."""
     drawn = []
+    rows = [row for row in rows if not row["note"]]
     for suite in dict.fromkeys(row["suite"] for row in rows):
         chosen = [row for row in rows if row["suite"] == suite]
-        if suite == "scaling":
-            figure = scaling(chosen)
+        if suite == "stages":
+            chosen = [row for row in chosen if row["implementation"] == "mixlora" and row["share_of_copy"] is not None]
+            draw_suite = partial(
+                bars, label="share of a copy's bandwidth", height=share_of_copy, panel=("case",), by="pass"
+            )
+        elif suite == "scaling":
+            draw_suite = scaling
         elif suite == "memory":
-            figure = bars(last_pass(chosen), lambda row: row["peak_bytes"] / 2**20, "peak memory beyond inputs, MiB")
+            chosen = last_pass(chosen)
+            draw_suite = partial(bars, label="peak memory beyond inputs, MiB", height=peak_mib)
         else:
-            figure = bars(last_pass(chosen), lambda row: row["ratio_to_base"], "time relative to the frozen layer")
-        figure.suptitle(f"{suite} on {device}")
+            chosen = last_pass(chosen)
+            draw_suite = partial(bars, label="time relative to the frozen layer", height=ratio_to_base)
+        if not chosen:
+            continue
+        figure = draw_suite(chosen)
+        figure.suptitle(f"{suite} on {machine['device']}")
+        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+        figure.supxlabel(f"{versions}, commit {machine['commit']}", fontsize=7, color="#6c6c6c")
         drawn.append(folder / f"{suite}.png")
         figure.savefig(drawn[-1], dpi=120)
         pyplot.close(figure)
     return drawn
+
+
+def share_of_copy(row: dict) -> float | None:
+    return row["share_of_copy"]
+
+
+def peak_mib(row: dict) -> float | None:
+    return row["peak_bytes"] / 2**20
+
+
+def ratio_to_base(row: dict) -> float | None:
+    return row["ratio_to_base"]
 
 
 def last_pass(rows: Sequence[dict]) -> list[dict]:
@@ -37,24 +64,29 @@ def last_pass(rows: Sequence[dict]) -> list[dict]:
     return whole or list(rows)
 
 
-def bars(rows: Sequence[dict], height, label: str):
-    """A panel for each case with a bar for each implementation."""
-    cases = list(dict.fromkeys((row["case"], row["pass"]) for row in rows))
-    columns = min(len(cases), 3)
-    lines = -(-len(cases) // columns)
+def bars(
+    rows: Sequence[dict], height: Callable[[dict], float | None], label: str,
+    panel: tuple[str, ...] = ("case", "pass"), by: str = "implementation",
+):  # fmt: skip
+    """A panel for each case and pass with a bar for each implementation."""
+    panels: dict[tuple, list[dict]] = {}
+    for row in rows:
+        panels.setdefault(tuple(row[name] for name in panel), []).append(row)
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
         lines, columns, figsize=(5 * columns, 0.8 + 2.4 * lines), squeeze=False, layout="constrained"
     )
-    for axis in axes.flat[len(cases) :]:
+    for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, (case, which) in zip(axes.flat, cases):
-        shown = [row for row in rows if (row["case"], row["pass"]) == (case, which) and height(row) is not None]
-        names = [row["implementation"] for row in shown]
-        drawn = axis.barh(names, [height(row) for row in shown], color=[COLOURS[name] for name in names])
+    for axis, (title, members) in zip(axes.flat, panels.items()):
+        shown = [row for row in members if height(row) is not None]
+        colours = [COLOURS[row["implementation"]] for row in shown]
+        drawn = axis.barh([row[by] for row in shown], [height(row) for row in shown], color=colours)
         axis.bar_label(drawn, fmt="%.2f", padding=3, fontsize=8)
         axis.margins(x=0.15)
         axis.invert_yaxis()
-        axis.set_title(f"{case}\n{which}", fontsize=9)
+        axis.set_title("\n".join(title), fontsize=9)
         axis.set_xlabel(label, fontsize=8)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
@@ -72,7 +104,8 @@ def scaling(rows: Sequence[dict]):
         ours = [row | {"tokens": row["B"] * row["L"]} for row in rows if row["dtype"] == dtype]
         adapted = [row for row in ours if row["implementation"] == "mixlora"]
         frozen = [row for row in ours if row["implementation"] == "base"]
-        usual = {"E": 16, "r": 4, "tokens": max(row["tokens"] for row in ours), "B": 4}
+        instances = next((row["B"] for row in adapted if row["E"] != 16), 4)  # the others' number where E varies
+        usual = {"E": 16, "r": 4, "tokens": max(row["tokens"] for row in ours), "B": instances}
         for axis, (name, title) in zip(
             line, {"E": "factors E", "r": "r", "tokens": "tokens", "B": "instances"}.items()
         ):

@@ -1,59 +1,76 @@
 """Measure mixlora_kernels against the alternatives: ``python benchmarks/run.py``.
 
-Every implementation is first compared with the reference in float64; one that disagrees ends the run. See
-``suites.py`` for what is measured and ``measure.py`` for how.
+Every implementation is first compared with the reference in float64; one that disagrees, or breaks off, is not timed,
+and the exit status is 1. See ``suites.py`` for what is measured and ``measure.py`` for how.
 """
 
 import argparse
 import os
+import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network, and nothing may wait for it
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises on what is not used here
+os.environ.setdefault("TEARDOWN_CUPTI", "0")  # else the profiler, which counts launches, breaks later CUDA graphs
+
+import torch
+
+if not torch.cuda.is_available():  # the kernels are then shown in Triton's interpreter, chosen before its import
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import machine
 import plots
 import report
 import suites
-import torch
 from rounds import Runner
 from summary import summarise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SECONDS = {"cpu": 140.0, "cuda": 360.0}
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def main() -> None:
+def main() -> int:
     began = time.perf_counter()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # PEFT's calls, not ours
     arguments = parse_arguments()
     device = torch.device(arguments.device)
+    if arguments.quick:
+        torch.set_num_threads(1)  # shapes this small only lose by more
     dtypes = tuple(DTYPES[name] for name in arguments.dtype) or None
     setting = suites.Setting(device, dtypes, arguments.quick, arguments.seed)
-    where = machine.describe(device)
+    where = machine.describe(device, arguments.commit)
     shown = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     print(f"{where['device']} ({where['cpu']}, {where['threads']} threads), {shown}, commit {where['commit']}")
-
-    rows = measure_all(arguments.suite, setting, arguments.seconds, began)
-    common = {"device": where["device"], "versions": shown, "commit": where["commit"]}
-    rows = [row | common for row in rows]
-    bars = summarise(rows, setting)
-
     out = arguments.out or RESULTS / machine.slug(device)
     out.mkdir(parents=True, exist_ok=True)
-    del arguments.out  # where the results lie is no part of what was measured
     command = command_line(arguments)
-    drawn = plots.draw(out, rows, where["device"])
-    report.write_json(out / "results.json", where, vars(arguments) | {"command": command}, bars, rows)
-    report.write_markdown(out / "results.md", where, bars, rows, drawn, command)
+    del arguments.out, arguments.commit  # where the results lie is no part of what was measured
+
+    common = {"device": where["device"], "versions": shown, "commit": where["commit"]}
+    runner = Runner(device, report=lambda text: print(f"{'':10}{text}", flush=True))
+    rows, bars = [], []
+    for measured in measure_all(arguments.suite, setting, runner, arguments.seconds, began):
+        rows += [row | common for row in measured]
+        bars = summarise(rows, setting)  # and written at once: what comes later may break off
+        report.write_json(
+            out / "results.json", where, vars(arguments) | {"command": command}, bars, rows, runner.failures
+        )
+    drawn = plots.draw(out, rows, where)
+    report.write_markdown(out / "results.md", where, bars, rows, runner.failures, drawn, command)
 
     for suite in arguments.suite:
-        print(f"\n{suite}\n{report.table([row for row in rows if row['suite'] == suite])}")
+        own = [row for row in rows if row["suite"] == suite]
+        print("\n".join([f"\n{suite}", *report.notes(own), *([report.table(own)] if own else ["nothing measured"])]))
     if bars:
         print(f"\nsummary{' (quick: not judged)' if setting.quick else ''}\n{report.summary_table(bars)}")
     print(f"\n{len(rows)} rows in {time.perf_counter() - began:.0f} s; results.json, results.md and plots in {out}")
+    for failure in runner.failures:
+        print(f"FAILED {failure}")
+    return 1 if runner.failures else 0
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -66,7 +83,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="small shapes, to see that all of it works")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, help="time to spend on all of it; what must run may take more "
-                        "(default 140, with --quick 30)")  # fmt: skip
+                        "(default 140, on a GPU 360, with --quick 30)")  # fmt: skip
+    parser.add_argument("--commit", help="the source's commit, where it is no checkout that git could be asked about")
     parser.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results/<device>)")
     arguments = parser.parse_args()
     names = [name for given in arguments.suite or ["all"] for name in given.split(",")]
@@ -74,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     if unknown:
         parser.error(f"--suite must be of {', '.join(suites.NAMES)}, all; got {', '.join(sorted(unknown))}")
     arguments.suite = [name for name in suites.NAMES if name in names or "all" in names]
-    arguments.seconds = arguments.seconds or (30.0 if arguments.quick else 140.0)
+    arguments.seconds = arguments.seconds or (30.0 if arguments.quick else SECONDS[arguments.device])
     return arguments
 
 
@@ -86,20 +104,19 @@ def command_line(arguments: argparse.Namespace) -> str:
     return " ".join(["python benchmarks/run.py", *flags, f"--seed {arguments.seed}"])
 
 
-def measure_all(names: list[str], setting: suites.Setting, seconds: float, began: float) -> list[dict]:
-    """The rows of all groups; each group gets its share of the time that is left when it begins, and at least half
-    of what was planned for it."""
+def measure_all(
+    names: list[str], setting: suites.Setting, runner: Runner, seconds: float, began: float
+) -> Iterator[list[dict]]:
+    """The rows of one group after another; each group gets its share of the time that is left when it begins, and at
+    least half of what was planned for it."""
     planned = [group for name in names for group in suites.groups(name, setting)]
     total = sum(group.weight for group in planned)
-    runner = Runner(setting.device, report=lambda text: print(f"{'':10}{text}", flush=True))
-    rows = []
     for number, group in enumerate(planned):
         elapsed = time.perf_counter() - began
         print(f"{elapsed:4.0f} of about {seconds:.0f} s  {group.suite}: {group.title}", flush=True)
         left = sum(later.weight for later in planned[number:])
-        rows += runner.run(group, group.weight * max((seconds - elapsed) / left, seconds / total / 2))
-    return rows
+        yield runner.run(group, group.weight * max((seconds - elapsed) / left, seconds / total / 2))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,124 +1,123 @@
-"""Each stage of the Triton kernels against the device's own copy bandwidth.
+"""The stages of the Triton kernels, and what the device does at best: a plain copy and a large product.
 
-    python benchmarks/stages.py [--quick] [--out FILE.json]
-
-First what the device does at best: bytes a second of a large copy (read and written), and operations a second of a
-large product. Then, for each stage, the bytes that it cannot do without (the activations it reads and writes; the
-pools and partial sums are not counted), its time, and its share of the copy's bandwidth. Without a GPU it runs
-in Triton's interpreter at sizes that only show that everything works; its times mean nothing there.
+A stage's bytes are those it cannot do without: the activations that it reads and writes. The pools and the partial
+sums are not counted, and ``route`` has none of an activation's size. What a stage computes is compared in the suite
+layer, as part of a layer of the same shape, and by itself in tests/triton.
 """
 
-import argparse
-import json
-import os
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import median
+from collections.abc import Callable, Iterator
 
 import torch
+from measure import Candidate
+from problem import Case
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
-import machine
-from measure import Clock
-
-from mixlora_kernels.backends import triton as kernels
+from mixlora_kernels import backends
+from mixlora_kernels.backends.torch.dropout import dropped_levels
 from mixlora_kernels.routing import Instances
 
-ROUNDS = 30
-WIDTHS = [(4096, 4096), (4096, 11008), (11008, 4096), (5120, 13824)]
-POOLS = [(16, 4), (32, 8)]
-TOKENS = (16, 800)
-DROPOUT = 0.05
+COPIED = 1 << 30  # bytes
+MULTIPLIED = 8192  # rows and columns
+SETS = 4  # of inputs, which take turns, so that none of them lies in a cache still
+
+# An activation of d_in and one of d_out elements a token: how often a stage reads or writes each.
+TRAFFIC = {
+    "project": (1, 0),  # x
+    "route": (0, 0),
+    "expand": (0, 2),  # y, twice
+    "expand, back": (0, 1),  # dy
+    "route, back": (0, 0),
+    "project, back": (3, 0),  # x; dx, twice
+}
 
 
-@dataclass(frozen=True)
-class Row:
-    stage: str
-    shape: str
-    milliseconds: float
-    bytes: int
-    share: float  # of the copy's bandwidth
+def activation_bytes(stage: str, case: Case) -> int | None:
+    """What the stage reads and writes at least; None where it touches no activation."""
+    of_in, of_out = TRAFFIC[stage]
+    return case.B * case.L * (of_in * case.d_in + of_out * case.d_out) * case.dtype.itemsize or None
 
 
-def time_of(clock: Clock, run: Callable[[], object], rounds: int) -> float:
-    """The median in ms; ``Clock`` empties the cache before each round."""
-    for _ in range(min(3, rounds)):
-        run()
-    return median(clock([run])[0] for _ in range(rounds))
+class Plain(Candidate):
+    """Something without gradients, under one name as implementation and pass."""
+
+    def __init__(self, name: str, case: Case, run: Callable[[], object]):
+        self.name, self.case, self.phases = name, case, {name: run}
 
 
-def measure_limits(device: torch.device, clock: Clock, rounds: int, quick: bool) -> tuple[float, float]:
-    """Bytes a second of a copy, and operations a second of a bfloat16 product."""
-    size = 1 << (20 if quick else 30)
+class Stage(Candidate):
+    """One stage of ``mixlora``, as a pass of that name, on each of several sets of inputs in turn."""
+
+    name = "mixlora"
+
+    def __init__(self, stage: str, case: Case, runs: list[Callable[[], object]]):
+        self.case, self.calls, self.bytes = case, len(runs), activation_bytes(stage, case)
+        self.runs, self.phases = runs, {stage: self.run}
+
+    def run(self) -> None:
+        for run in self.runs:
+            run()
+
+
+def copy(case: Case, device: torch.device, size: int) -> Plain:
+    """A copy of so many bytes, each of them read and written."""
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    copied = 2 * size / time_of(clock, lambda: target.copy_(source), rounds) * 1e3
-    n = 256 if quick else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in "ab")
-    return copied, 2 * n**3 / time_of(clock, lambda: a @ b, rounds) * 1e3
+    candidate = Plain("copy", case, lambda: target.copy_(source))
+    candidate.bytes = 2 * size
+    return candidate
 
 
-def stages_of(D: int, O: int, B: int, L: int, E: int, r: int, device: torch.device, dtype: torch.dtype):
-    """The name, the call and the bytes of each stage of one layer's training step, with its own inputs."""
-    N, instances, scale = B * L, Instances(B, L), 8.0
-    x, dx = (torch.randn(N, D, device=device, dtype=dtype) for _ in "ab")
-    y, dy = (torch.randn(N, O, device=device, dtype=dtype) for _ in "ab")
+def product(case: Case, device: torch.device, n: int) -> Plain:
+    """A product of two n × n matrices of random numbers."""
+    a, b = (torch.randn(n, n, device=device, dtype=case.dtype) for _ in "ab")
+    candidate = Plain("product", case, lambda: a @ b)
+    candidate.operations = 2 * n**3
+    return candidate
+
+
+def stages(case: Case, device: torch.device, sets: int) -> list[Stage]:
+    """The stages of a training step of the case, in their order."""
+    prepared = [dict(calls_of(case, device)) for _ in range(sets)]
+    return [Stage(stage, case, [calls[stage] for calls in prepared]) for stage in TRAFFIC]
+
+
+def calls_of(case: Case, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Each stage's call on inputs of its own; what one stage hands to the next is computed on the way."""
+    from mixlora_kernels.backends import triton as kernels
+
+    D, O, E, r, p, instances = case.d_in, case.d_out, case.E, case.r, case.dropout, Instances(case.B, case.L)
+    N, scale, gated = case.B * case.L, case.config.scaling, "straight_through"
+    x, dx = (torch.randn(N, D, device=device, dtype=case.dtype) for _ in "ab")
+    y, dy = (torch.randn(N, O, device=device, dtype=case.dtype) for _ in "ab")
     lora_A, lora_B, routers = (torch.randn(n, d, device=device) / d**0.5 for n, d in ((E, D), (E, O), (2 * E, D)))
-    table, seed = torch.randn(r, E, E, device=device), torch.tensor([1], device=device)
+    table = torch.randn(r, E, E, device=device)
+    seed = torch.tensor([1], device=device) if dropped_levels(p) else None
 
     def project():
-        return kernels.project(x, lora_A, routers, instances, seed, DROPOUT)
+        return kernels.project(x, lora_A, routers, instances, seed, p)
 
     u, sums, _ = project()
-    index_a, index_b, gate, probs_a, probs_b, saved = kernels.route(sums, table, r, "straight_through", instances)
+    index_a, index_b, gate, probs_a, probs_b, saved = kernels.route(sums, table, r, gated, instances)
     routed = lora_B, index_a, index_b, gate, scale, instances
 
     def expand_backward():
         return kernels.expand_backward(dy, None, u, *routed, True, True)
 
     def route_backward():
-        return kernels.route_backward(dgate, None, None, index_a, index_b, probs_a, probs_b, saved, "straight_through")
+        return kernels.route_backward(dgate, None, None, index_a, index_b, probs_a, probs_b, saved, gated)
 
     du, _, dgate = expand_backward()
     dlogits, _ = route_backward()
-    row_in, row_out = N * D * x.element_size(), N * O * x.element_size()
-    yield "project", project, row_in
-    yield "route", lambda: kernels.route(sums, table, r, "straight_through", instances), 0
-    yield "expand", lambda: kernels.expand(y, u, *routed, True), 2 * row_out
-    yield "expand, back", expand_backward, row_out
-    yield "route, back", route_backward, 0
+    yield "project", project
+    yield "route", lambda: kernels.route(sums, table, r, gated, instances)
+    yield "expand", lambda: kernels.expand(y, u, *routed, True)
+    yield "expand, back", expand_backward
+    yield "route, back", route_backward
     yield "project, back", lambda: kernels.project_backward(
-        dx, x, du, lora_A, index_a, dlogits, routers, None, instances, seed, DROPOUT, True, True
-    ), 3 * row_in  # fmt: skip
+        dx, x, du, lora_A, index_a, dlogits, routers, None, instances, seed, p, True, True
+    )  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small shapes; always so without a GPU")
-    parser.add_argument("--out", type=Path, help="write the rows and the machine to this file as JSON")
-    options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    quick, clock = options.quick or device.type == "cpu", Clock(device)
-    rounds, (B, L) = (2, (2, 20)) if quick else (ROUNDS, TOKENS)
-    copied, multiplied = measure_limits(device, clock, rounds, quick)
-    print(f"{machine.device_name(device)}: copies {copied / 1e12:.3f} TB/s, multiplies {multiplied / 1e12:.1f} TFLOP/s")
-    rows = []
-    for D, O in [(64, 48)] if quick else WIDTHS:
-        for E, r in POOLS:
-            shape = f"{D}→{O}, {B}×{L}, E {E}, r {r}"
-            for stage, run, moved in stages_of(D, O, B, L, E, r, device, torch.bfloat16):
-                milliseconds = time_of(clock, run, rounds)
-                row = Row(stage, shape, milliseconds, moved, moved / (milliseconds / 1e3) / copied)
-                rows.append(row)
-                print(f"{shape:32} {stage:14} {milliseconds * 1e3:9.1f} µs {moved / 1e6:8.1f} MB {row.share:6.1%}")
-    if options.out:
-        record = {"machine": machine.describe(device), "copy_bytes_per_second": copied}
-        record |= {"product_operations_per_second": multiplied, "rows": [asdict(row) for row in rows]}
-        options.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()
+def find_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels cannot run here, None where they can."""
+    obstacle = backends.find_obstacle(device.type, device.index, str(dtype))
+    return obstacle and obstacle[1]

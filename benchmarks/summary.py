@@ -7,24 +7,30 @@ from statistics import median
 import torch
 from measure import paired_ratio
 from problem import Case, dtype_name
-from suites import BOTH, DECODE, PAPER_DROPOUT, SMALL, SQUARE, Setting
+from suites import BOTH, DECODE, PAPER_DROPOUT, POOLS, SMALL, Setting, step_case
 
 TRAINING = "forward+backward"
 
 
 def summarise(rows: Sequence[dict], setting: Setting) -> list[dict]:
     """The bars that the rows can answer: claim, measured, bar, met (None with ``quick``, where shapes are too small
-    for the claim to mean anything)."""
-    bars = [*layer_bars(rows, setting), *scaling_bars(rows, setting), *memory_bars(rows), *error_bars(rows)]
+    for the claim to mean anything). Those of a CPU and those of a GPU differ; ``quick`` shows both on a CPU."""
+    bars = [*scaling_bars(rows, setting), *memory_bars(rows), *error_bars(rows)]
+    if setting.gpu or setting.quick:
+        bars = [*gpu_bars(rows, setting), *bars]
+    if not setting.gpu:
+        bars = [*layer_bars(rows, setting), *bars]
     for bar in bars:
-        bar["met"] = None if setting.quick else bool(bar["measured"] <= bar["bar"])
-        form = bar.pop("form")
-        bar["measured_text"], bar["bar_text"] = form.format(bar["measured"]), "≤ " + form.format(bar["bar"])
+        at_least, form = bar.pop("at_least"), bar.pop("form")
+        met = bar["measured"] >= bar["bar"] if at_least else bar["measured"] <= bar["bar"]
+        bar["met"] = None if setting.quick else bool(met)
+        bar["measured_text"] = form.format(bar["measured"])
+        bar["bar_text"] = ("≥ " if at_least else "≤ ") + form.format(bar["bar"])
     return bars
 
 
-def bar(claim: str, measured: float, limit: float, form: str = "{:.3f}") -> dict:
-    return {"claim": claim, "measured": measured, "bar": limit, "form": form}
+def bar(claim: str, measured: float, limit: float, form: str = "{:.3f}", at_least: bool = False) -> dict:
+    return {"claim": claim, "measured": measured, "bar": limit, "form": form, "at_least": at_least}
 
 
 def find(rows: Sequence[dict], suite: str, case: Case, implementation: str, which: str) -> dict | None:
@@ -33,9 +39,50 @@ def find(rows: Sequence[dict], suite: str, case: Case, implementation: str, whic
     return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
 
 
+def gpu_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
+    """What the kernels are for: bfloat16 (with ``quick`` on a CPU what is usual there) with the paper's dropout."""
+    E, r = POOLS[0]
+    case = replace(setting.shape(setting.square), dtype=setting.usual, E=E, r=r, dropout=PAPER_DROPOUT)
+    row = find(rows, "layer", case, "mixlora", TRAINING)
+    for other, limit in (("base", 1.12), ("peft_lora", 0.85)):
+        if row is not None and row[f"ratio_to_{other}"] is not None:
+            yield bar(f"layer, {case.name}, {TRAINING}: time / {other}", row[f"ratio_to_{other}"], limit)
+    yield from stage_bars(rows)
+    yield from training_bars(rows)
+    step = step_case(setting, setting.usual, DECODE.B, E, r)
+    ours, frozen = (find(rows, "decode", step, name, "forward") for name in ("mixlora", "base"))
+    if ours is not None and frozen is not None:
+        pairs = zip(ours["rounds_ms"], frozen["rounds_ms"])
+        microseconds = median(1e3 * (a - b) for a, b in pairs if a is not None and b is not None)
+        yield bar(f"decode, {step.name}: the adapter's time, µs", microseconds, 6.0, "{:.2f}")
+
+
+def stage_bars(rows: Sequence[dict]) -> Iterator[dict]:
+    """Of each shape the stage that makes least of the device's bandwidth; not of those whose times mean nothing."""
+    stages = [row for row in rows if row["suite"] == "stages" and row["implementation"] == "mixlora"]
+    stages = [row for row in stages if row["share_of_copy"] is not None and not row["note"]]
+    for case in dict.fromkeys(row["case"] for row in stages):
+        worst = min((row for row in stages if row["case"] == case), key=lambda row: row["share_of_copy"])
+        claim = f"stages, {case}: least share of a copy's bandwidth ({worst['pass']})"
+        yield bar(claim, worst["share_of_copy"], 0.8, "{:.1%}", at_least=True)
+
+
+def training_bars(rows: Sequence[dict]) -> Iterator[dict]:
+    """A whole model's training step: time and peak memory relative to ``peft_lora``."""
+    steps = [row for row in rows if row["suite"] == "training" and row["pass"] == "training step"]
+    by_case = {(row["case"], row["implementation"]): row for row in steps}
+    for case in dict.fromkeys(row["case"] for row in steps):
+        ours, lora = (by_case.get((case, name)) for name in ("mixlora", "peft_lora"))
+        if ours is None or lora is None:
+            continue
+        if ours["ratio_to_peft_lora"] is not None:
+            yield bar(f"training, {case}: time / peft_lora", ours["ratio_to_peft_lora"], 0.9)
+        yield bar(f"training, {case}: peak / peft_lora", ours["peak_bytes"] / lora["peak_bytes"], 1.0)
+
+
 def layer_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
-    """Time of ``mixlora`` relative to others."""
-    square, small, step = setting.shape(SQUARE), setting.shape(SMALL), setting.shape(DECODE)
+    """Time of ``mixlora`` relative to others on a CPU."""
+    square, small, step = (setting.shape(case) for case in (setting.square, SMALL, DECODE))
     wanted = [("layer", replace(square, dtype=torch.float32), TRAINING, "base", 1.15)]
     for dtype in BOTH:
         case = replace(square, dtype=dtype)
@@ -52,8 +99,8 @@ def layer_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
 def scaling_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
     """How the cost of ``mixlora`` grows with tokens and with E."""
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        lengths = [row["L"] for row in rows if row["suite"] == "scaling" and row["B"] == SQUARE.B]
-        full = replace(setting.shape(SQUARE), L=max(lengths, default=1), dtype=dtype)
+        lengths = [row["L"] for row in rows if row["suite"] == "scaling" and row["B"] == setting.square.B]
+        full = replace(setting.shape(setting.square), L=max(lengths, default=1), dtype=dtype)
         few = replace(full, L=full.L // 4)
 
         def times(case: Case, name: str = "mixlora") -> list[float]:
@@ -78,13 +125,16 @@ def memory_bars(rows: Sequence[dict]) -> Iterator[dict]:
         if row["suite"] == "memory" and row["pass"] == TRAINING
     }
     for case in dict.fromkeys(case for case, _ in peaks):
+        if not peaks.keys() >= {(case, "mixlora"), (case, "peft_lora")}:
+            continue
         ratio = peaks[case, "mixlora"] / peaks[case, "peft_lora"]
         yield bar(f"memory, {case}, {TRAINING}: peak / peft_lora", ratio, 1.0)
 
 
 def error_bars(rows: Sequence[dict]) -> Iterator[dict]:
     """A layer's agreement with the float64 reference: a fixed bar in float32, eager's own error below it."""
-    ours = [row for row in rows if row["implementation"] == "mixlora" and row["suite"] != "model"]
+    layers = [row for row in rows if row["suite"] not in ("model", "training") and row["error"] is not None]
+    ours = [row for row in layers if row["implementation"] == "mixlora"]
     exact = [row["error"] for row in ours if row["dtype"] == "float32"]
     if exact:
         yield bar("float32: largest error of mixlora", max(exact), 1e-5, "{:.1e}")
@@ -92,7 +142,7 @@ def error_bars(rows: Sequence[dict]) -> Iterator[dict]:
         pairs = [
             (row["error"], other["error"])
             for row in ours
-            for other in rows
+            for other in layers
             if other["implementation"] == "eager" and row["dtype"] == dtype
             and all(other[key] == row[key] for key in ("suite", "case", "pass", "dtype"))
         ]  # fmt: skip

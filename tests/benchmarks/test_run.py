@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import implementations
 import layers
 import measure
 import pytest
+import stages
 import suites
 import torch
 from implementations import Published
@@ -22,9 +24,12 @@ import mixlora_kernels as mk
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
+TRAINING = "forward+backward"
+INTERPRETED = "in Triton's interpreter, where times mean nothing"
 FIELDS = {
     "suite", "case", "implementation", "pass", "median_ms", "p20_ms", "p80_ms", "ratio_to_base", "ratio_to_peft_lora",
-    "ratio_to_published", "peak_bytes", "error", "dtype", "device", "versions", "commit", "rounds", "rounds_ms",
+    "ratio_to_published", "peak_bytes", "launches", "error", "bytes", "operations", "share_of_copy", "note", "dtype",
+    "device", "versions", "commit", "rounds", "rounds_ms",
 }  # fmt: skip
 
 
@@ -36,7 +41,7 @@ def quick(tmp_path_factory) -> tuple[Path, str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, encoding="utf-8")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return out, done.stdout
 
 
@@ -47,47 +52,72 @@ def results(quick) -> dict:
 
 def test_every_suite_and_implementation_has_rows(quick, results):
     rows = results["rows"]
-    assert {row["suite"] for row in rows} == set(suites.NAMES)
+    assert {row["suite"] for row in rows} == set(suites.NAMES) and results["failures"] == []
     # compiled needs a C++ compiler; where there is none the run says so
     expected = set(implementations.NAMES) - ({"compiled"} if "compiled left out" in quick[1] else set())
-    assert {row["implementation"] for row in rows} == expected
-    for suite in ("layer", "decode", "memory", "model"):
+    assert {row["implementation"] for row in rows} == expected | {"copy", "product"}
+    for suite in ("layer", "decode", "memory", "model", "training"):
         found = {row["implementation"] for row in rows if row["suite"] == suite}
         assert found >= {"base", "peft_lora", "eager", "published", "mixlora"}
+    shown = {(row["pass"], row["E"]) for row in rows if row["suite"] == "stages" and row["implementation"] == "mixlora"}
+    assert shown == {(stage, E) for stage in stages.TRAFFIC for E in (16, 32)}
+    steps = {(row["E"], row["r"], row["checkpointing"]) for row in rows if row["suite"] == "training"}
+    assert steps == {(16, 4, True), (16, 4, False), (32, 8, True), (32, 8, False)}
 
 
 def test_rows_are_complete(results):
     for row in results["rows"]:
         assert row.keys() >= FIELDS
-        assert row["peak_bytes"] > 0 and row["device"] == "cpu"
+        assert row["device"] == "cpu" and row["launches"] is None
         if row["suite"] == "memory":
-            assert row["median_ms"] is None and row["rounds_ms"] == []
+            assert row["median_ms"] is None and row["rounds_ms"] == [] and row["peak_bytes"] > 0
             continue
-        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
-        assert row["ratio_to_base"] > 0
         assert row["rounds"] == sum(ms is not None for ms in row["rounds_ms"]) >= 2
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+        if row["suite"] == "stages":
+            assert row["note"] == (None if row["case"] == "at best" else INTERPRETED)
+            assert (row["bytes"] is None) == (row["share_of_copy"] is None)
+            continue
+        assert row["ratio_to_base"] > 0 and row["note"] is None
+        assert row["pass"] == "backward" or (row["peak_bytes"] > 0 and row["p20_ms"] > 0)
         if row["implementation"] == "base":
             assert row["ratio_to_base"] == 1.0
 
 
+def test_the_backward_is_what_the_whole_takes_beyond_the_forward(results):
+    rows = {(row["suite"], row["case"], row["implementation"], row["pass"]): row for row in results["rows"]}
+    apart = [place for place in rows if place[-1] == "backward"]
+    assert {place[0] for place in apart} == {"layer", "scaling", "training"}
+    for *place, _ in apart:
+        forward, whole, backward = (rows[(*place, which)]["rounds_ms"] for which in ("forward", TRAINING, "backward"))
+        assert backward == [None if a is None else b - a for a, b in zip(forward, whole)]
+
+
 def test_errors_are_within_the_tolerance(results):
     tolerance = {"float32": 1e-4, "bfloat16": check.TOLERANCE[torch.bfloat16]}  # a model's own is the widest
-    assert all(0 <= row["error"] <= tolerance[row["dtype"]] for row in results["rows"])
-    assert all(row["error"] > 0 for row in results["rows"] if row["suite"] == "layer")  # float64 differs from float32
+    compared = [row for row in results["rows"] if row["suite"] != "stages" and row["pass"] != "backward"]
+    assert all(0 <= row["error"] <= tolerance[row["dtype"]] for row in compared)
+    exact = [row for row in compared if row["suite"] in ("layer", "training")]
+    assert all(row["error"] > 0 for row in exact)  # float64 differs from float32
 
 
 def test_summary_and_machine(results):
     assert results["machine"]["cores"] >= 1 and results["machine"]["versions"]["torch"] == torch.__version__
     assert results["arguments"]["quick"] is True
     assert all(bar["met"] is None and math.isfinite(bar["measured"]) for bar in results["summary"])
-    assert len(results["summary"]) == 17  # each claim of the summary found its rows
+    # Each claim of the summary found its rows, but those about stages, whose times mean nothing here.
+    assert len(results["summary"]) == 17 + 2 + 8 + 1
 
 
 def test_report_and_plots(quick):
     out, printed = quick
     text = (out / "results.md").read_text(encoding="utf-8")
     for suite in suites.NAMES:
-        assert f"\n{suite}\n" in printed and f"## {suite}\n" in text and f"({suite}.png)" in text
+        assert f"\n{suite}\n" in printed and f"## {suite}\n" in text
+        if suite == "stages":
+            assert "E 16, r 4: in Triton's interpreter" in text and not (out / "stages.png").exists()
+            continue
+        assert f"({suite}.png)" in text
         plot = (out / f"{suite}.png").read_bytes()
         assert plot.startswith(b"\x89PNG\r\n\x1a\n") and plot.rstrip().endswith(b"IEND\xaeB`\x82")
     recorded = text + (out / "results.json").read_text(encoding="utf-8")
@@ -98,7 +128,7 @@ def test_an_unknown_suite_is_refused():
     command = [sys.executable, "benchmarks/run.py", "--suite", "layers"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "layer, scaling, decode, memory, model" in done.stderr
+    assert done.returncode == 2 and "stages, layer, scaling, decode, memory, model, training" in done.stderr
 
 
 def test_paired_ratio_is_of_each_round():
@@ -107,14 +137,11 @@ def test_paired_ratio_is_of_each_round():
     assert measure.paired_ratio([1.0], [None]) is None
 
 
-class Sleeping:
+class Sleeping(measure.Candidate):
     """A candidate that does nothing, and keeps count of it."""
 
     def __init__(self, name: str, log: list[str], every: int = 1):
         self.every, self.phases = every, {"only": lambda: log.append(name)}
-
-    def reset(self) -> None:
-        pass
 
 
 def test_every_round_has_its_own_order():
@@ -133,10 +160,8 @@ def test_every_round_has_its_own_order():
     assert abs(first - rounds / 2) < 5 * (rounds / 4) ** 0.5  # standard deviations of a fair draw
 
 
-class Allocating:
+class Allocating(measure.Candidate):
     """Holds 4 MB, and 1 MB more for a moment; then in a second phase 2 MB in the place of the 4."""
-
-    every = 1
 
     def __init__(self):
         self.kept = None
@@ -189,7 +214,8 @@ def test_published_is_the_published_configuration():
     assert {name for name, p in published.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
 
 
-def test_a_wrong_implementation_is_not_timed():
+def test_a_wrong_implementation_is_not_timed(capsys):
+    """And counts among the failures, while the others are measured."""
     case = Case(2, 5, 32, 32, E=8, r=2)
 
     def build(report):
@@ -197,8 +223,12 @@ def test_a_wrong_implementation_is_not_timed():
         wrong = implementations.build("mixlora", problem)
         with torch.no_grad():
             wrong.module.adapter.lora_B.mul_(1.001)
-        return [layers.Layer("mixlora", problem, wrong)]
+        right = implementations.build("base", problem)
+        return [layers.Layer("mixlora", problem, wrong), layers.Layer("base", problem, right)]
 
-    group = suites.Group("layer", case.name, build, rounds=1, weight=1)
-    with pytest.raises(check.Disagreement, match=r"mixlora at 32→32.* disagrees .* router_A 1.0e-03"):
-        Runner(CPU, print).run(group, seconds=1)
+    runner = Runner(CPU, print)
+    rows = runner.run(suites.Group("layer", case.name, build, rounds=1, weight=1), seconds=1)
+    assert {row["implementation"] for row in rows} == {"base"}
+    (failure,) = runner.failures
+    assert re.search(r"mixlora at 32→32.* disagrees .* router_A 1.0e-03", failure)
+    assert failure in capsys.readouterr().out

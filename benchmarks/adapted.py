@@ -1,0 +1,98 @@
+"""A whole model under each implementation: every projection of its text decoder adapted."""
+
+import re
+from collections.abc import Iterator
+
+import torch
+from implementations import adapt
+from llava import PROJECTIONS
+from peft import LoraConfig, get_peft_model
+from problem import draw_factors
+from torch import Tensor, nn
+
+import mixlora_kernels as mk
+
+
+def adapt_model(name: str, model: nn.Module, config: mk.MixLoRAConfig, seed: int, exact: bool = False) -> nn.Module:
+    """The model, which is frozen and changed in place, with adapters of which none is zero.
+
+    ``peft_lora`` and ``mixlora`` come as their users have them, through ``get_peft_model``; of the others each
+    projection is replaced. ``base`` has no adapters.
+
+    Args:
+        exact: the same function through the package's reference, to compare with; ``peft_lora`` has no other.
+    """
+    model.requires_grad_(False)
+    if name == "base":
+        return model
+    if name.startswith("peft_lora"):
+        torch.manual_seed(seed)
+        lora = LoraConfig(
+            r=config.r, lora_alpha=2 * config.r, lora_dropout=config.dropout, target_modules=projection_names(model),
+            init_lora_weights=False,
+        )  # fmt: skip
+        return get_peft_model(model, lora, autocast_adapter_dtype=name == "peft_lora")
+    if name == "mixlora" and not exact:
+        from mixlora_kernels.peft import ConditionalMixLoRAConfig  # only here: the layers do without peft's inside
+
+        settings = {"r": config.r, "num_factors": config.num_factors, "dropout": config.dropout}
+        model = get_peft_model(model, ConditionalMixLoRAConfig(**settings))
+        for number, (parent, leaf) in enumerate(projections(model)):
+            layer = getattr(parent, leaf)
+            layer.mixlora_adapter["default"].load_state_dict(factors_of(layer.base_layer, number, config, seed))
+        return model
+    if name == "published" and exact:
+        config = mk.MixLoRAConfig.published(r=config.r, num_factors=config.num_factors, dropout=config.dropout)
+    for number, (parent, leaf) in enumerate(projections(model)):
+        linear = getattr(parent, leaf)
+        layer = adapt("mixlora" if exact else name, linear, config, factors_of(linear, number, config, seed))
+        if exact:
+            layer.backend = "reference"
+        setattr(parent, leaf, layer if name == "published" else Remembering(layer))
+    return model
+
+
+def factors_of(linear: nn.Linear, number: int, config: mk.MixLoRAConfig, seed: int) -> dict[str, Tensor]:
+    """The adapter's parameters in the model's so-manieth projection, whatever was drawn before."""
+    torch.manual_seed(seed + number)
+    return draw_factors(linear.in_features, linear.out_features, config, linear.weight.device)
+
+
+def projections(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Where the decoder's linear layers are: the module that holds each, and its name there."""
+    parents = [parent for block in model.get_decoder().layers for parent in (block.self_attn, block.mlp)]
+    return [(parent, leaf) for parent in parents for leaf in PROJECTIONS if hasattr(parent, leaf)]
+
+
+def projection_names(model: nn.Module) -> str:
+    """An expression for the decoder's linear layers; a vision tower uses the same names for its own."""
+    decoder = model.get_decoder()
+    path = next(name for name, module in model.named_modules() if module is decoder)
+    return rf"{re.escape(path)}\.layers\.\d+\.\w+\.({'|'.join(PROJECTIONS)})"
+
+
+def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """What is trained, by a name that does not depend on how the implementation nests it."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            name = name.removeprefix("base_model.model.")
+            yield re.sub(r"\.(layer|adapter|mixlora_adapter\.default)(?=\.)", "", name), parameter
+
+
+class Remembering(nn.Module):
+    """An adapted layer that keeps the routing of a prompt for the tokens generated from it (decode="prompt").
+
+    A prompt is told from a step by its length, which holds for a plain greedy generation.
+    """
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer, self.routing = layer, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.layer(x)
+        if x.shape[1] > 1:
+            y, self.routing = self.layer(x, return_routing=True)
+            return y
+        return self.layer(x, mk.RoutingContext(routing=self.routing))
