@@ -66,8 +66,7 @@ class Patched:
         }
         self.model.base_model.unload()
         for name, module in wrapped.items():  # unload() leaves the trained copy in its place
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, module)
+            base.set_submodule(name, module)
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(self._trained_before[name])
         return base

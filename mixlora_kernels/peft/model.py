@@ -51,7 +51,10 @@ class ConditionalMixLoRAModel(BaseTuner):
     def withdraw(self, adapter_name: str) -> None:
         """Take out an adapter that was injected for weights which turned out not to fit: the model is as before."""
         if self._active_before is None:
+            own = {n: m.original_module for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
             self.unload()
+            for name, module in own.items():  # unload() leaves the copy that was to be trained
+                self.model.set_submodule(name, module)
             if hasattr(self.model, LOADING):
                 self.model._hf_peft_config_loaded = False
         else:
@@ -103,6 +106,11 @@ class ConditionalMixLoRAModel(BaseTuner):
                     hook = partial(_pass_adapter_names, adapter_names=names)
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # peft's own also hands on the child's weight, which a projector among modules_to_save does not have. Ours is in
+        # the frozen layer, which is kept, and the adapter is on its device already (MixLoRALayer.update_layer).
+        setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
         raise MergingError

@@ -269,6 +269,16 @@ def test_unloading_leaves_the_base_as_it_was():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in base.modules())
 
 
+def test_unloading_a_projector_that_was_trained():
+    """It has maps but, unlike a head, no weight of its own."""
+    base = build("llava")
+    before, names = {name: p.clone() for name, p in base.state_dict().items()}, [name for name, _ in base.named_modules()]
+    config = ConditionalMixLoRAConfig(r=2, num_factors=4, modules_to_save=["multi_modal_projector"])
+    unloaded = get_peft_model(base, config).unload()
+    assert [name for name, _ in unloaded.named_modules()] == names
+    assert all(torch.equal(value, before[name]) for name, value in unloaded.state_dict().items())
+
+
 @pytest.mark.parametrize("way", ["merge_and_unload", "merge_adapter", "unmerge_adapter"])
 def test_merging_is_refused_with_the_reason(way):
     model = adapt(build())

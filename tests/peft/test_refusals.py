@@ -138,6 +138,16 @@ def test_weights_that_do_not_fit(saved, how):
     assert_same(adapted, before)
 
 
+def test_weights_that_do_not_fit_beside_a_projector(tmp_path):
+    adapt(build("llava"), r=3, modules_to_save=["multi_modal_projector"]).save_pretrained(tmp_path)
+    change(tmp_path / WEIGHTS, "missing")
+    model = build("llava")
+    before = state(model)
+    with pytest.raises(ValueError, match=r"missing keys.*layers\.1\.mlp\.up_proj.*router_AB"):
+        PeftModel.from_pretrained(model, tmp_path)
+    assert_same(model, before)
+
+
 def test_another_size_of_model(saved):
     from transformers import LlamaConfig, LlamaForCausalLM
 
