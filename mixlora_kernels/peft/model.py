@@ -51,10 +51,11 @@ class ConditionalMixLoRAModel(BaseTuner):
     def withdraw(self, adapter_name: str) -> None:
         """Take out an adapter that was injected for weights which turned out not to fit: the model is as before."""
         if self._active_before is None:
-            own = {n: m.original_module for n, m in self.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)}
+            modules = dict(self.model.named_modules())
             self.unload()
-            for name, module in own.items():  # unload() leaves the copy that was to be trained
-                self.model.set_submodule(name, module)
+            for name, module in modules.items():  # unload() leaves the copy that was to be trained
+                if isinstance(module, AuxiliaryTrainingWrapper):
+                    self.model.set_submodule(name, module.original_module)
             if hasattr(self.model, LOADING):
                 self.model._hf_peft_config_loaded = False
         else:

@@ -272,7 +272,8 @@ def test_unloading_leaves_the_base_as_it_was():
 def test_unloading_a_projector_that_was_trained():
     """It has maps but, unlike a head, no weight of its own."""
     base = build("llava")
-    before, names = {name: p.clone() for name, p in base.state_dict().items()}, [name for name, _ in base.named_modules()]
+    before = {name: value.clone() for name, value in base.state_dict().items()}
+    names = [name for name, _ in base.named_modules()]
     config = ConditionalMixLoRAConfig(r=2, num_factors=4, modules_to_save=["multi_modal_projector"])
     unloaded = get_peft_model(base, config).unload()
     assert [name for name, _ in unloaded.named_modules()] == names
