@@ -43,7 +43,7 @@ def load_strictly(load: Callable, tuner, adapter_name: str, *args, checkpoint_fi
     would report in its log, and leave at random values, is refused, and the adapter taken out again.
 
     Args:
-        load: transformers' function; returns its report, and perhaps more.
+        load: transformers' function; returns its report and what it left on disk.
         tuner: what has injected the adapter.
 
     Raises:
@@ -55,8 +55,7 @@ def load_strictly(load: Callable, tuner, adapter_name: str, *args, checkpoint_fi
         for file in map(Path, checkpoint_files or ()):
             if file.suffix == ".safetensors":
                 check_weights_file(file)
-        result = load(*args, checkpoint_files=checkpoint_files, **kwargs)
-        found = result[0] if isinstance(result, tuple) else result  # transformers 5.0 returns the report alone
+        found, offloaded = load(*args, checkpoint_files=checkpoint_files, **kwargs)
         mark = f".{tuner.prefix}"
         missing = {key for key in found.missing_keys if mark in key and f".{adapter_name}." in key}
         unknown = {key for key in found.unexpected_keys if mark in key}
@@ -64,7 +63,7 @@ def load_strictly(load: Callable, tuner, adapter_name: str, *args, checkpoint_fi
     except Exception:
         tuner.withdraw(adapter_name)
         raise
-    return result
+    return found, offloaded
 
 
 def _refuse_unless_empty(adapter_name: str, missing: Collection, unknown: Collection, shapes: Collection) -> None:
