@@ -193,8 +193,7 @@ def load_adapter(model: nn.Module, folder: str | Path):
     """
     try:
         adapted = PeftModel.from_pretrained(model, folder).eval()
-    except (RuntimeError, AttributeError) as error:  # of another model's sizes; the second while taking it out again
-        reason = str(error.__context__ or error)
-        raise ValueError(f"{folder} is the adapter of another model: {reason[:500]}") from error
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{folder} holds no adapter of this model: {str(error)[:500]}") from error
     file = Path(folder, TASKS)
     return adapted, load_file(file) if file.is_file() else None
