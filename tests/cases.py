@@ -1,12 +1,15 @@
 """Layers, inputs and comparisons that several test files share."""
 
 import itertools
+import shutil
 
+import pytest
 import torch
 
 import mixlora_kernels as mk
 
 TASK_DIM = 5
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++ on a CPU")
 
 #: Every mode: routing x conditioning x gate, less what the configuration refuses.
 MODES = [

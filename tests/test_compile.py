@@ -1,14 +1,12 @@
 """torch.compile with fullgraph=True: no graph break, forward or backward, and the eager result."""
 
-import shutil
-
 import pytest
 import torch
 
 import mixlora_kernels as mk
 from mixlora_kernels.backends.torch import dropout
 
-from .cases import assert_same, make_input, make_layer, make_mask, make_task, run
+from .cases import assert_same, make_input, make_layer, make_mask, make_task, needs_compiler, run
 
 CASES = {
     "plain": ({}, lambda: None),
@@ -61,7 +59,7 @@ def test_lengths_do_not_recompile_for_ever():
     assert counter.frame_count <= 2
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++ on a CPU")
+@needs_compiler
 def test_inductor():
     layer, x = make_layer(dtype=torch.float32), make_input(4, 6, 12, dtype=torch.float32)
     compiled = torch.compile(layer, fullgraph=True)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from ..cases import needs_compiler
 from .models import TEXT, adapt, gradients, pad, prompts, relative
 
 TOLERANCE = 1e-5  # float32, and a compiled graph sums in another order
@@ -34,7 +35,7 @@ def check(model, compiled):
         assert (gradient - wanted[name]).abs().max() < TOLERANCE * scale, name
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
 def test_training(model, backend):
     model.train()
     check(model, torch.compile(model, backend=backend, fullgraph=True))
