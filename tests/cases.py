@@ -9,6 +9,7 @@ import torch
 import mixlora_kernels as mk
 
 TASK_DIM = 5
+# For a machine with Python and pip alone; backend="aot_eager" tests the graph there.
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inductor compiles with g++ on a CPU")
 
 #: Every mode: routing x conditioning x gate, less what the configuration refuses.

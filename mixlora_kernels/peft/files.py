@@ -60,7 +60,7 @@ def load_strictly(load: Callable, tuner, adapter_name: str, *args, checkpoint_fi
         missing = {key for key in found.missing_keys if mark in key and f".{adapter_name}." in key}
         unknown = {key for key in found.unexpected_keys if mark in key}
         _refuse_unless_empty(adapter_name, missing, unknown, found.mismatched_keys)
-    except Exception:
+    except Exception:  # whatever it was, the model is put back as it was, and the error goes on
         tuner.withdraw(adapter_name)
         raise
     return found, offloaded

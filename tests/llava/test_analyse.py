@@ -108,7 +108,7 @@ def test_equation_3_by_hand():
     root = 2**-0.5
     # (g_j / |g_j|) · g_i over |g_i|
     expected = torch.tensor([[1, root, -1], [root, 1, -root], [-1, -root, 1]])
-    assert torch.allclose(scores, expected, atol=1e-6)  # float32
+    assert torch.allclose(scores, expected, atol=1e-6)  # float32 numbers up to 1, and a root among them
 
 
 def test_expectations_run_over_the_batches():

@@ -230,8 +230,8 @@ def test_a_blank_image_in_the_padding_changes_nothing(images, processor, pool):
     for name, without in found[0].items():
         if "projector" in name:
             assert without is None and found[1][name] is not None and not found[1][name].any()
-        else:  # float32 sums over rows of another length
-            assert torch.allclose(without, found[1][name], rtol=1e-4, atol=1e-6), name
+        else:  # float32: longer rows are summed in another order, which moves gradients of 0.1 by 1.5e-8
+            assert torch.allclose(without, found[1][name], rtol=1e-6, atol=1e-7), name
 
 
 def test_llava_next_counts_tokens_by_image_size(images, processor):

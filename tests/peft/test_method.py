@@ -221,7 +221,7 @@ def test_several_adapters(tmp_path):
     with model.disable_adapter():
         assert torch.equal(logits_of(model), alone["base"])
     model.base_model.set_adapter(["default", "second"])
-    # Apart by more than rounding could make them: the bound is one from below.
+    # Not a tolerance but a bound from below: apart by more than rounding could make them.
     assert not torch.allclose(logits_of(model), alone["default"], atol=1e-3)
     model.set_adapter("second")
     model.delete_adapter("default")
@@ -310,7 +310,7 @@ def test_a_linear_by_its_layout_only():
     base = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=96, n_embd=32, n_layer=1, n_head=4, n_positions=64)).eval()
     model = adapt(base)
     assert len(layers_of(model)) == 4
-    # Apart by more than rounding could make them: the bound is one from below.
+    # Not a tolerance but a bound from below: apart by more than rounding could make them.
     assert not torch.allclose(logits_of(model), logits_of(base), atol=1e-3)
 
 
