@@ -26,9 +26,9 @@ run() { # name, command...
 failed=0
 for part in ${*:-tests suite kernels}; do
     case $part in
-        tests) run tests "$python" -m pytest tests/triton/test_gpu.py -v --durations=0 ;;
+        tests) run tests "$python" -m pytest tests/backends/test_gpu.py -v --durations=0 ;;
         suite) run suite "$python" benchmarks/run.py --device cuda --suite all --out "$out" ${COMMIT:+--commit "$COMMIT"} ;;
-        kernels) run kernels "$python" -m pytest tests/triton --ignore=tests/triton/test_gpu.py --durations=20 ;;
+        kernels) run kernels "$python" -m pytest tests/backends --ignore=tests/backends/test_gpu.py --durations=20 ;;
         *) echo "no part is called $part: tests, suite, kernels" >&2 && exit 2 ;;
     esac
 done

@@ -7,6 +7,7 @@ eager                 MixLoRA by gathering each instance's factors, two batched 
 compiled              torch.compile of ``eager``
 published             the released algorithm: a dense update for each instance, routers without gradient
 mixlora               mixlora_kernels.MixLoRALinear
+mixlora_torch         the same without the C kernels, backend="torch"
 """
 
 from collections.abc import Callable, Iterator
@@ -19,8 +20,9 @@ from problem import Problem
 from torch import Tensor, nn
 
 import mixlora_kernels as mk
+from mixlora_kernels import backends
 
-NAMES = ("base", "peft_lora", "peft_lora_base_dtype", "eager", "compiled", "published", "mixlora")
+NAMES = ("base", "peft_lora", "peft_lora_base_dtype", "eager", "compiled", "published", "mixlora", "mixlora_torch")
 
 
 class Implementation(NamedTuple):
@@ -106,8 +108,8 @@ class Published(nn.Module):
 
 def adapt(name: str, base: nn.Module, config: mk.MixLoRAConfig, factors: dict[str, Tensor]) -> nn.Module:
     """The frozen layer with a MixLoRA adapter, its parameters copies of the factors."""
-    if name == "mixlora":
-        layer = mk.MixLoRALinear.from_linear(base, config)
+    if name.startswith("mixlora"):
+        layer = mk.MixLoRALinear.from_linear(base, config, backend="torch" if name == "mixlora_torch" else None)
         layer.adapter.load_state_dict(factors)
         return layer
     return {"eager": Eager, "compiled": Eager, "published": Published}[name](base, config, factors)
@@ -117,8 +119,11 @@ def build(name: str, problem: Problem) -> Implementation:
     """The implementation of that name on the problem's frozen layer, with a copy of its factors.
 
     Raises:
-        Unavailable: there is no compiler for ``compiled``.
+        Unavailable: there is no compiler for ``compiled``; ``mixlora_torch`` is what ``mixlora`` is already.
     """
+    x, E, dropout = problem.x, problem.case.E, problem.case.dropout
+    if name == "mixlora_torch" and backends.select(None, x, E, dropout > 0) is not backends.native:
+        raise Unavailable("mixlora does without the C kernels here")
     if name == "base":
         return Implementation(problem.linear, problem.linear)
     if name.startswith("peft_lora"):

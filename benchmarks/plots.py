@@ -10,7 +10,7 @@ matplotlib.use("Agg")
 from implementations import NAMES
 from matplotlib import pyplot
 
-COLOURS = dict(zip(NAMES, ("#8c8c8c", "#e07b39", "#f2b684", "#5b8db8", "#a7c4dc", "#b5446e", "#2e8b57")))
+COLOURS = dict(zip(NAMES, ("#8c8c8c", "#e07b39", "#f2b684", "#5b8db8", "#a7c4dc", "#b5446e", "#2e8b57", "#8fc9a6")))
 LAST_PASSES = ("forward+backward", "training step", "generation")
 
 

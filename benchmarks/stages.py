@@ -2,7 +2,7 @@
 
 A stage's bytes are those it cannot do without: the activations that it reads and writes. The pools and the partial
 sums are not counted, and ``route`` has none of an activation's size. What a stage computes is compared in the suite
-layer, as part of a layer of the same shape, and by itself in tests/triton.
+layer, as part of a layer of the same shape, and by itself in tests/backends.
 """
 
 from collections.abc import Callable, Iterator

@@ -13,27 +13,17 @@ and dgate goes through gate, softmax and T (backends/torch/route.py) to dlogits_
 that nobody chose has a zero column in du, in s and a zero row in dT: its gradient is exactly zero.
 """
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, reference
+from .backends.contract import Factors, Needs, Options
 from .backends.torch import dropout as block_dropout
 from .config import MixLoRAConfig
 from .frozen import frozen_product, frozen_product_backward
 from .routing import Instances, Routing, RoutingContext, find_instances, find_task
-
-
-class Factors(NamedTuple):
-    """The parameters of one adapter; a router is None where the configuration has none."""
-
-    lora_A: Tensor  # [E, d_in]
-    lora_B: Tensor  # [E, d_out]
-    router_A: Tensor | None  # [E, d_route]
-    router_B: Tensor | None  # [E, d_route]
-    router_AB: Tensor | None  # [r, E, d_in]
 
 
 class FrozenLinear(NamedTuple):
@@ -41,18 +31,6 @@ class FrozenLinear(NamedTuple):
 
     weight: Tensor  # [d_out, d_in]
     bias: Tensor | None  # [d_out]
-
-
-class Options(NamedTuple):
-    """What the operation needs to know beside tensors."""
-
-    r: int
-    scale: float  # scaling, and the 1 / (1 - p) of dropout
-    p: float
-    gate: str
-    conditioning: str | None  # None: no table
-    pools: bool  # whether the routers read x
-    backend: ModuleType
 
 
 def mixlora(
@@ -75,7 +53,7 @@ def mixlora(
         config: what to compute.
         context: what the instances are, and which of their tokens are pooled; see ``RoutingContext``.
         training: whether dropout applies.
-        backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for the best one for x's device.
+        backend: ``"reference"``, ``"torch"``, ``"native"``, ``"triton"``, or None for the best one for x.
 
     Returns:
         y [..., d_out] in the base's dtype, and the ``Routing`` of the B instances.
@@ -93,18 +71,17 @@ def mixlora(
 
 
 def _mixlora(x, base, factors, config, context, training, backend):
-    precise = torch.promote_types(x.dtype, torch.float32)
     routed = context.routing is None and config.has_routers
     instances = find_instances(x, context, pooled=routed and config.routing == "instance")
     p = config.dropout if training and block_dropout.dropped_levels(config.dropout) else 0.0
     pooled = None
     if routed and config.routing == "task":
-        pooled = find_task(context, instances.count, config.task_dim).to(precise)
-    given = context.routing or (None if routed else draw_routing(instances.count, config, x.device, precise))
+        pooled = find_task(context, instances.count, config.task_dim).to(torch.promote_types(x.dtype, torch.float32))
+    given = context.routing or (None if routed else draw_routing(instances.count, config, x))
     if given is not None:
         check_routing(given, instances.count, config)
     seed = block_dropout.draw_seed(x.device) if p else None
-    module = backends.select(backend, x)
+    module = backends.select(backend, x, config.num_factors, bool(p))
     if module is reference:
         return _reference(x, base, factors, config, context, instances, given, seed, p)
     weight, bias = base if isinstance(base, FrozenLinear) else (None, None)
@@ -112,7 +89,7 @@ def _mixlora(x, base, factors, config, context, training, backend):
     chosen = (None, None, None) if given is None else (given.gate, given.index_a, given.index_b)
     tokens, routing = x.reshape(-1, x.shape[-1]), None
     # Not in training: a checkpointed forward without gradients must have the bits of its recomputation.
-    few = given is not None and not training and len(tokens) * config.r <= module.FEW
+    few = given is not None and not training and tokens.shape[0] * config.r <= module.FEW
     if few and not learns(x, base, factors, given):
         lora_A, lora_B = factors[:2]
         in_place = y is None
@@ -128,6 +105,7 @@ def _mixlora(x, base, factors, config, context, training, backend):
             gate=config.gate,
             conditioning=config.conditioning if config.has_conditioning else None,
             pools=config.routing == "instance",
+            dtype=x.dtype,
             backend=module,
         )
         outputs = _MixLoRA.apply(tokens, y, weight, bias, *factors, pooled, *chosen, seed, instances, options)
@@ -143,38 +121,26 @@ class _MixLoRA(torch.autograd.Function):
         ctx, x, y, weight, bias, lora_A, lora_B, router_A, router_B, router_AB,
         pooled, gate, index_a, index_b, seed, instances: Instances, options: Options,
     ):  # fmt: skip
-        backend, routed = options.backend, index_a is None
-        precise = torch.promote_types(x.dtype, torch.float32)
-        routers = torch.cat((router_A, router_B)).to(precise) if routed else None  # [2E, d_route]
-        u, logits, mean = backend.project(x, lora_A, routers if options.pools else None, instances, seed, options.p)
-        probs_a = probs_b = None
-        saved = (None, None, None)
-        if routed:
-            logits = logits if options.pools else pooled @ routers.T  # [B, 2E]
-            table = None
-            if options.conditioning is not None:
-                table = backend.condition_table(lora_A.to(precise), router_AB.to(precise), options.conditioning)
-            index_a, index_b, gate, probs_a, probs_b, saved = backend.route(
-                logits, table, options.r, options.gate, instances
-            )
-        in_place = y is None
+        routed, in_place = index_a is None, y is None
         if in_place:
             y = frozen_product(x, weight, bias)
-        y, chosen, s, scaled = backend.expand(y, u, lora_B, index_a, index_b, gate, options.scale, instances, in_place)
+        factors = Factors(lora_A, lora_B, router_A, router_B, router_AB)
+        given = None if routed else (index_a, index_b, gate)
+        y, routing, state = options.backend.forward(y, x, factors, pooled, given, seed, instances, options, in_place)
 
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.routed, ctx.dtype, ctx.device_type = options, routed, x.dtype, x.device.type
+        ctx.options, ctx.routed, ctx.device_type = options, routed, x.device.type
         ctx.count, ctx.length, ctx.tokens = instances.count, instances.length, x.shape[0]
         reads_x = any(ctx.needs_input_grad[i] for i in (4, 6, 7, 8))  # lora_A and the routers: their gradient reads x
         ctx.save_for_backward(
-            x if reads_x else None, weight, lora_A, lora_B, router_A, router_B, router_AB,
-            pooled if mean is None else mean, seed, chosen, s, scaled, index_a, index_b, probs_a, probs_b,
-            *saved, instances.cu_seqlens, instances.segment, instances.mask,
+            x if reads_x else None, weight, *factors, pooled, seed,
+            instances.cu_seqlens, instances.segment, instances.mask, *routing, *state,
         )  # fmt: skip
         if not routed:
             return y
+        index_a, index_b, gate, *_ = routing
         ctx.mark_non_differentiable(index_a, index_b, *((gate,) if options.gate == "binary" else ()))
-        return y, index_a, index_b, gate, probs_a, probs_b
+        return y, *routing
 
     @staticmethod
     def backward(ctx, dy, _index_a=None, _index_b=None, dgate=None, dprobs_a=None, dprobs_b=None):
@@ -185,63 +151,31 @@ class _MixLoRA(torch.autograd.Function):
 
     @staticmethod
     def gradients(ctx, dy, dgate, dprobs_a, dprobs_b):
-        (
-            x, weight, lora_A, lora_B, router_A, router_B, router_AB, pooled, seed,
-            chosen, s, scaled, index_a, index_b, probs_a, probs_b, *saved, cu_seqlens, segment, mask,
-        ) = ctx.saved_tensors  # fmt: skip
-        need_x, need_y, _, _, need_A, need_B, need_RA, need_RB, need_RAB, need_pooled, need_gate = ctx.needs_input_grad[
-            :11
-        ]
-        options, backend = ctx.options, ctx.options.backend
-        instances = Instances(ctx.count, ctx.length, cu_seqlens, segment, mask)
-        precise = torch.promote_types(ctx.dtype, torch.float32)
+        x, weight, *saved = ctx.saved_tensors
+        factors, pooled, seed, cu_seqlens, segment, mask = Factors(*saved[:5]), *saved[5:10]
+        routing, state = saved[10:15], saved[15:]
+        need_x, need_y, _, _, *need_factors, need_pooled, need_gate = ctx.needs_input_grad[:11]
+        options, instances = ctx.options, Instances(ctx.count, ctx.length, cu_seqlens, segment, mask)
         if dy is None:  # a loss of the probabilities alone
-            dy = lora_B.new_zeros(ctx.tokens, lora_B.shape[1], dtype=ctx.dtype)
-
-        # expand
+            dy = factors.lora_B.new_zeros(ctx.tokens, factors.lora_B.shape[1], dtype=options.dtype)
+        # With a binary gate the routers learn from a loss of the probabilities alone.
         routes = ctx.routed and not (options.gate == "binary" and dprobs_a is None and dprobs_b is None)
-        du, dlora_B, dgate_y = backend.expand_backward(
-            dy, chosen, s, lora_B, index_a, index_b, scaled, options.scale, instances, need_B, routes or need_gate
-        )
-        if dgate_y is not None:
-            dgate = dgate_y if dgate is None else dgate_y + dgate
+        needs = Needs(need_x, need_factors[0], need_factors[1], routes, routes or need_gate)
 
-        # route
-        dlogits = routers = drouters = dpooled = dlora_A_table = drouter_AB = None
-        if routes:
-            dlogits, dtable = backend.route_backward(
-                dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, saved, options.gate
-            )
-            routers = torch.cat((router_A, router_B)).to(precise)
-            if dtable is not None:
-                dlora_A_table, drouter_AB = backend.condition_table_backward(
-                    dtable, lora_A.to(precise), router_AB.to(precise), options.conditioning
-                )
-            if not options.pools:
-                drouters, dpooled = dlogits.T @ pooled, dlogits @ routers
-
-        # project
         dx = frozen_product_backward(dy, weight) if need_x and weight is not None else None
-        read = (dlogits, routers, pooled) if options.pools else (None, None, None)
-        dx, dlora_A, drouters_pooled = backend.project_backward(
-            dx, x, du.to(ctx.dtype), lora_A, index_a, *read, instances, seed, options.p, need_x, need_A
+        dx, dfactors, dpooled, dgate = options.backend.backward(
+            dy, dx, (dgate, dprobs_a, dprobs_b), x, factors, pooled, seed, routing, state, instances, options, needs
         )
-        if need_A:
-            dlora_A = dlora_A.to(lora_A.dtype)
-            if dlora_A_table is not None:
-                dlora_A.add_(dlora_A_table)
-        drouters = drouters if drouters_pooled is None else drouters_pooled
-        drouter_A, drouter_B = (None, None) if drouters is None else drouters.chunk(2)
+        dfactors = (
+            d.to(factor.dtype) if need and d is not None else None
+            for d, factor, need in zip(dfactors, factors, need_factors)
+        )
         return (
             dx if need_x else None,
             dy if need_y else None,
             None,
             None,
-            dlora_A if need_A else None,
-            dlora_B.to(lora_B.dtype) if need_B else None,
-            drouter_A.to(router_A.dtype) if need_RA and routes else None,
-            drouter_B.to(router_B.dtype) if need_RB and routes else None,
-            drouter_AB.to(router_AB.dtype) if need_RAB and drouter_AB is not None else None,
+            *dfactors,
             dpooled if need_pooled else None,
             dgate if need_gate else None,
             None,
@@ -285,8 +219,9 @@ def _reference(x, base, factors, config, context, instances, given, seed, p):
     return y, Routing(*map(torch.stack, zip(*routings))) if given is None else given
 
 
-def draw_routing(count: int, config: MixLoRAConfig, device: torch.device, dtype: torch.dtype) -> Routing:
-    """Table 2's baseline: r distinct factors for each instance, from torch's generator for the device."""
+def draw_routing(count: int, config: MixLoRAConfig, x: Tensor) -> Routing:
+    """Table 2's baseline: r distinct factors for each instance, from torch's generator for x's device."""
+    device, dtype = x.device, torch.promote_types(x.dtype, torch.float32)
     index_a, index_b = (
         torch.rand(count, config.num_factors, device=device).argsort(-1)[:, : config.r].contiguous() for _ in "ab"
     )

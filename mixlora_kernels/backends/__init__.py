@@ -1,9 +1,8 @@
 """The backends, and the choice between them.
 
-``torch`` and ``triton`` offer the same stages, each with its backward: ``project`` (x to the pool's products and
-the routers' logits), ``route`` (logits to the choice of factors, with ``condition_table``) and ``expand`` (the
-chosen products into y); and ``decode`` (all of it for up to ``FEW`` tokens × slots, without a backward). What one
-stage hands to the next is the backend's own affair. The reference is a backend by name only: it has no stages.
+Each offers ``forward`` and ``backward``, which the differentiable operation calls (arguments and results in
+``staged.py``), and ``decode``, for up to ``FEW`` tokens × slots without a backward. ``torch`` and ``triton`` are made
+of stages, ``native`` is one piece. The reference is a backend by name only.
 """
 
 import os
@@ -11,9 +10,12 @@ import warnings
 from functools import cache
 from types import ModuleType
 
-from torch import Tensor, cuda, version
+from torch import Tensor, compiler, cuda, float32, jit, nn, version
 
-NAMES = ("reference", "torch", "triton")
+from .. import reference
+from . import native, torch
+
+NAMES = ("reference", "torch", "native", "triton")
 OLDEST_TRITON = (3, 2)
 KERNEL_DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
 OLDEST_CAPABILITY = (8, 0)
@@ -26,22 +28,28 @@ def check_name(name: str | None) -> str | None:
     return name
 
 
-def select(name: str | None, x: Tensor) -> ModuleType:
-    """The backend of that name, or for None the best one for x: triton on a GPU, else torch.
+def select(name: str | None, x: Tensor, factors: int = 1, dropout: bool = False) -> ModuleType:
+    """The backend of that name, or for None the best one for x, a pool of so many factors, with dropout or without:
+    triton on a GPU, native on a CPU, and torch for whatever they are not for.
 
     Raises:
-        ImportError, TypeError, ValueError: ``"triton"`` was asked for and cannot run. Under None torch serves
-            instead, and one warning says why.
+        ImportError, TypeError, ValueError: ``"triton"`` or ``"native"`` was asked for and cannot run. Under None torch
+            serves instead of triton, and one warning says why.
     """
-    if check_name(name) == "reference":
-        from .. import reference
-
-        return reference
-    from . import torch
-
-    if name == "torch" or (name is None and x.device.type != "cuda"):
+    device = x.device.type
+    if check_name(name) == "torch":
         return torch
-    obstacle = find_obstacle(x.device.type, x.device.index, str(x.dtype))
+    if name == "reference":
+        return reference
+    if name == "native" or (name is None and device != "cuda"):
+        obstacle = find_native_obstacle(x, factors, dropout)
+        if obstacle is None:
+            return native
+        if name is None:
+            return torch
+        error, message = obstacle
+        raise error(f"backend='native' {message}: use backend='torch'")
+    obstacle = find_obstacle(device, x.device.index, str(x.dtype))
     if obstacle is None:
         from . import triton
 
@@ -51,6 +59,33 @@ def select(name: str | None, x: Tensor) -> ModuleType:
         raise error(message)
     warn_once(f"{message}; the torch backend serves instead")
     return torch
+
+
+def find_native_obstacle(x: Tensor, factors: int, dropout: bool) -> tuple[type[Exception], str] | None:
+    """Why the C kernels cannot run on such a tensor, as an error and the rest of its message; None where they can."""
+    # A compiler and torch.jit.trace follow tensors; what is done by their addresses they do not see.
+    if compiler.is_compiling() or jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
+        return TypeError, f"needs a tensor with an address, and no tracing, got {type(x).__name__}"
+    if x.dtype is not float32:
+        return TypeError, f"needs x in torch.float32, got {x.dtype}"
+    if x.device.type != "cpu":
+        return ValueError, f"needs x on the CPU, got {x.device}"
+    if dropout:
+        return ValueError, "has no dropout"
+    if factors > native.WIDEST:
+        return ValueError, f"takes pools of up to {native.WIDEST} factors, got {factors}"
+    if not x.numel():
+        return ValueError, f"needs tokens, got x of shape {tuple(x.shape)}"
+    return find_library_obstacle()
+
+
+@cache
+def find_library_obstacle() -> tuple[type[Exception], str] | None:
+    try:
+        native.load()
+    except OSError as error:
+        return ImportError, f"needs its C kernels, {error}"
+    return None
 
 
 def find_obstacle(device_type: str, device_index: int | None, dtype: str) -> tuple[type[Exception], str] | None:

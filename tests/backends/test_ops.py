@@ -259,9 +259,3 @@ def test_the_default_falls_back_with_one_warning(monkeypatch, device):
     assert {backend.__name__ for backend in chosen} == {"mixlora_kernels.backends.torch"}
     with pytest.raises(ImportError, match="no Triton here"):
         backends.select("triton", x)
-
-
-def test_the_default_on_a_cpu_is_torch_without_a_warning():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert backends.select(None, torch.ones(1)).__name__ == "mixlora_kernels.backends.torch"

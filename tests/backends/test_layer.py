@@ -1,6 +1,6 @@
-"""The triton backend against the reference: every mode, drawn shapes, masks, packing and strides.
+"""The kernels, Triton's and C's, against the reference: every mode, drawn shapes, masks, packing and strides.
 
-Which test catches which breakage (each was tried by breaking the kernel):
+Which test catches which breakage (each was tried by breaking the Triton kernel):
 
 | broken | caught by |
 |---|---|
@@ -31,11 +31,11 @@ from ..cases import MODES, assert_same, make_input, make_layer, make_mask, make_
 CLOSE = 1e-5
 
 
-def both(shape, context=None, d_in=40, d_out=37, device="cpu", change=lambda x: x, **layer_settings):
-    """What ``run`` gives under triton and under the reference."""
+def both(backend, shape, context=None, d_in=40, d_out=37, device="cpu", change=lambda x: x, **layer_settings):
+    """What ``run`` gives under a backend and under the reference."""
     results = []
-    for backend in ("triton", "reference"):
-        layer = make_layer(d_in, d_out, dtype=torch.float32, backend=backend, **layer_settings).to(device)
+    for name in (backend, "reference"):
+        layer = make_layer(d_in, d_out, dtype=torch.float32, backend=name, **layer_settings).to(device)
         x = change(make_input(*shape, d_in, dtype=torch.float32).detach().to(device)).requires_grad_()
         results.append(run(layer, x, context))
     return results
@@ -48,10 +48,10 @@ def context_for(mode, B, **fields):
 
 
 @pytest.mark.parametrize("mode", MODES, ids=mode_id)
-def test_every_mode(mode, device):
+def test_every_mode(mode, backend, device):
     """21 tokens are two tiles in the interpreter, 40 columns two, and the middle of both is at no border."""
     context = to(context_for(mode, 3, mask=make_mask(3, 21)), device)
-    assert_same(*both((3, 21), context, device=device, **mode), CLOSE)
+    assert_same(*both(backend, (3, 21), context, device=device, **mode), CLOSE)
 
 
 def to(context, device):
@@ -60,13 +60,13 @@ def to(context, device):
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("mode", [MODES[0], MODES[2], MODES[9]], ids=mode_id)
-def test_packed(mode, masked, device):
+def test_packed(mode, masked, backend, device):
     """Instances shorter and longer than a tile, one that is a whole tile, one of one token."""
     mask = make_mask(4, 10).reshape(1, 40) if masked else None
     if masked:
         mask[0, [0, 4, 5, 21]] = True
     context = context_for(mode, 4, cu_seqlens=torch.tensor([0, 4, 5, 21, 40]), mask=mask)
-    assert_same(*both((1, 40), to(context, device), device=device, **mode), CLOSE)
+    assert_same(*both(backend, (1, 40), to(context, device), device=device, **mode), CLOSE)
 
 
 shapes = st.fixed_dictionaries(
@@ -90,7 +90,7 @@ shapes = st.fixed_dictionaries(
 
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=shapes)
-def test_shapes(case, device):
+def test_shapes(case, backend, device):
     """Any size of everything; x is a slice of a wider tensor, whose rows lie further apart."""
     B, L, d_in = case["B"], case["L"], case["d_in"]
     mask = make_mask(B, L, seed=case["seed"]) if case["masked"] else None
@@ -108,7 +108,8 @@ def test_shapes(case, device):
 
     assert_same(
         *both(
-            shape, to(mk.RoutingContext(mask=mask, cu_seqlens=cu_seqlens), device), d_in, case["d_out"], device, widen,
+            backend, shape, to(mk.RoutingContext(mask=mask, cu_seqlens=cu_seqlens), device),
+            d_in, case["d_out"], device, widen,
             seed=case["seed"], bias=case["bias"], num_factors=case["num_factors"],
             r=min(case["r"], case["num_factors"]), conditioning=case["conditioning"], gate=case["gate"],
         ),
@@ -117,17 +118,17 @@ def test_shapes(case, device):
 
 
 @pytest.mark.parametrize("E, r", [(128, 64), (64, 64), (1, 1), (17, 16)])
-def test_pools(E, r, device):
+def test_pools(E, r, backend, device):
     """Up to the largest; T of a large pool has a program for each of r E columns, and is tested by smaller ones."""
     conditioning = "factors" if E < 32 else "none"
-    assert_same(*both((2, 5), device=device, num_factors=E, r=r, conditioning=conditioning), CLOSE)
+    assert_same(*both(backend, (2, 5), device=device, num_factors=E, r=r, conditioning=conditioning), CLOSE)
 
 
-def test_a_base_that_is_given_as_an_output(device):
+def test_a_base_that_is_given_as_an_output(backend, device):
     """Then y is not updated in place, and dx holds the adapter's share alone."""
     results = []
-    for backend in ("triton", "reference"):
-        layer = make_layer(20, 37, dtype=torch.float32, backend=backend, bias=False).to(device)
+    for name in (backend, "reference"):
+        layer = make_layer(20, 37, dtype=torch.float32, backend=name, bias=False).to(device)
         x = make_input(2, 19, 20, dtype=torch.float32).detach().to(device).requires_grad_()
         frozen = make_input(2, 19, 37, seed=4, dtype=torch.float32).detach().to(device).requires_grad_()
         kept = frozen.detach().clone()
@@ -140,20 +141,20 @@ def test_a_base_that_is_given_as_an_output(device):
 
 
 @pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "router_A", "router_AB", "x", "everything but x"])
-def test_gradients_that_nobody_needs(frozen, device):
-    def shortened(backend):
-        layer = make_layer(20, 37, dtype=torch.float32, backend=backend, bias=False).to(device)
+def test_gradients_that_nobody_needs(frozen, backend, device):
+    def shortened(name):
+        layer = make_layer(20, 37, dtype=torch.float32, backend=name, bias=False).to(device)
         x = make_input(2, 19, 20, dtype=torch.float32).detach().to(device).requires_grad_(frozen != "x")
-        for name, parameter in layer.adapter.named_parameters():
-            parameter.requires_grad_(name != frozen and not frozen.startswith("every"))
+        for parameter_name, parameter in layer.adapter.named_parameters():
+            parameter.requires_grad_(parameter_name != frozen and not frozen.startswith("every"))
         return run(layer, x)
 
-    assert_same(shortened("triton"), shortened("reference"), CLOSE)
+    assert_same(shortened(backend), shortened("reference"), CLOSE)
 
 
-def test_gradients_of_the_probabilities_and_of_a_kept_gate(device):
-    def gradients(backend):
-        layer = make_layer(20, 37, dtype=torch.float32, backend=backend).to(device)
+def test_gradients_of_the_probabilities_and_of_a_kept_gate(backend, device):
+    def gradients(name):
+        layer = make_layer(20, 37, dtype=torch.float32, backend=name).to(device)
         x = make_input(2, 19, 20, dtype=torch.float32).detach().to(device).requires_grad_()
         y, routing = layer(x, return_routing=True)
         loss = (routing.probs_a[:, 0] - 2 * routing.probs_b[:, 3] + (routing.gate * 3)[:, 1]).sum() + y.square().sum()
@@ -164,12 +165,12 @@ def test_gradients_of_the_probabilities_and_of_a_kept_gate(device):
         y = layer(x, mk.RoutingContext(routing=routing.detach()._replace(gate=gate)))
         return y, routing, dict(enumerate((*first, *only, *torch.autograd.grad(y.square().sum(), [x, gate]))))
 
-    assert_same(gradients("triton"), gradients("reference"), CLOSE)
+    assert_same(gradients(backend), gradients("reference"), CLOSE)
 
 
-def test_two_runs_give_the_same_bits(device):
+def test_two_runs_give_the_same_bits(backend, device):
     def everything():
-        layer = make_layer(70, 70, dtype=torch.float32, backend="triton", dropout=0.3).to(device)
+        layer = make_layer(70, 70, dtype=torch.float32, backend=backend, dropout=0.3 * (backend == "triton")).to(device)
         x = make_input(3, 40, 70, dtype=torch.float32).detach().to(device).requires_grad_()
         y, routing, gradients = run(layer, x, to(mk.RoutingContext(mask=make_mask(3, 40)), device))
         return [y, *routing, *gradients.values()]
@@ -177,14 +178,14 @@ def test_two_runs_give_the_same_bits(device):
     assert all(torch.equal(a, b) for a, b in zip(everything(), everything()))
 
 
-def test_padding_may_hold_anything(device):
+def test_padding_may_hold_anything(backend, device):
     """What a masked token holds reaches neither the routing nor another token's result. (A gradient it does reach,
     as in any layer: infinity times the zero that comes back for it.)"""
     mask = torch.ones(2, 20, dtype=torch.bool, device=device)
     mask[:, 17:] = False
 
     def result(filling):
-        layer = make_layer(20, 37, dtype=torch.float32, backend="triton").to(device)
+        layer = make_layer(20, 37, dtype=torch.float32, backend=backend).to(device)
         x = make_input(2, 20, 20, dtype=torch.float32).detach().to(device)
         x[:, 17:] = filling
         y, routing = layer(x, mk.RoutingContext(mask=mask), return_routing=True)
@@ -193,8 +194,8 @@ def test_padding_may_hold_anything(device):
     assert all(torch.equal(a, b) for a, b in zip(result(0.0), result(float("inf"))))
 
 
-def test_a_factor_nobody_chose_gets_an_exact_zero(device):
-    layer = make_layer(20, 37, dtype=torch.float32, backend="triton", conditioning="none", num_factors=20).to(device)
+def test_a_factor_nobody_chose_gets_an_exact_zero(backend, device):
+    layer = make_layer(20, 37, dtype=torch.float32, backend=backend, conditioning="none", num_factors=20).to(device)
     x = make_input(2, 20, 20, dtype=torch.float32).detach().to(device)
     _, routing, gradients = run(layer, x)
     for name, index in (("lora_A", routing.index_a), ("lora_B", routing.index_b)):

@@ -5,17 +5,28 @@ import numpy
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="the kernels need Triton, which has no package for this platform")
+from mixlora_kernels import backends
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+needs_native = pytest.mark.skipif(
+    backends.find_library_obstacle() is not None, reason="the C kernels were not compiled at installation"
+)
+needs_triton = pytest.mark.skipif(triton is None, reason="Triton has no package for this platform")
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    new_empty, empty, empty_like = torch.Tensor.new_empty, backends.native.empty, torch.empty_like
 
     def poison(tensor):
         return tensor.fill_(float("nan") if tensor.is_floating_point() else -(1 << 30))
 
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
+    monkeypatch.setattr(backends.native, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
 
 
@@ -24,9 +35,18 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(params=[pytest.param("triton", marks=needs_triton), pytest.param("native", marks=needs_native)])
+def backend(request):
+    if request.param == "native" and torch.cuda.is_available():
+        pytest.skip("on a machine with a GPU these tests are of the GPU's kernels")
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def nearest(monkeypatch):
     """The interpreter cuts the last bits off, whose errors are twice as large and all of one sign."""
+    if triton is None:
+        return
     from triton import language as tl
     from triton.runtime import interpreter
 

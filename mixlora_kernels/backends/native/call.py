@@ -1,0 +1,85 @@
+"""The compiled kernels and what they are called with. They take addresses, and share torch's OpenMP threads."""
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...routing import Instances
+from ..contract import Factors, Options
+
+WIDEST = 512  # factors in a pool, at most: as in products.h
+FLOAT = torch.float32
+GATES = {"binary": 0, "straight_through": 1, "weighted": 2}  # as in call.h
+COUNTS = ("B", "N", "D", "O", "E", "r", "stride", "gating", "threads", "parts")
+ADDRESSES = (
+    *("starts", "mask", "lora_a", "lora_b", "router_a", "router_b", "router_ab"),
+    *("x", "from_", "y", "mean", "logits", "table", "index_a", "index_b", "gate", "probs_a", "probs_b"),
+    *("p_ifs", "p_cfs", "q", "chosen"),
+    *("dy", "dgate_given", "dprobs_a", "dprobs_b", "dx", "du", "dgate", "dlogits", "dq", "dtable", "dmean"),
+    *("part_a", "part_b", "dlora_a", "dlora_b", "drouters", "drouter_ab"),
+)
+
+
+class Call(ctypes.Structure):
+    """``call`` of call.h, field for field; an address that is not set is NULL there."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in COUNTS),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ADDRESSES),
+    )
+
+    def __init__(self, N: int, factors: Factors, instances: Instances, options: Options):
+        lora_A, lora_B, router_A, router_B, router_AB = factors
+        (E, D), O, threads = lora_A.shape, lora_B.shape[1], torch.get_num_threads()
+        # A sum over tokens has a part for each thread, but no more than take an eighth of the size of x.
+        parts = max(1, min(threads, N // max(128, 8 * E)))
+        super().__init__(instances.count, N, D, O, E, options.r, D, GATES[options.gate], threads, parts, options.scale)
+        self.kept = []
+        self.lora_a, self.lora_b = self.read(lora_A), self.read(lora_B)
+        self.router_a, self.router_b, self.router_ab = self.read(router_A), self.read(router_B), self.read(router_AB)
+        self.starts, self.mask = self.read(instances.cu_seqlens), self.read(instances.mask)
+
+    def read(self, array: Tensor | None) -> int | None:
+        """The address of an array that is to be float32, or an integer's, without gaps. A copy, where it takes one,
+        lives as long as the call."""
+        if array is None:
+            return None
+        if array.dtype is not FLOAT and array.is_floating_point():
+            array = array.float()
+        if not array.is_contiguous():
+            array = array.contiguous()
+        self.kept.append(array)
+        return array.data_ptr()
+
+    def read_rows(self, x: Tensor) -> None:
+        """Set x [N, D]; there may be gaps between its rows."""
+        x = x if x.stride(1) == 1 else x.contiguous()
+        self.kept.append(x)
+        self.x, self.stride = x.data_ptr(), x.stride(0)
+
+
+def empty(*shape: int, dtype: torch.dtype = FLOAT) -> Tensor:
+    """Room that is float32 on the CPU, whatever torch's defaults are."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
+@cache
+def load() -> ctypes.CDLL:
+    """The library.
+
+    Raises:
+        OSError: it was not compiled when the package was installed, or does not load.
+    """
+    paths = (Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES)
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise OSError("which were not compiled when the package was installed: that takes a C compiler with OpenMP")
+    library = ctypes.CDLL(str(path))
+    for function in (library.mixlora_forward, library.mixlora_backward):
+        function.argtypes = (ctypes.POINTER(Call),)
+    return library

@@ -1,0 +1,254 @@
+"""What is the C kernels' own: where they serve, sizes beyond their blocks, threads, strides, how they are called."""
+
+import ctypes
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+import mixlora_kernels as mk
+from mixlora_kernels import backends
+from mixlora_kernels.backends.native import call, load
+
+from ..cases import assert_same, make_input, make_layer, make_mask, run
+from .conftest import needs_native
+from .test_layer import CLOSE, both
+
+SOURCES = Path(call.__file__).parent
+
+
+def single(*shape, seed=1):
+    return make_input(*shape, seed=seed, dtype=torch.float32)
+
+
+@needs_native
+@pytest.mark.parametrize("d_in, d_out", [(1100, 530), (530, 1100)])
+def test_beyond_every_block(d_in, d_out):
+    """More columns than a block of rows or of a slice, more tokens than a strip and than one part of a sum, more
+    instances than a tile, more factors than a tile of rows; nothing a multiple of anything."""
+    context = mk.RoutingContext(mask=make_mask(7, 75))
+    assert_same(*both("native", (7, 75), context, d_in, d_out, num_factors=19, r=6), CLOSE)
+
+
+@needs_native
+@pytest.mark.parametrize("threads", [1, 2, 3, 5])
+def test_any_number_of_threads(threads):
+    context = mk.RoutingContext(cu_seqlens=torch.tensor([0, 1, 30, 31, 700]))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        first, second = ([y, *routing, *gradients.values()] for y, routing, gradients in (
+            run(make_layer(130, 70, dtype=torch.float32, backend="native"), single(700, 130), context) for _ in range(2)
+        ))  # fmt: skip
+        assert all(torch.equal(a, b) for a, b in zip(first, second))
+        assert_same(*both("native", (700,), context, 130, 70), CLOSE)
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_native
+@pytest.mark.parametrize("grown", ["expanded", "transposed"])
+def test_gradients_that_do_not_lie_in_rows(grown):
+    def gradients(backend):
+        layer, x = make_layer(40, 40, dtype=torch.float32, backend=backend), single(3, 40, 40)
+        y, routing = layer(x.transpose(1, 2), return_routing=True)
+        loss = y.sum() if grown == "expanded" else (y.transpose(1, 2) * single(3, 40, 40, seed=9).detach()).sum()
+        return y, routing, dict(enumerate(torch.autograd.grad(loss, [x, *layer.adapter.parameters()])))
+
+    assert_same(gradients("native"), gradients("reference"), CLOSE)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_parameters_of_another_dtype(dtype):
+    """They are read as float32, and their gradients are theirs."""
+
+    def result(backend):
+        layer, x = make_layer(40, 37, dtype=torch.float32, backend=backend), single(2, 9, 40)
+        layer.adapter.to(torch.bfloat16).to(dtype)
+        return run(layer, x)
+
+    (y, routing, gradients), expected = result("native"), result("torch")
+    assert {g.dtype for name, g in gradients.items() if name != "x"} == {dtype}
+    assert_same((y, routing, gradients), expected, 1e-2 if dtype == torch.bfloat16 else CLOSE)  # a gradient's rounding
+
+
+@needs_native
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_torchs_default_dtype_does_not_matter(default):
+    expected = run(make_layer(40, 37, dtype=torch.float32, backend="native"), single(2, 9, 40))
+    torch.set_default_dtype(default)
+    try:
+        actual = run(make_layer(40, 37, dtype=torch.float32, backend="native"), single(2, 9, 40))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(actual, expected, 0)
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_base_of_another_dtype(dtype):
+    """Its output is given, and y has its dtype."""
+    layer, x, frozen = make_layer(40, 37, dtype=torch.float32), single(2, 9, 40), single(2, 9, 37).detach().to(dtype)
+    results = []
+    for layer.backend in ("native", "torch"):
+        y, routing = layer.adapter(x, frozen.clone().requires_grad_())
+        assert y.dtype == dtype
+        gradients = torch.autograd.grad(y.float().square().sum(), [x, *layer.adapter.parameters()])
+        results.append((y, routing, dict(enumerate(gradients))))
+    # bfloat16 keeps 8 bits of y, and of the gradient that comes back for it.
+    assert_same(*results, 1e-2 if dtype == torch.bfloat16 else CLOSE)
+
+
+@needs_native
+@pytest.mark.parametrize("index", [-1, 7])
+@pytest.mark.parametrize("name", ["index_a", "index_b"])
+def test_an_index_of_no_factor_is_refused(name, index):
+    layer, x = make_layer(40, 37, dtype=torch.float32, backend="native"), single(2, 9, 40)
+    routing = layer(x, return_routing=True)[1].detach()
+    getattr(routing, name)[1, 2] = index
+    with pytest.raises(IndexError, match="must be of 0 to 6, a pool of 7 factors"):
+        layer(x, mk.RoutingContext(routing=routing))
+
+
+@needs_native
+def test_a_second_backward_sees_what_the_first_saw():
+    layer, x = make_layer(40, 37, dtype=torch.float32, backend="native", gate="weighted"), single(2, 9, 40)
+    y, inputs = layer(x).square().sum(), [x, *layer.adapter.parameters()]
+    first, second = torch.autograd.grad(y, inputs, retain_graph=True), torch.autograd.grad(y, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+@needs_native
+@pytest.mark.parametrize("shape", [(8, 1), (3, 5), (1, 1)])
+def test_decoding(shape):
+    """Without a gradient to come; the routing is kept."""
+    layer, x = make_layer(70, 37, dtype=torch.float32, num_factors=9, r=5).eval(), single(*shape, 70).detach()
+    results = []
+    for backend in ("native", "reference"):
+        layer.backend = backend
+        _, routing = layer(x, return_routing=True)
+        with torch.no_grad():
+            results.append((layer(x, mk.RoutingContext(routing=routing)), routing, {}))
+    assert_same(*results, CLOSE)
+
+
+class Wrapped(torch.Tensor):
+    pass
+
+
+X = torch.ones(2, 3)
+ELSEWHERE = {
+    "float64": (X.double(), 4, False, TypeError, "needs x in torch.float32, got torch.float64"),
+    "bfloat16": (X.bfloat16(), 4, False, TypeError, "needs x in torch.float32, got torch.bfloat16"),
+    "meta": (X.to("meta"), 4, False, ValueError, "needs x on the CPU, got meta"),
+    "dropout": (X, 4, True, ValueError, "has no dropout"),
+    "pool": (X, 513, False, ValueError, "takes pools of up to 512 factors, got 513"),
+    "empty": (X[:0], 4, False, ValueError, r"needs tokens, got x of shape \(0, 3\)"),
+    "subclass": (X.as_subclass(Wrapped), 4, False, TypeError, "needs a tensor with an address.* got Wrapped"),
+}
+
+
+@needs_native
+@pytest.mark.parametrize("case", ELSEWHERE)
+def test_where_it_does_not_serve(case):
+    """By default torch takes over without a word; by name it is refused."""
+    x, factors, dropout, error, message = ELSEWHERE[case]
+    assert backends.select(None, x, factors, dropout) is backends.torch
+    with pytest.raises(error, match=f"backend='native' {message}: use backend='torch'"):
+        backends.select("native", x, factors, dropout)
+
+
+@needs_native
+@pytest.mark.parametrize("follow", [None, torch.jit.trace, torch.export.export])
+def test_the_default_on_a_cpu(follow):
+    """Native; but for whoever follows tensors through a computation, torch."""
+    chosen = []
+
+    class Choice(torch.nn.Module):
+        def forward(self, x):
+            chosen.append(backends.select(None, x))
+            return x + 1
+
+    choice = Choice()
+    if follow is None:
+        choice(X)
+    elif follow is torch.jit.trace:
+        follow(choice, X, check_trace=False)  # which would call it once more, without tracing
+    else:
+        follow(choice, (X,), strict=False)
+    assert set(chosen) == {backends.native if follow is None else backends.torch}
+
+
+@needs_native
+def test_compiled_as_native_computes():
+    layer, x = make_layer(40, 37, dtype=torch.float32), single(2, 9, 40)
+    actual = run(torch.compile(layer, fullgraph=True, backend="aot_eager"), x)
+    y, routing, gradients = run(layer, x)
+    assert_same(
+        actual, (y, routing, {name.replace("adapter", "_orig_mod.adapter"): g for name, g in gradients.items()}), CLOSE
+    )
+
+
+@needs_native
+def test_dropout_is_torchs_and_evaluation_native():
+    layer, x = make_layer(40, 37, dtype=torch.float32, dropout=0.4), single(2, 9, 40)
+    drawn = run(layer, x)
+    layer.backend = "torch"
+    assert all(torch.equal(drawn[2][name], gradient) for name, gradient in run(layer, x)[2].items())
+    layer.backend = "native"
+    with pytest.raises(ValueError, match="backend='native' has no dropout: use backend='torch'"):
+        layer(x)
+    assert_same(run(layer.eval(), x), run(make_layer(40, 37, dtype=torch.float32, backend="reference"), x), CLOSE)
+
+
+def test_without_the_library(monkeypatch):
+    def missing():
+        raise OSError("which were not compiled")
+
+    monkeypatch.setattr(backends.native, "load", missing)
+    backends.find_library_obstacle.cache_clear()
+    try:
+        layer, x = make_layer(40, 37, dtype=torch.float32), single(2, 9, 40)
+        actual = layer(x)
+        assert backends.select(None, x) is backends.torch
+        layer.backend = "torch"
+        assert torch.equal(actual, layer(x))
+        layer.backend = "native"
+        with pytest.raises(ImportError, match="backend='native' needs its C kernels, which were not compiled: use"):
+            layer(x)
+    finally:
+        backends.find_library_obstacle.cache_clear()
+
+
+def test_the_call_is_what_the_header_says():
+    text = re.sub(r"/\*.*?\*/", "", (SOURCES / "call.h").read_text(), flags=re.S)
+    types, declared = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}, []
+    fields = text.split("typedef struct")[1]
+    for kind, names in re.findall(r"(?:const )?(int64_t|double|float|uint8_t) ([^;]*);", fields):
+        for name in (name.strip() for name in names.split(",")):
+            python_name = name.lstrip("*").replace("from", "from_")
+            declared.append((python_name, ctypes.c_void_p if name.startswith("*") else types[kind]))
+    assert declared == list(call.Call._fields_)
+    gates = re.search(r"enum {([^}]*)}", text)[1].lower().replace(" ", "").split(",")
+    assert {name: number for number, name in enumerate(gates)} == call.GATES
+    assert f"WIDEST = {call.WIDEST}," in (SOURCES / "products.h").read_text()
+
+
+@needs_native
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="compiles the kernels anew")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere there is one generation")
+@pytest.mark.parametrize("level", ["x86-64", "x86-64-v3"])
+def test_older_processors(level, tmp_path, monkeypatch):
+    """The installed library holds code for three generations and runs the newest that the machine has."""
+    path = tmp_path / "kernels.so"
+    flags = ["-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-Wno-psabi", f"-march={level}", "-DEACH_CPU="]
+    subprocess.run(["gcc", *flags, "-shared", SOURCES / "kernels.c", "-o", path, "-lm"], check=True)
+    library = ctypes.CDLL(str(path))
+    assert library.mixlora_forward is not load().mixlora_forward
+    monkeypatch.setattr(backends.native, "load", lambda: library)
+    assert_same(*both("native", (3, 40), mk.RoutingContext(mask=make_mask(3, 40)), 75, 37), CLOSE)
