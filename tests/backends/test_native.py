@@ -227,13 +227,16 @@ def test_without_the_library(monkeypatch):
 
 def test_the_call_is_what_the_header_says():
     text = re.sub(r"/\*.*?\*/", "", (SOURCES / "call.h").read_text(), flags=re.S)
-    types, declared = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}, []
-    fields = text.split("typedef struct")[1]
+    fields, counts, addresses = text.split("typedef struct")[1], [], []
     for kind, names in re.findall(r"(?:const )?(int64_t|double|float|uint8_t) ([^;]*);", fields):
         for name in (name.strip() for name in names.split(",")):
-            python_name = name.lstrip("*").replace("from", "from_")
-            declared.append((python_name, ctypes.c_void_p if name.startswith("*") else types[kind]))
-    assert declared == list(call.Call._fields_)
+            if name.startswith("*"):
+                addresses.append((kind, name.lstrip("*")))
+            else:
+                counts.append((kind, name))
+    assert [name for _, name in addresses] == list(call.ADDRESSES)
+    assert counts == [*(("int64_t", name) for name in call.COUNTS), ("double", "scale")]
+    assert fields.index("scale;") < fields.index("*")  # the counts, the scale, the addresses
     gates = re.search(r"enum {([^}]*)}", text)[1].lower().replace(" ", "").split(",")
     assert {name: number for number, name in enumerate(gates)} == call.GATES
     assert f"WIDEST = {call.WIDEST}," in (SOURCES / "products.h").read_text()
