@@ -221,7 +221,7 @@ def test_the_default_on_a_cpu(follow):
     if follow is None:
         choice(X)
     elif follow is torch.jit.trace:
-        follow(choice, X, check_trace=False)  # which would call it once more, without tracing
+        follow(choice.forward, X, check_trace=False)  # which would call it once more, without tracing
     else:
         follow(choice, (X,), strict=False)
     assert set(chosen) == {backends.native if follow is None else backends.torch}
