@@ -84,6 +84,8 @@ def find_library_obstacle() -> tuple[type[Exception], str] | None:
     try:
         native.load()
     except OSError as error:
+        if not isinstance(error, FileNotFoundError):  # they are there, and something is wrong with them
+            warn_once(f"the native backend needs its C kernels, {error}; the torch backend serves instead")
         return ImportError, f"needs its C kernels, {error}"
     return None
 

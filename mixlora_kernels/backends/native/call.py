@@ -82,10 +82,16 @@ def load() -> ctypes.CDLL:
     """The library.
 
     Raises:
-        OSError: it was not compiled when the package was installed, or does not load.
+        FileNotFoundError: it was not compiled when the package was installed.
+        OSError: it was compiled from other sources, or does not load.
     """
     paths = (Path(__file__).with_name(f"_kernels{suffix}") for suffix in EXTENSION_SUFFIXES)
     path = next((path for path in paths if path.exists()), None)
     if path is None:
-        raise OSError("which were not compiled when the package was installed: that takes a C compiler with OpenMP")
-    return ctypes.CDLL(str(path))
+        raise FileNotFoundError(
+            "which were not compiled when the package was installed: that takes a C compiler with OpenMP"
+        )
+    library = ctypes.CDLL(str(path))
+    if not hasattr(library, "mixlora_call_bytes") or library.mixlora_call_bytes() != PACKED.size:
+        raise OSError("which were compiled from an older version's sources: install the package again")
+    return library

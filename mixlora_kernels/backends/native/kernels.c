@@ -198,6 +198,9 @@ static void project_backward(const call *c) {
     }
 }
 
+/* What Python's side has to agree on before the first call. */
+int mixlora_call_bytes(void) { return sizeof(call); }
+
 /* 1 where an index that was given is out of range, else 0. */
 int mixlora_forward(const call *c) {
     if (!c->logits)
