@@ -42,6 +42,20 @@ INLINE float total(vec v) {
     return part[0];
 }
 
+/* n tokens from t on, in tiles of TILE(T, R), and the choice of R, both of which the compiler has to know. */
+#define TILES(R)                                              \
+    {                                                         \
+        for (; t + TOKENS <= n; t += TOKENS) TILE(TOKENS, R); \
+        for (; t < n; t++) TILE(1, R);                        \
+    }
+#define UP_TO_FOUR(rows, RUN) \
+    switch (rows) {           \
+        case 1: RUN(1) break; \
+        case 2: RUN(2) break; \
+        case 3: RUN(3) break; \
+        default: RUN(4)       \
+    }
+
 /* ---- project ---------------------------------------------------------------------------------------------------- */
 
 INLINE void project_tile(int T, int R, const float *x, int64_t stride, const float *const *rows, int64_t D, float *out,
@@ -77,19 +91,8 @@ EACH_CPU static void project_rows(const float *x, int64_t stride, int64_t n, con
             int64_t columns = least(CHUNK, D - d), width = least(ROWS, R - i), t = 0;
             for (int64_t k = 0; k < width; k++) part[k] = rows[i + k] + d;
 #define TILE(T, R) project_tile(T, R, x + t * stride + d, stride, part, columns, out + t * out_stride + i, out_stride)
-#define TILES(R)                                              \
-    {                                                         \
-        for (; t + TOKENS <= n; t += TOKENS) TILE(TOKENS, R); \
-        for (; t < n; t++) TILE(1, R);                        \
-    }
-            switch (width) {
-                case 1: TILES(1) break;
-                case 2: TILES(2) break;
-                case 3: TILES(3) break;
-                default: TILES(4)
-            }
+            UP_TO_FOUR(width, TILES)
 #undef TILE
-#undef TILES
         }
 }
 
@@ -123,11 +126,6 @@ EACH_CPU static void update_rows(float *y, const float *from, int64_t stride, in
 #define TILE(T, R)                                                                                         \
     update_tile(T, R, y + t * stride, from + t * stride, stride, rows + i, D, weight + t * weight_stride + i, \
                 weight_stride)
-#define TILES(R)                                              \
-    {                                                         \
-        for (; t + TOKENS <= n; t += TOKENS) TILE(TOKENS, R); \
-        for (; t < n; t++) TILE(1, R);                        \
-    }
         switch (least(UPDATED, R - i)) {
             case 1: TILES(1) break;
             case 2: TILES(2) break;
@@ -136,7 +134,6 @@ EACH_CPU static void update_rows(float *y, const float *from, int64_t stride, in
             default: TILES(5)
         }
 #undef TILE
-#undef TILES
     }
 }
 
@@ -169,20 +166,14 @@ EACH_CPU static void collect_rows(const float *x, int64_t stride, int64_t n, flo
     for (int64_t i = 0; i < R; i += ROWS) {
         int64_t d = 0;
 #define TILE(R, vectors) collect_tile(R, vectors, x, stride, n, grads + i, d, weight + i, weight_stride)
-#define TILES(R)                                           \
+#define COLUMNS(R)                                         \
     {                                                      \
         for (; d + 4 * LANES <= D; d += 4 * LANES) TILE(R, 4); \
         for (; d + LANES <= D; d += LANES) TILE(R, 1);     \
     }
         int64_t width = least(ROWS, R - i);
-        switch (width) {
-            case 1: TILES(1) break;
-            case 2: TILES(2) break;
-            case 3: TILES(3) break;
-            default: TILES(4)
-        }
+        UP_TO_FOUR(width, COLUMNS)
 #undef TILE
-#undef TILES
         for (; d < D; d++)
             for (int64_t k = i; k < i + width; k++) {
                 float sum = 0;
