@@ -166,10 +166,10 @@ EACH_CPU static void collect_rows(const float *x, int64_t stride, int64_t n, flo
     for (int64_t i = 0; i < R; i += ROWS) {
         int64_t d = 0;
 #define TILE(R, vectors) collect_tile(R, vectors, x, stride, n, grads + i, d, weight + i, weight_stride)
-#define COLUMNS(R)                                         \
-    {                                                      \
+#define COLUMNS(R)                                             \
+    {                                                          \
         for (; d + 4 * LANES <= D; d += 4 * LANES) TILE(R, 4); \
-        for (; d + LANES <= D; d += LANES) TILE(R, 1);     \
+        for (; d + LANES <= D; d += LANES) TILE(R, 1);         \
     }
         int64_t width = least(ROWS, R - i);
         UP_TO_FOUR(width, COLUMNS)
