@@ -209,25 +209,25 @@ def test_where_it_does_not_serve(case):
 
 
 @needs_native
-@pytest.mark.parametrize("follow", [None, torch.jit.trace, torch.export.export])
-def test_the_default_on_a_cpu(follow):
+@pytest.mark.parametrize("follower", ["nobody", "trace", "export"])
+def test_the_default_on_a_cpu(follower):
     """Native; but for whoever follows tensors through a computation, torch."""
     chosen = []
 
     class Choice(torch.nn.Module):
         def forward(self, x):
-            if follow is not torch.jit.trace or torch.jit.is_tracing():  # which may call it once more, without tracing
+            if follower != "trace" or torch.jit.is_tracing():  # which calls it once more, without tracing
                 chosen.append(backends.select(None, x))
             return x + 1
 
     choice = Choice()
-    if follow is None:
+    if follower == "nobody":
         choice(X)
-    elif follow is torch.jit.trace:
-        follow(choice, X)
+    elif follower == "trace":
+        torch.jit.trace(choice, X)
     else:
-        follow(choice, (X,), strict=False)
-    assert set(chosen) == {backends.native if follow is None else backends.torch}
+        torch.export.export(choice, (X,), strict=False)
+    assert set(chosen) == {backends.native if follower == "nobody" else backends.torch}
 
 
 @needs_native
