@@ -12,9 +12,12 @@ try:
 except ImportError:
     triton = None
 
+# The kernels are optional: without a C compiler the package installs without them and torch serves. That a compiler
+# which was there has made them is test_native.py's first test, which this skip does not reach.
 needs_native = pytest.mark.skipif(
     backends.find_library_obstacle() is not None, reason="the C kernels were not compiled at installation"
 )
+# Triton has wheels for Linux alone; elsewhere nothing is lost but its own tests.
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton has no package for this platform")
 
 

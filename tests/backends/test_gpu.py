@@ -7,6 +7,7 @@ import mixlora_kernels as mk
 
 from ..cases import relative_error
 
+# Full sizes, which Triton's interpreter would take hours for; the same kernels' values are tested in it elsewhere.
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device")
 
 
@@ -142,6 +143,7 @@ def test_inductor():
         assert relative_error(ours, theirs, 1e-6) <= 2e-2
 
 
+# With one device there is no other one that a launch could go to by mistake.
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
 def test_a_device_that_is_not_the_current_one():
     layer, x = make(B=2, L=100)

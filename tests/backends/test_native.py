@@ -5,10 +5,12 @@ without zeros …) these tests and test_layer.py catch all that change a result.
 """
 
 import ctypes
+import os
 import platform
 import re
 import shutil
 import subprocess
+import sysconfig
 import warnings
 from pathlib import Path
 from struct import Struct
@@ -29,6 +31,22 @@ SOURCES = Path(call.__file__).parent
 
 def single(*shape, seed=1):
     return make_input(*shape, seed=seed, dtype=torch.float32)
+
+
+def gcc_can_compile():
+    """Whether the compiler that Python was built with is a gcc, and there, with OpenMP and the C library's headers."""
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "").split()[:1]
+    if not compiler or not compiler[0].endswith("gcc") or shutil.which(compiler[0]) is None:
+        return False
+    flags = ["-std=gnu11", "-fopenmp", "-include", "math.h", "-include", "stdint.h", "-fsyntax-only", "-x", "c"]
+    return subprocess.run([*compiler, *flags, os.devnull], capture_output=True).returncode == 0
+
+
+# Where no gcc can compile them there is nothing that could have been compiled.
+@pytest.mark.skipif(not gcc_can_compile(), reason="there is no gcc with OpenMP and the C library's headers")
+def test_they_were_compiled_where_a_compiler_could():
+    """All other tests here are skipped without them, and an installation without them succeeds."""
+    assert backends.find_library_obstacle() is None
 
 
 @needs_native
@@ -304,6 +322,8 @@ def test_the_call_is_what_the_header_says():
     assert f"WIDEST = {call.WIDEST}," in (SOURCES / "products.h").read_text()
 
 
+# It compiles the kernels anew, for processors that this one can stand in for: of x86 there are three generations in the
+# library, of any other there is one, which the other tests run. An installed wheel needs no compiler.
 @needs_native
 @pytest.mark.skipif(shutil.which("gcc") is None, reason="compiles the kernels anew")
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere there is one generation")
