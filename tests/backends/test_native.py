@@ -1,6 +1,6 @@
 """What is the C kernels' own: where they serve, sizes beyond their blocks, threads, strides, how they are called.
 
-Of 39 ways in which the C code was broken on purpose (a mask left out, a strip too long, a wrong slot, a sum begun
+Of 37 ways in which the C code was broken on purpose (a mask left out, a strip too long, a wrong slot, a sum begun
 without zeros …) these tests and test_layer.py catch all that change a result.
 """
 
