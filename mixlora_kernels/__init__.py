@@ -2,9 +2,10 @@
 
 from . import reference
 from .adapter import MixLoRAAdapter
+from .backends.base import Factors, FrozenLinear
 from .config import MixLoRAConfig
-from .functional import Factors, FrozenLinear, mixlora
 from .linear import MixLoRALinear
+from .op import mixlora, mixlora_siblings
 from .routing import Routing, RoutingContext
 
 __version__ = "0.1.0"
@@ -17,5 +18,6 @@ __all__ = [
     "Routing",
     "RoutingContext",
     "mixlora",
+    "mixlora_siblings",
     "reference",
 ]

@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import backends
+from .backends.base import Factors, FrozenLinear
+from .backends.select import check_name
 from .config import MixLoRAConfig
-from .functional import Factors, FrozenLinear, mixlora
+from .op import mixlora
 from .routing import Routing, RoutingContext
 
 
@@ -71,7 +72,7 @@ class MixLoRAAdapter(nn.Module):
 
     @backend.setter
     def backend(self, name: str | None) -> None:
-        self._backend = backends.check_name(name)
+        self._backend = check_name(name)
 
     @property
     def factors(self) -> Factors:

@@ -17,22 +17,24 @@ def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def frozen_product_backward(dy: Tensor, weight: Tensor) -> Tensor:
-    """dy · W, [N, d_out] -> [N, d_in].
+def frozen_product_backward(dy: Tensor, weight: Tensor, dx: Tensor | None = None) -> Tensor:
+    """dx + dy · W, [N, d_out] -> [N, d_in], added in place where there is a dx.
 
     Many CPUs have no matrix unit for half precision; oneDNN's half-precision product then runs at about half the speed
     of its float32 one. There the product is taken in float32, block by block, and rounded once.
     """
     half = dy.dtype in (torch.bfloat16, torch.float16)
     if half and weight.dtype == dy.dtype and can_look(dy) and single_is_faster(dy.dtype):
-        dx = dy.new_empty(dy.shape[0], weight.shape[1])
+        out = dy.new_empty(dy.shape[0], weight.shape[1]) if dx is None else dx
         for columns in range(0, weight.shape[1], BLOCK_D):
             single = weight[:, columns : columns + BLOCK_D].float()
             for rows in range(0, len(dy), BLOCK_N):
-                block = dx[rows : rows + BLOCK_N, columns : columns + BLOCK_D]
-                block.copy_(dy[rows : rows + BLOCK_N].float() @ single)
-        return dx
-    return dy @ weight.to(dy.dtype)
+                block = out[rows : rows + BLOCK_N, columns : columns + BLOCK_D]
+                product = dy[rows : rows + BLOCK_N].float() @ single
+                block.copy_(product if dx is None else product.add_(block))
+        return out
+    weight = weight.to(dy.dtype)
+    return dy @ weight if dx is None else dx.addmm_(dy, weight)
 
 
 @cache

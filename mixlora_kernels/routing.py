@@ -28,24 +28,13 @@ class Routing(NamedTuple):
         """The same choice without its graph, to be kept beyond one step."""
         return Routing(*(tensor.detach() for tensor in self))
 
+    def member(self, g: int) -> "Routing":
+        """Of a group's routing, whose tensors are [G, B, ...], that of sibling g."""
+        return Routing(*(tensor[g] for tensor in self))
 
-class RoutingContext(NamedTuple):
-    """What a layer has to be told about its input beyond the hidden states. Every field is optional.
-
-    Attributes:
-        mask: [B, L] bool or integer (for packed input [N]); True, or not 0, marks the tokens that an
-            instance's mean runs over. The update itself is applied to every token.
-        cu_seqlens: [B + 1] int32 or int64, where each packed instance begins, and N at the end.
-        task: [B, d_task] or [B, T, d_task], the task embedding of each instance, for ``routing="task"``.
-        task_mask: [B, T] bool or integer, the embedding's tokens that count.
-        routing: a choice to reuse; no routing is computed.
-    """
-
-    mask: Tensor | None = None
-    cu_seqlens: Tensor | None = None
-    task: Tensor | None = None
-    task_mask: Tensor | None = None
-    routing: Routing | None = None
+    def unsqueeze(self) -> "Routing":
+        """As the routing of a group of one sibling."""
+        return Routing(*(tensor.unsqueeze(0) for tensor in self))
 
 
 class Instances(NamedTuple):
@@ -57,6 +46,8 @@ class Instances(NamedTuple):
         cu_seqlens, segment: for packed tokens, where each instance begins [B + 1] and which instance each
             token belongs to [N], int64; else None.
         mask: [N] bool, the tokens that are pooled; None means all.
+        share: what one pooled token counts in its instance's mean, 1 / pooled tokens: one number, or [B, 1] in the
+            precision of routing; None where no mean is taken.
     """
 
     count: int
@@ -64,6 +55,18 @@ class Instances(NamedTuple):
     cu_seqlens: Tensor | None = None
     segment: Tensor | None = None
     mask: Tensor | None = None
+    share: Tensor | float | None = None
+
+    def part(self) -> tuple["Instances", tuple[Tensor | None, ...]]:
+        """Without tensors, and the ``PARTS`` tensors, as an autograd node keeps them."""
+        number = None if isinstance(self.share, Tensor) else self.share
+        tensors = (self.cu_seqlens, self.segment, self.mask, self.share if number is None else None)
+        return Instances(self.count, self.length, share=number), tensors
+
+    def join(self, tensors) -> "Instances":
+        """The adjoint of ``part``."""
+        *tensors, share = tensors
+        return Instances(self.count, self.length, *tensors, self.share if share is None else share)
 
     def by_token(self, values: Tensor) -> Tensor:
         """View [N, K] so that ``expand``'s results fit it."""
@@ -86,19 +89,29 @@ class Instances(NamedTuple):
         total = values.new_zeros(self.count, values.shape[-1], dtype=dtype)
         return total.index_add_(0, self.segment, values.to(dtype))
 
-    def share(self, dtype: torch.dtype) -> Tensor | float:
-        """What one pooled token counts in its instance's mean: 1 / pooled tokens, [B, 1] or one number.
 
-        An instance without a pooled token (refused on the CPU; on a device, where looking would stall it,
-        it gets this far) has a mean of 0.
-        """
-        if self.mask is not None:
-            pooled = self.sum(self.by_token(self.mask.unsqueeze(-1)), dtype)
-        elif self.length is not None:
-            return 1.0 / self.length
-        else:
-            pooled = self.cu_seqlens.diff().unsqueeze(-1).to(dtype)
-        return 1.0 / pooled.clamp(min=1)
+PARTS = 4  # tensors of an Instances
+
+
+class RoutingContext(NamedTuple):
+    """What a layer has to be told about its input beyond the hidden states. Every field is optional.
+
+    Attributes:
+        mask: [B, L] bool or integer (for packed input [N]); True, or not 0, marks the tokens that an
+            instance's mean runs over. The update itself is applied to every token.
+        cu_seqlens: [B + 1] int32 or int64, where each packed instance begins, and N at the end.
+        task: [B, d_task] or [B, T, d_task], the task embedding of each instance, for ``routing="task"``.
+        task_mask: [B, T] bool or integer, the embedding's tokens that count.
+        routing: a choice to reuse; no routing is computed.
+        instances: what ``find_instances`` reads from the other fields, where that was done before.
+    """
+
+    mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    task: Tensor | None = None
+    task_mask: Tensor | None = None
+    routing: Routing | None = None
+    instances: Instances | None = None
 
 
 def find_instances(x: Tensor, context: RoutingContext, pooled: bool) -> Instances:
@@ -121,10 +134,25 @@ def find_instances(x: Tensor, context: RoutingContext, pooled: bool) -> Instance
         segment = torch.bucketize(torch.arange(tokens, device=x.device), cu_seqlens[1:], right=True)
     length = None if packed else x.shape[-2] if x.dim() == 2 else x.shape[1:-1].numel()
     mask = None if context.mask is None else _check_mask(context.mask, x, count, packed)
+    if mask is not None and can_look(mask) and bool(mask.all()):
+        mask = None
     instances = Instances(count, length, cu_seqlens, segment, mask)
-    if pooled:
-        _check_pooled(instances)
-    return instances
+    if not pooled:
+        return instances
+    _check_pooled(instances)
+    return instances._replace(share=_find_share(instances, torch.promote_types(x.dtype, torch.float32)))
+
+
+def _find_share(instances: Instances, dtype: torch.dtype) -> Tensor | float:
+    """An instance without a pooled token (refused on the CPU; on a device, where looking would stall it, it gets this
+    far) has a mean of 0."""
+    if instances.mask is not None:
+        pooled = instances.sum(instances.by_token(instances.mask.unsqueeze(-1)), dtype)
+    elif instances.length is not None:
+        return 1.0 / instances.length if instances.length else 0.0
+    else:
+        pooled = instances.cu_seqlens.diff().unsqueeze(-1).to(dtype)
+    return 1.0 / pooled.clamp(min=1)
 
 
 def find_task(context: RoutingContext, count: int, d_task: int) -> Tensor:
@@ -195,7 +223,7 @@ def _check_pooled(instances: Instances) -> None:
     if instances.length == 0 and instances.count:
         raise ValueError("every instance needs a pooled token, got instances of length 0")
     mask = instances.mask
-    if mask is not None and can_look(mask) and not mask.all():
+    if mask is not None and can_look(mask):
         empty = (
             (instances.sum(instances.by_token(mask.unsqueeze(-1)), torch.int64) == 0)
             .flatten()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mixlora_kernels as mk
-from mixlora_kernels.backends.torch import dropout
+from mixlora_kernels.backends.eager import dropout
 
 from .cases import assert_same, make_input, make_layer, make_mask, make_task, needs_compiler, run
 

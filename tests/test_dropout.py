@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import mixlora_kernels as mk
-from mixlora_kernels.backends.torch.dropout import BLOCK, draw_seed, keep_mask, keep_scale
+from mixlora_kernels.backends.eager.dropout import BLOCK, keep_mask
+from mixlora_kernels.dropout import draw_seeds, keep_scale
 
 from .cases import make_input, make_layer, relative_error, run
 
@@ -33,7 +34,7 @@ def test_the_backward_drops_what_the_forward_dropped(tokens):
 def test_a_seed_gives_a_mask_and_another_gives_another():
     x = torch.empty(200, 37)
     torch.manual_seed(0)
-    first, second = draw_seed(x.device), draw_seed(x.device)
+    first, second = draw_seeds(1, x.device), draw_seeds(1, x.device)
     assert torch.equal(keep_mask(first, x, 0.3), keep_mask(first, x, 0.3))
     assert not torch.equal(keep_mask(first, x, 0.3), keep_mask(second, x, 0.3))
     assert not torch.equal(keep_mask(first, x, 0.3)[:BLOCK], keep_mask(first, x, 0.3)[BLOCK : 2 * BLOCK])

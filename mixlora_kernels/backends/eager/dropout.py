@@ -10,22 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-LEVELS = 1 << 16
+from ...dropout import LEVELS, dropped_levels
+
 BLOCK = 64  # tokens whose elements one mask covers
-
-
-def dropped_levels(p: float) -> int:
-    return min(round(p * LEVELS), LEVELS - 1)
-
-
-def keep_scale(p: float) -> float:
-    """1 / (1 - p), for the p that is really applied."""
-    return 1.0 / (1.0 - dropped_levels(p) / LEVELS)
-
-
-def draw_seed(device: torch.device) -> Tensor:
-    """A seed from torch's global generator, which activation checkpointing restores: [1] int64."""
-    return torch.randint(1 << 62, (1,), device=device)
 
 
 def keep_blocks(seed: Tensor, x: Tensor, p: float) -> Iterator[tuple[slice, Tensor]]:

@@ -1,0 +1,33 @@
+"""The stages in plain torch: on any device, in any floating dtype, under any compiler."""
+
+from .. import node
+from .decode import decode
+from .expand import expand, expand_backward
+from .project import project, project_backward
+
+
+class Eager:
+    """The backend called ``"torch"``."""
+
+    name = "torch"
+
+    def find_obstacle(self, x, num_factors, dropout):
+        """``Backend.find_obstacle``: none."""
+        return None
+
+    def apply(self, group):
+        """``Backend.apply``."""
+        return node.apply(self, group)
+
+    def decodes(self, group):
+        """``Backend.decodes``: any number of tokens."""
+        return True
+
+    decode = staticmethod(decode)
+    project = staticmethod(project)
+    expand = staticmethod(expand)
+    expand_backward = staticmethod(expand_backward)
+    project_backward = staticmethod(project_backward)
+
+
+EAGER = Eager()

@@ -1,0 +1,29 @@
+"""decode: a given routing and no gradient to come. project and expand in as few operations as it takes: a step of a few
+tokens lasts hardly longer than it takes to start them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...frozen import frozen_product
+from ..base import FrozenLinear, Group
+
+
+def decode(group: Group) -> Sequence[Tensor]:
+    """``Backend.decode``."""
+    x, instances, dtype, scale = group.x, group.instances, group.options.dtype, group.options.scale
+    index_a, index_b, gate = group.given[:3]
+    u = torch.stack([F.linear(x, factors.lora_A.to(dtype)) for factors in group.factors])  # [G, N, E]
+    if instances.length != 1:  # each token takes its instance's
+        index_a, index_b, gate = (t[:, instances.index(x.device)] for t in (index_a, index_b, gate))
+    s = torch.zeros_like(u).scatter_(-1, index_b, (u.gather(-1, index_a) * gate).to(dtype))
+    ys = []
+    for g, (base, factors) in enumerate(zip(group.bases, group.factors)):
+        lora_B = factors.lora_B.to(dtype)
+        if isinstance(base, FrozenLinear):
+            ys.append(frozen_product(x, *base).addmm_(s[g], lora_B, alpha=scale))
+        else:
+            ys.append(torch.addmm(base, s[g], lora_B, alpha=scale))
+    return ys

@@ -1,0 +1,56 @@
+"""expand: y += Σ_i c gate_i u_i · lora_B[index_b[i]] (Equations 1 and 9), and back."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...routing import Routing
+from ..base import Group, Needs, Saved
+from .rank_r import Choice, add, choose, collect, products
+
+
+def expand(
+    group: Group, ys: Sequence[Tensor], fresh: Sequence[bool], routing: Routing, saved: Saved
+) -> tuple[Sequence[Tensor], Saved]:
+    """``Stages.expand``; ``saved`` is what ``project`` left, and goes on as it is."""
+    s = _weigh(saved[0], group, routing)
+    # A graph being compiled knows no operation in place, and torch 2.11 loses the gradient of what one has changed
+    # (pytorch/pytorch#180642).
+    in_place = [own and not torch.compiler.is_compiling() for own in fresh]
+    parts = s.chunk(len(ys), -1)
+    return [add(y, parts[g], _choice(group, routing, g), in_place[g]) for g, y in enumerate(ys)], saved
+
+
+def expand_backward(group: Group, dys: Sequence[Tensor], routing: Routing, saved: Saved, needs: Needs):
+    """``Stages.expand_backward``; what it carries is du [N, G * R]."""
+    u, G = saved[0], len(dys)
+    parts = _weigh(u, group, routing).chunk(G, -1) if needs.lora_B else ()
+    dlora_B: list[Tensor | None] = [None] * G
+    vs = []
+    for g, dy in enumerate(dys):
+        choice = _choice(group, routing, g)
+        vs.append(products(dy, choice))
+        if needs.lora_B:
+            dlora_B[g] = collect(parts[g], dy, choice)
+    v = vs[0] if G == 1 else torch.cat(vs, -1)
+    dgate = None
+    if needs.gate:
+        B, instances = group.instances.count, group.instances
+        dgate = instances.sum(instances.by_token(u * v), routing.gate.dtype) * group.options.scale
+        dgate = dgate.view(B, G, -1).transpose(0, 1)
+    return dlora_B, dgate, (_weigh(v, group, routing),)
+
+
+def _weigh(values: Tensor, group: Group, routing: Routing) -> Tensor:
+    """c · gate · values [N, G * R], the product in the gate's precision, so that no rounding of the gate biases a whole
+    instance."""
+    G, B, R = routing.gate.shape
+    weight = (routing.gate * group.options.scale).transpose(0, 1).reshape(B, G * R)
+    weighed = group.instances.by_token(values) * group.instances.expand(weight)
+    return weighed.view(len(values), G * R).to(values.dtype)
+
+
+def _choice(group: Group, routing: Routing, g: int) -> Choice:
+    dtype = group.options.dtype
+    return choose([group.factors[g].lora_B], routing.index_b[g : g + 1], group.instances, dtype)

@@ -1,0 +1,101 @@
+"""project: choose the factors, then u = drop(x) · lora_Aᵀ for the chosen rows; and back.
+
+The logits are the routers' product with the mean of an instance's pooled tokens (Equation 5). The mean comes first: to
+read x once more costs less than the routers' columns of the product, and it keeps float32 where x has less.
+"""
+
+import torch
+from torch import Tensor
+
+from ...routing import Instances, Routing, can_look
+from ..base import Gradients, Group, Needs, Saved
+from .dropout import project_dropped, project_dropped_backward
+from .rank_r import add, choose, collect, pick, products
+from .route import route, route_backward
+
+BLOCK = 128  # tokens copied at a time where x cannot be summed as it lies
+
+
+def project(group: Group) -> tuple[Routing, Saved]:
+    """The routing; and what later stages need: u [N, G * R] before the scale 1 / (1 - p), what the routers read
+    [B, d_route], and what ``route`` kept."""
+    x, instances, options = group.x, group.instances, group.options
+    routing, read, kept = group.given, group.read, ()
+    if routing is None:
+        if options.pools:
+            read = mean(x, instances, options.precise)
+        routing, kept = route(read, group.factors, options)
+    us = []
+    for g, factors in enumerate(group.factors):
+        choice = choose([factors.lora_A], routing.index_a[g : g + 1], instances, x.dtype)
+        if group.seeds is None:
+            us.append(products(x, choice))
+        else:
+            whole = project_dropped(x, choice.pool, group.seeds[g : g + 1], options.p)
+            us.append(pick(whole, choice))
+    u = us[0] if len(us) == 1 else torch.cat(us, -1)
+    return routing, (u, read, *kept)
+
+
+def project_backward(
+    group: Group, dx: Tensor | None, drouting, routing: Routing, saved: Saved, carried: Saved, needs: Needs
+) -> Gradients:
+    """``Stages.project_backward``; carried is du [N, G * R]."""
+    x, instances, options, G = group.x, group.instances, group.options, len(group.factors)
+    (_, read, *kept), (du,) = saved, carried
+    pools = [factors.lora_A for factors in group.factors]
+    choice = choose(pools, routing.index_a, instances, du.dtype)
+    dlora_A = [None] * G
+    if group.seeds is not None:
+        dx = torch.zeros_like(x) if needs.x and dx is None else dx
+        parts = choice.pool.chunk(G), choice.place(du).chunk(G, -1), group.seeds.split(1)
+        dlora_A = [
+            project_dropped_backward(dx if needs.x else None, x, du_g, pool, seed, options.p)
+            for pool, du_g, seed in zip(*parts)
+        ]
+    else:
+        if needs.x:
+            dx = add(du.new_zeros(len(du), choice.pool.shape[1]) if dx is None else dx, du, choice)
+        if needs.lora_A:
+            dlora_A = list(collect(du, x, choice).chunk(G))
+    if not needs.routers:
+        nothing = [None] * G
+        return Gradients(dx, dlora_A, nothing, nothing, nothing, None)
+    dread, table_A, *drouters = route_backward(drouting, read, group.factors, routing, kept, options)
+    if table_A is not None and needs.lora_A:
+        dlora_A = [d.to(table.dtype).add_(table) for d, table in zip(dlora_A, table_A)]
+    if options.pools and needs.x:
+        _mean_backward(dx, dread, instances)
+    return Gradients(dx, dlora_A, *drouters, None if options.pools else dread)
+
+
+def mean(x: Tensor, instances: Instances, dtype: torch.dtype) -> Tensor:
+    """Equation 5, the mean of each instance's pooled tokens: x [N, D] -> [B, D] in ``dtype``."""
+    N, mask, look = x.shape[0], instances.mask, can_look(x)
+    # Summed as it lies where that makes no copy of x: the CPU's sum first converts the whole of its input.
+    if mask is None and instances.length is not None and (x.dtype == dtype or not look):
+        return instances.by_token(x).sum(dim=1, dtype=dtype) * instances.share
+    block = BLOCK if look else max(N, 1)  # a compiled graph makes no copy and wants no loop
+    total = x.new_zeros(instances.count, x.shape[1], dtype=dtype)
+    instance = instances.index(x.device)
+    for first in range(0, N, block):
+        rows = slice(first, first + block)
+        part = x[rows].to(dtype)
+        if mask is not None and not (look and mask[rows].all()):
+            # Filled, not multiplied by 0: what stands in the padding may be infinite.
+            part = part.masked_fill(~mask[rows, None], 0)
+        total.index_add_(0, instance[rows], part)
+    return total * instances.share
+
+
+def _mean_backward(dx: Tensor, dpooled: Tensor, instances: Instances) -> None:
+    """Give every pooled token its share of the gradient of its instance's mean, [B, D]: added to dx in place."""
+    dpooled = (dpooled * instances.share).to(dx.dtype)
+    if instances.mask is None and instances.length is not None:
+        instances.by_token(dx).add_(dpooled.unsqueeze(1))
+    else:  # as a product with the instances' indicators, which takes no copy of dpooled for each token
+        tokens = instances.index(dx.device)
+        member = tokens[:, None] == torch.arange(instances.count, device=dx.device)  # [N, B]
+        if instances.mask is not None:
+            member &= instances.mask[:, None]
+        dx.addmm_(member.to(dx.dtype), dpooled)

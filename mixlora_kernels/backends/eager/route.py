@@ -1,0 +1,153 @@
+"""route: from what the routers read to the factors of each instance, and back.
+
+Everything here is of the size [G, B, R, E] or of the parameters alone. Equations 6 to 8, for each sibling:
+
+    p_A = softmax(logits_a)                           index_a = top_r(p_A)
+    c_i = T[i, :, index_a[i]]                         T[i] = router_AB[i] · lora_Aᵀ
+    p_CFS = softmax(Σ_i softmax(c_i))
+    p_B = softmax(logits_b) + p_CFS                   index_b = top_r(p_B)
+
+T depends on parameters alone; an instance only looks up r of its columns. Tied pairs take index_b = index_a.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ...routing import Routing
+from ..base import Factors, Options, Saved
+
+_softmax_backward = torch.ops.aten._softmax_backward_data
+
+
+def route(read: Tensor, factors: Sequence[Factors], options: Options) -> tuple[Routing, Saved]:
+    """Choose r factors of A and r of B for each of G siblings and B instances.
+
+    Args:
+        read: what the routers read [B, d_route], in the precision of routing.
+
+    Returns:
+        The routing, its tensors [G, B, ...]; and for the backward p_IFS and p_CFS [G, B, E] and q [G, R, E, B].
+    """
+    G, r = len(factors), options.r
+    # One product for each router: the bits of a product depend on the number of its columns.
+    routers = join_routers(factors, options)
+    logits = torch.bmm(read.expand(len(routers), -1, -1), routers.mT)  # [G or 2 * G, B, E]
+    probs_a = torch.softmax(logits[:G], -1)  # Equation 6
+    index_a = top_r(probs_a, r)
+    if options.tied:
+        gate = _gate(options.gate, (probs_a, index_a))
+        return Routing(index_a, index_a, gate, probs_a, probs_a), (None, None, None)
+    probs_b = p_ifs = torch.softmax(logits[G:], -1)
+    p_cfs = q = None
+    if options.conditioning is not None:
+        table = torch.stack([condition_table(own, options) for own in factors])
+        q = torch.softmax(table.gather(3, _columns(index_a, table.shape[2])), 2)  # Equation 7: [G, R, E, B]
+        p_cfs = torch.softmax(q.sum(1).transpose(1, 2), -1)
+        probs_b = p_ifs + p_cfs  # Equation 8
+    index_b = top_r(probs_b, r)
+    gate = _gate(options.gate, (probs_a, index_a), (probs_b, index_b))
+    return Routing(index_a, index_b, gate, probs_a, probs_b), (p_ifs, p_cfs, q)
+
+
+def route_backward(
+    drouting, read: Tensor, factors: Sequence[Factors], routing: Routing, saved: Saved, options: Options
+):
+    """From the gradients of the gate [G, B, R] and of the probabilities [G, B, E] (None where there is none).
+
+    Returns:
+        That of ``read`` [B, d_route]; and, of each sibling, what comes to lora_A through T (None: nothing), and those
+        of router_A, router_B and router_AB.
+    """
+    (dgate, dprobs_a, dprobs_b), (p_ifs, p_cfs, q) = drouting, saved
+    index_a, index_b, _, probs_a, probs_b = routing
+    choices = [(probs_a, index_a)] if options.tied else [(probs_a, index_a), (probs_b, index_b)]
+    dprobs = [torch.zeros_like(probs) for probs, _ in choices]
+    if dgate is not None and options.gate != "binary":
+        for target, (_, index), dchosen in zip(dprobs, choices, _gate_backward(options.gate, dgate, choices)):
+            target.scatter_(-1, index, dchosen)
+    for g, given in enumerate((dprobs_a, dprobs_b)):
+        if given is not None:
+            dprobs[g % len(dprobs)] += given
+    dlogits = [_softmax_backward(dprobs[0], probs_a, -1, probs_a.dtype)]
+    G, nothing = len(factors), [None] * len(factors)
+    tables = None, nothing
+    if not options.tied:
+        dlogits.append(_softmax_backward(dprobs[1], p_ifs, -1, p_ifs.dtype))
+        if q is not None:
+            dq = _softmax_backward(dprobs[1], p_cfs, -1, p_cfs.dtype)  # [G, B, E], the same for every slot
+            dc = _softmax_backward(dq.transpose(1, 2).unsqueeze(1).expand_as(q), q, 2, q.dtype)  # [G, R, E, B]
+            dtable = dc.new_zeros(*q.shape[:3], q.shape[2]).scatter_add_(3, _columns(index_a, q.shape[2]), dc)
+            tables = zip(*(condition_table_backward(*pair, options) for pair in zip(dtable, factors)))
+    stacked = (dlogits[0] if options.tied else torch.cat(dlogits)).transpose(0, 1).flatten(1)  # [B, (2 *) G * E]
+    drouters = (stacked.T @ read).chunk(len(dlogits) * G)
+    dread = stacked @ join_routers(factors, options).flatten(0, 1)
+    dlora_A, drouter_AB = tables
+    return dread, dlora_A, drouters[:G], (nothing if options.tied else drouters[G:]), drouter_AB
+
+
+def join_routers(factors: Sequence[Factors], options: Options) -> Tensor:
+    """The siblings' routers, A's first: [2 * G, E, d_route], or [G, E, d_route] where pairs are tied."""
+    routers = [own.router_A for own in factors]
+    if not options.tied:
+        routers += [own.router_B for own in factors]
+    return (routers[0].unsqueeze(0) if len(routers) == 1 else torch.stack(routers)).to(options.precise)
+
+
+def condition_table(factors: Factors, options: Options) -> Tensor:
+    """T [R, E, E]: what is said of each factor of B (second) by each factor of A in slot i (third)."""
+    lora_A, router_AB = factors.lora_A.to(options.precise), factors.router_AB.to(options.precise)
+    if options.conditioning == "published":
+        return router_AB.sum(-1)[:, :, None] * lora_A.sum(-1)
+    return (router_AB.flatten(0, 1) @ lora_A.T).view(router_AB.shape[0], -1, lora_A.shape[0])
+
+
+def condition_table_backward(dtable: Tensor, factors: Factors, options: Options) -> tuple[Tensor, Tensor]:
+    """The gradients of ``lora_A`` and ``router_AB`` from that of T."""
+    lora_A, router_AB = factors.lora_A.to(options.precise), factors.router_AB.to(options.precise)
+    if options.conditioning == "published":
+        dlora_A = (dtable * router_AB.sum(-1)[:, :, None]).sum((0, 1))[:, None].expand_as(lora_A)
+        return dlora_A, (dtable * lora_A.sum(-1)).sum(-1)[..., None].expand_as(router_AB)
+    dtable = dtable.flatten(0, 1)  # [R * E, E]
+    return dtable.T @ router_AB.flatten(0, 1), (dtable @ lora_A).view_as(router_AB)
+
+
+def top_r(p: Tensor, r: int) -> Tensor:
+    """The indices of the r largest, largest first; of equal ones the lower index first."""
+    # A stable sort, because topk promises nothing about ties.
+    return torch.sort(p, dim=-1, descending=True, stable=True)[1][..., :r].contiguous()
+
+
+def _columns(index_a: Tensor, E: int) -> Tensor:
+    """index_a [G, B, R] as the index of T's columns, [G, R, E, B]."""
+    return index_a.transpose(1, 2).unsqueeze(2).expand(-1, -1, E, -1)
+
+
+def _gate(gate: str, *choices: tuple[Tensor, Tensor]) -> Tensor:
+    """What multiplies each chosen pair [G, B, R], from the probabilities and indices that chose it."""
+    if gate in ("straight_through", "binary"):
+        probs, index = choices[0]
+        return probs.new_ones(index.shape)
+    return math.prod([_share(gate, *choice)[0] for choice in choices])
+
+
+def _gate_backward(gate: str, dgate: Tensor, choices: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The gradients of the chosen probabilities [G, B, R], of A's and of B's."""
+    if gate == "straight_through":
+        return [dgate] * len(choices)
+    shares = [_share(gate, *choice) for choice in choices]
+    gradients = []
+    for i, (share, total) in enumerate(shares):
+        dshare = math.prod([other for j, (other, _) in enumerate(shares) if j != i], start=dgate)
+        # Shares add up to the same, whatever the probabilities.
+        gradients.append((dshare - (dshare * share).sum(-1, keepdim=True) / share.sum(-1, keepdim=True)) / total)
+    return gradients
+
+
+def _share(gate: str, probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """The chosen probabilities [G, B, R] over their sum, or over their mean where the gate is normalized; and that."""
+    chosen = probs.gather(-1, index)
+    total = chosen.mean(-1, keepdim=True) if gate == "normalized" else chosen.sum(-1, keepdim=True)
+    return chosen / total, total

@@ -1,0 +1,158 @@
+"""The operation as one autograd node for backends that are made of stages.
+
+With u = drop(x) · lora_Aᵀ [N, E], c = scaling and v = dy · lora_Bᵀ [N, E], one token t of an instance has
+
+    y       += Σ_i c gate_i · u[index_a[i]] · lora_B[index_b[i]]                         (Equations 1 and 9)
+    dgate_i  = c Σ_t u[index_a[i]] · v[index_b[i]]              (the sum is the instance's)
+    du[index_a[i]] = c gate_i · v[index_b[i]]
+    dlora_B  = Σ_t sᵀ dy,  s[index_b[i]] = c gate_i · u[index_a[i]]
+    dlora_A  = Σ_t duᵀ drop(x)      + what comes through T of the conditional router
+    dx       = Σ_g dy · W + drop(du · lora_A) + pooled share · (dlogits_a · router_A + dlogits_b · router_B)
+
+and dgate goes through gate, softmax and T (backends/eager/route.py) to dlogits_a, dlogits_b and dT. A factor that
+nobody chose has a zero column in du, in s and a zero row in dT: its gradient is exactly zero.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..frozen import frozen_product, frozen_product_backward
+from ..routing import PARTS, Instances, Routing
+from .base import Factors, FrozenLinear, Group, Needs, Options, Stages
+
+OWN = 8  # tensors that each sibling brings: y or weight and bias, and five factors
+
+
+def apply(stages: Stages, group: Group) -> tuple[Sequence[Tensor], Routing]:
+    """``Backend.apply`` through the stages."""
+    own: list[Tensor | None] = []
+    for base, factors in zip(group.bases, group.factors):
+        own += (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
+        own += factors
+    given = group.given or Routing(None, None, None, None, None)
+    outputs = Node.apply(
+        stages, group.instances, group.options, group.x, group.read, group.seeds,
+        given.gate, given.index_a, given.index_b, *own,
+    )  # fmt: skip
+    G = len(group.factors)
+    if group.given is not None:
+        return outputs if G > 1 else (outputs,), group.given
+    if not group.options.tied:
+        return outputs[:G], Routing(*outputs[G:])
+    index, gate, probs = outputs[G:]
+    return outputs[:G], Routing(index, index, gate, probs, probs)
+
+
+class Node(torch.autograd.Function):
+    """The adapters of a group and, where they are given as weights, its frozen products."""
+
+    @staticmethod
+    def forward(
+        ctx, stages: Stages, instances: Instances, options: Options, x, read, seeds, gate, index_a, index_b, *own
+    ):
+        bases, factors = _split(own)
+        given = None if index_a is None else Routing(index_a, index_b, gate, None, None)
+        group = Group(x, bases, factors, read, given, seeds, instances, options)
+        routing, saved = stages.project(group)
+        fresh = [isinstance(base, FrozenLinear) for base in bases]
+        ys = [frozen_product(x, *base) if isinstance(base, FrozenLinear) else base for base in bases]
+        ys, saved = stages.expand(group, ys, fresh, routing, saved)
+
+        ctx.set_materialize_grads(False)
+        ctx.stages, ctx.options, ctx.routed, ctx.device_type = stages, options, given is None, x.device.type
+        ctx.shapes = [y.shape for y in ys]
+        learned = any(ctx.needs_input_grad[9 + i] for i in range(len(own)) if i % OWN in (3, 5, 6, 7))
+        kept = [tensor for i, tensor in enumerate(own) if i % OWN not in (0, 2)]  # neither y nor the bias is read again
+        ctx.instances, parts = instances.part()
+        ctx.save_for_backward(x if learned else None, read, seeds, *parts, *routing, *kept, *saved)
+        if given is not None:
+            return ys[0] if len(ys) == 1 else tuple(ys)
+        index_a, index_b, gate, probs_a, _ = routing
+        ctx.mark_non_differentiable(index_a, index_b, *((gate,) if options.gate == "binary" else ()))
+        return (*ys, index_a, gate, probs_a) if options.tied else (*ys, *routing)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        if autocasts(ctx.device_type):  # whoever calls backward() under it
+            with torch.autocast(ctx.device_type, enabled=False):
+                return Node.gradients(ctx, *grads)
+        return Node.gradients(ctx, *grads)
+
+    @staticmethod
+    def gradients(ctx, *grads):
+        options, stages, G = ctx.options, ctx.stages, len(ctx.shapes)
+        x, read, seeds, *tensors = ctx.saved_tensors
+        parts, routing, kept, saved = _cut(tensors, PARTS, 5, G * 6)
+        routing, rows = Routing(*routing), [kept[i : i + 6] for i in range(0, len(kept), 6)]
+        bases, factors = [FrozenLinear(row[0], None) for row in rows], [Factors(*row[1:]) for row in rows]
+        given = None if ctx.routed else routing
+        group = Group(x, bases, factors, read, given, seeds, ctx.instances.join(parts), options)
+        dys, (dgate, dprobs_a, dprobs_b) = list(grads[:G]), _drouting(grads[G:], ctx.routed, options.tied)
+
+        # A sibling whose y nobody used has no gradient; neither have its factors, unless its probabilities were used.
+        unused = [dy is None and dgate is None and dprobs_a is None and dprobs_b is None for dy in dys]
+        for g, dy in enumerate(dys):
+            if dy is None:
+                dys[g] = factors[g].lora_B.new_zeros(ctx.shapes[g], dtype=options.dtype)
+        need_x, need_read, _, need_gate = ctx.needs_input_grad[3:7]
+        wanted = [ctx.needs_input_grad[9 + g * OWN : 9 + (g + 1) * OWN] for g in range(G)]
+        # With a binary gate the routers learn from a loss of the probabilities alone.
+        routes = ctx.routed and not (options.gate == "binary" and dprobs_a is None and dprobs_b is None)
+        routes = routes and (need_x or need_read or any(any(want[3:]) for want in wanted))
+        needs = Needs(
+            need_x, any(want[3] for want in wanted), any(want[4] for want in wanted), routes, routes or need_gate
+        )
+
+        dlora_B, dgate_y, carried = stages.expand_backward(group, dys, routing, saved, needs)
+        if dgate_y is not None:
+            dgate = dgate_y if dgate is None else dgate_y + dgate
+        dx = frozen_backward(dys, bases) if need_x else None
+        found = stages.project_backward(group, dx, (dgate, dprobs_a, dprobs_b), routing, saved, carried, needs)
+
+        given = []
+        for g, want in enumerate(wanted):
+            gradients = Factors(found.lora_A[g], dlora_B[g], found.router_A[g], found.router_B[g], found.router_AB[g])
+            given += (dys[g] if want[0] and not unused[g] else None, None, None)
+            given += (
+                d.to(factor.dtype) if want[3 + i] and d is not None and not unused[g] else None
+                for i, (d, factor) in enumerate(zip(gradients, factors[g]))
+            )
+        dx = found.x if need_x else None
+        dread = found.read if need_read else None
+        return (None, None, None, dx, dread, None, dgate if need_gate else None, None, None, *given)
+
+
+def frozen_backward(dys: Sequence[Tensor], bases: Sequence[FrozenLinear]) -> Tensor | None:
+    """Σ_g dy_g · W_g [N, D], each product added to the sum of those before; None where no weights are given."""
+    dx = None
+    for dy, base in zip(dys, bases):
+        if base.weight is not None:
+            dx = frozen_product_backward(dy, base.weight, dx)
+    return dx
+
+
+def autocasts(device_type: str) -> bool:
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which knows no meta device
+
+
+def _split(own: Sequence[Tensor | None]) -> tuple[list[FrozenLinear | Tensor], list[Factors]]:
+    rows = [own[i : i + OWN] for i in range(0, len(own), OWN)]
+    return [FrozenLinear(*row[1:3]) if row[0] is None else row[0] for row in rows], [Factors(*row[3:]) for row in rows]
+
+
+def _cut(tensors: Sequence[Tensor | None], *lengths: int) -> list[Sequence[Tensor | None]]:
+    """Consecutive pieces of those lengths, and what is left."""
+    pieces, start = [], 0
+    for length in lengths:
+        pieces.append(tensors[start : start + length])
+        start += length
+    return [*pieces, tensors[start:]]
+
+
+def _drouting(grads: Sequence[Tensor | None], routed: bool, tied: bool):
+    """The gradients of the gate and of the probabilities among those of ``Node``'s outputs."""
+    if not routed:
+        return None, None, None
+    return (grads[1], grads[2], None) if tied else grads[2:5]

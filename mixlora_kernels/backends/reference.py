@@ -1,0 +1,70 @@
+"""The paper's equations as a backend: ``mixlora_kernels.reference``, an instance at a time, gradients by autograd."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..dropout import keep_scale
+from ..frozen import frozen_product
+from ..routing import Routing
+from .base import FrozenLinear, Group
+from .eager.dropout import keep_mask
+
+
+class Reference:
+    """The backend called ``"reference"``."""
+
+    name = "reference"
+
+    def find_obstacle(self, x, num_factors, dropout):
+        """``Backend.find_obstacle``: none."""
+        return None
+
+    def apply(self, group: Group) -> tuple[Sequence[Tensor], Routing]:
+        """``Backend.apply``."""
+        pairs = [self._apply_one(group, g) for g in range(len(group.factors))]
+        ys, routings = zip(*pairs)
+        if group.given is not None:
+            return ys, group.given
+        return ys, Routing(*map(torch.stack, zip(*routings)))
+
+    def decodes(self, group):
+        """``Backend.decodes``: never."""
+        return False
+
+    decode = apply
+
+    def _apply_one(self, group: Group, g: int) -> tuple[Tensor, Routing]:
+        x, instances, options, base = group.x, group.instances, group.options, group.bases[g]
+        frozen = frozen_product(x, *base) if isinstance(base, FrozenLinear) else base
+        dropped = x
+        if group.seeds is not None:
+            dropped = x * keep_mask(group.seeds[g : g + 1], x, options.p) * keep_scale(options.p)
+        scaling = options.scale / (keep_scale(options.p) if group.seeds is not None else 1)
+        conditioning = "tied" if options.tied else options.conditioning or "none"
+        ys, routings = [], []
+        for b, rows in enumerate(self._rows(group)):
+            y, routing = reference.mixlora(
+                x[rows], frozen[rows], *group.factors[g], r=options.r, scaling=scaling, conditioning=conditioning,
+                gate=options.gate, mask=None if instances.mask is None else instances.mask[rows],
+                task=None if group.read is None else group.read[b : b + 1],
+                chosen=None if group.given is None else tuple(t[g, b] for t in group.given[:3]), dropped=dropped[rows],
+            )  # fmt: skip
+            ys.append(y)
+            routings.append(routing)
+        y = torch.cat(ys) if ys else frozen
+        return y, None if group.given is not None else Routing(*map(torch.stack, zip(*routings)))
+
+    @staticmethod
+    def _rows(group: Group) -> list[slice]:
+        instances = group.instances
+        if instances.length is None:
+            starts = instances.cu_seqlens.tolist()
+            return [slice(start, end) for start, end in pairwise(starts)]
+        return [slice(b * instances.length, (b + 1) * instances.length) for b in range(instances.count)]
+
+
+REFERENCE = Reference()

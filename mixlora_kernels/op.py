@@ -1,0 +1,161 @@
+"""The operation: check the input, say what the instances are, choose a backend.
+
+``mixlora_siblings`` is the operation on a group of G frozen maps that read the same x; ``mixlora`` is its case of one.
+What it computes and its backward stand in ``backends/node.py``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .backends.base import Factors, FrozenLinear, Group, Options
+from .backends.node import autocasts
+from .backends.select import select
+from .checks import check_input, check_routing
+from .config import MixLoRAConfig
+from .dropout import draw_seeds, dropped_levels, keep_scale
+from .routing import Routing, RoutingContext, find_instances, find_task
+
+
+def mixlora(
+    x: Tensor,
+    base: Tensor | FrozenLinear,
+    factors: Factors,
+    config: MixLoRAConfig,
+    context: RoutingContext | None = None,
+    *,
+    training: bool = False,
+    backend: str | None = None,
+) -> tuple[Tensor, Routing]:
+    """Conditional Mixture-of-LoRA on top of a frozen linear map: Equations 1 and 5 to 9.
+
+    Args:
+        x: hidden states [B, ..., d_in], or [L, d_in] for one instance, or [N, d_in] or [1, N, d_in] packed.
+        base: the frozen map's output [..., d_out], or the map itself; its product then runs in the same
+            autograd node, so that nothing of the size of x or y is allocated but y and x's gradient.
+        factors: the adapter's parameters, in any floating dtype.
+        config: what to compute.
+        context: what the instances are, and which of their tokens are pooled; see ``RoutingContext``.
+        training: whether dropout applies.
+        backend: ``"reference"``, ``"torch"``, ``"native"``, ``"triton"``, or None for the best one for x.
+
+    Returns:
+        y [..., d_out] in the base's dtype, and the ``Routing`` of the B instances.
+
+    Raises:
+        TypeError, ValueError: x, base or context do not fit; nothing was computed.
+    """
+    given = None if context is None else context.routing
+    if given is not None:
+        context = context._replace(routing=given.unsqueeze())
+    (y,), routing = mixlora_siblings(x, (base,), (factors,), config, context, training=training, backend=backend)
+    return y, routing.member(0) if given is None else given
+
+
+def mixlora_siblings(
+    x: Tensor,
+    bases: Sequence[Tensor | FrozenLinear],
+    factors: Sequence[Factors],
+    config: MixLoRAConfig,
+    context: RoutingContext | None = None,
+    *,
+    training: bool = False,
+    backend: str | None = None,
+) -> tuple[Sequence[Tensor], Routing]:
+    """The same for G frozen maps that read one x, such as a decoder layer's q, k and v: each with an adapter and a
+    choice of factors of its own. Each output has the bits of ``mixlora``; x is read once for all.
+
+    Args:
+        x, context, training, backend: as in ``mixlora``.
+        bases, factors: those of each sibling; all adapters have the same E and d_in, and d_out may differ.
+        config: what all of them compute.
+
+    Returns:
+        The outputs [..., d_out], and the ``Routing`` of the B instances with the siblings before them: its tensors are
+        [G, B, ...], and ``routing.member(g)`` is that of one sibling. ``context.routing`` has this form too.
+
+    Raises:
+        TypeError, ValueError: x, the bases or the context do not fit; nothing was computed.
+    """
+    context = context or RoutingContext()
+    check_input(x, bases, factors, config)
+    if autocasts(x.device.type) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+        with torch.autocast(x.device.type, enabled=False):
+            return _mixlora(x, bases, factors, config, context, training, backend)
+    return _mixlora(x, bases, factors, config, context, training, backend)
+
+
+def _mixlora(x, bases, factors, config, context, training, backend):
+    routes, G = context.routing is None and config.has_routers, len(bases)
+    pools = routes and config.routing == "instance"
+    instances = context.instances or find_instances(x, context, pooled=pools)
+    precise = torch.promote_types(x.dtype, torch.float32)
+    read = None
+    if routes and config.routing == "task":
+        read = find_task(context, instances.count, config.task_dim).to(precise)
+    p = config.dropout if training and dropped_levels(config.dropout) else 0.0
+    given, seeds = context.routing, None
+    if given is not None:
+        check_routing(given, config, G, instances.count)
+    elif not routes:
+        given, seeds = _draw(G, instances.count, config, x, bool(p))
+    if p and seeds is None:
+        seeds = draw_seeds(G, x.device)
+    group = Group(
+        x=x.reshape(-1, x.shape[-1]),
+        bases=[base if isinstance(base, FrozenLinear) else base.reshape(-1, base.shape[-1]) for base in bases],
+        factors=factors,
+        read=read,
+        given=given,
+        seeds=seeds,
+        instances=instances,
+        options=Options(
+            r=config.r,
+            scale=config.scaling * (keep_scale(p) if p else 1.0),
+            p=p,
+            gate=config.gate,
+            conditioning=config.conditioning if config.has_conditioning else None,
+            tied=not config.chooses_b,
+            pools=config.routing == "instance",
+            dtype=x.dtype,
+        ),
+    )
+    chosen = select(backend, x, config.num_factors, bool(p))
+    # Not in training: a checkpointed forward without gradients must have the bits of its recomputation.
+    if given is not None and not training and chosen.decodes(group) and not _learns(group):
+        ys, routing = chosen.decode(group), given
+    else:
+        ys, routing = chosen.apply(group)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], given or routing
+
+
+def _learns(group: Group) -> bool:
+    """Whether a gradient can be asked for."""
+    if not torch.is_grad_enabled():
+        return False
+    outputs = (base for base in group.bases if not isinstance(base, FrozenLinear))
+    parameters = (tensor for factors in group.factors for tensor in factors if tensor is not None)
+    return any(tensor.requires_grad for tensor in (group.x, group.given.gate, *outputs, *parameters))
+
+
+def _draw(G: int, count: int, config: MixLoRAConfig, x: Tensor, drops: bool) -> tuple[Routing, Tensor | None]:
+    """Table 2's baseline, r distinct factors for each instance, from torch's generator for x's device; and a seed for
+    dropout. Sibling after sibling, as single layers would draw."""
+    device, dtype = x.device, torch.promote_types(x.dtype, torch.float32)
+
+    def index() -> Tensor:
+        return torch.rand(count, config.num_factors, device=device).argsort(-1)[:, : config.r]
+
+    index_a, index_b, seeds = [], [], []
+    for _ in range(G):
+        index_a.append(index())
+        index_b.append(index() if config.chooses_b else index_a[-1])
+        if drops:
+            seeds.append(draw_seeds(1, device))
+    first = torch.stack(index_a)
+    second = torch.stack(index_b) if config.chooses_b else first
+    probs = torch.full((G, count, config.num_factors), 1 / config.num_factors, device=device, dtype=dtype)
+    gate = torch.ones(first.shape, device=device, dtype=dtype)
+    return Routing(first, second, gate, probs, probs), torch.cat(seeds) if drops else None
