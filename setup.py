@@ -1,6 +1,6 @@
 from pathlib import Path
 
-from setuptools import Extension, find_packages, setup
+from setuptools import find_packages, setup
 
 # What each use needs beyond torch. The kernels' tests run in Triton's interpreter, on any machine.
 PEFT = ["transformers>=5.3", "peft>=0.21", "accelerate>=1.10", "safetensors>=0.5"]
@@ -18,18 +18,6 @@ TEST = [
     "triton>=3.4; platform_system == 'Linux'",
 ]
 
-# The CPU's kernels, where there is a C compiler with OpenMP; the package works without them. Not linked with OpenMP:
-# they find torch's, which is loaded first, so that both share one pool of threads.
-NATIVE = Path("mixlora_kernels", "backends", "native")
-KERNELS = Extension(
-    "mixlora_kernels.backends.native._kernels",
-    [str(NATIVE / "kernels.c")],
-    depends=[str(path) for path in sorted(NATIVE.glob("*.h"))],
-    extra_compile_args=["-std=gnu11", "-O3", "-fopenmp", "-Wno-psabi"],
-    libraries=["m"],
-    optional=True,
-)
-
 setup(
     name="mixlora_kernels",
     version="0.1.0",
@@ -40,9 +28,7 @@ setup(
     packages=find_packages(include=["mixlora_kernels", "mixlora_kernels.*", "integration", "integration.*"]),
     package_data={
         "integration.llava": ["configs/*.yaml", "lmms_tasks/*"],
-        "mixlora_kernels.backends.native": ["*.c", "*.h"],
     },
-    ext_modules=[KERNELS],
     entry_points={"lmms_eval.models": ["mixlora_llava = integration.llava.lmms:manifest"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.6"],

@@ -18,9 +18,8 @@ class MixLoRALinear(nn.Module):
         config: what to compute; ``MixLoRAConfig()`` by default.
         bias: whether the new layer has a bias.
         device, dtype: of the new layer. The adapter's parameters are float32 (float64 for a float64 layer).
-        backend: ``"reference"`` (the paper's equations one by one), ``"torch"``, ``"native"`` (C, for a CPU),
-            ``"triton"``, or None: triton on a GPU, native on a CPU, torch for what they are not for. It may be changed
-            at any time by assignment to ``layer.backend``.
+        backend: ``"reference"`` (the paper's equations one by one), ``"torch"``, ``"triton"``, or None:
+            triton on a GPU, torch elsewhere. It may be changed at any time by assignment to ``layer.backend``.
     """
 
     def __init__(

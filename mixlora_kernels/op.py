@@ -38,7 +38,7 @@ def mixlora(
         config: what to compute.
         context: what the instances are, and which of their tokens are pooled; see ``RoutingContext``.
         training: whether dropout applies.
-        backend: ``"reference"``, ``"torch"``, ``"native"``, ``"triton"``, or None for the best one for x.
+        backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for the best one for x.
 
     Returns:
         y [..., d_out] in the base's dtype, and the ``Routing`` of the B instances.
@@ -122,7 +122,7 @@ def _mixlora(x, bases, factors, config, context, training, backend):
             dtype=x.dtype,
         ),
     )
-    chosen = select(backend, x, config.num_factors, bool(p))
+    chosen = select(backend, x)
     # Not in training: a checkpointed forward without gradients must have the bits of its recomputation.
     if given is not None and not training and chosen.decodes(group) and not _learns(group):
         ys, routing = chosen.decode(group), given

@@ -99,9 +99,6 @@ class Backend(Protocol):
 
     name: str
 
-    def find_obstacle(self, x: Tensor, num_factors: int, dropout: bool) -> Exception | None:
-        """Why the backend cannot run on such a tensor, as an error that says what to do; None where it can."""
-
     def apply(self, group: Group) -> tuple[Sequence[Tensor], Routing]:
         """Equations 1 and 5 to 9 for a group, differentiable: each sibling's y [N, O], and what was chosen, its tensors
         [G, B, ...], or None for the probabilities of a given routing."""

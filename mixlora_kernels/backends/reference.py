@@ -19,10 +19,6 @@ class Reference:
 
     name = "reference"
 
-    def find_obstacle(self, x, num_factors, dropout):
-        """``Backend.find_obstacle``: none."""
-        return None
-
     def apply(self, group: Group) -> tuple[Sequence[Tensor], Routing]:
         """``Backend.apply``."""
         pairs = [self._apply_one(group, g) for g in range(len(group.factors))]

@@ -12,8 +12,6 @@ import transformers
 from torch import Tensor
 from transformers import Cache
 
-from ..routing import Routing
-
 PLAIN = (Tensor, bool, int, float, str, type(None))  # what is no cache, whatever it is called
 # Under these names models hand over states that are no ``Cache``: tuples of tensors, say.
 NAMES = ("cache", "past_key_values", "cache_params", "mems", "state")
@@ -32,7 +30,7 @@ class KeptRouting:
 
     ATTRIBUTE = "_mixlora_routing"
 
-    def __init__(self, length: int, routings: dict[tuple[str, str], Routing]):
+    def __init__(self, length: int, routings: dict):
         self.length, self.routings = length, routings
 
 

@@ -1,13 +1,16 @@
 """Forward: what one forward of a decoder says about its batch, turned into each layer's RoutingContext."""
 
 import warnings
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..config import MixLoRAConfig
-from ..routing import Routing, RoutingContext
+from ..routing import Instances, Routing, RoutingContext, find_instances
 from .cache import Past, unknown_cache_error, unseen_cache_error
+from .siblings import Sharing
 from .tokens import (
     IGNORED,
     check_undivided,
@@ -25,6 +28,36 @@ WITHOUT_LABELS = (
     "sequence, the answer included, while generation routes by the prompt. Let the trainer pass labels to the model "
     "(label smoothing and loss functions of your own take them out), or set pool='sequence' if nothing is generated"
 )
+
+
+class Recorded(NamedTuple):
+    """What a layer chose: its routing, or that of its group [G, B, ...] and the layer's place g there."""
+
+    routing: Routing
+    g: int | None
+
+    def single(self) -> Routing:
+        """The layer's own, [B, ...]."""
+        return self.routing if self.g is None else self.routing.member(self.g)
+
+
+def join(found: Sequence[Recorded]) -> Routing:
+    """The routing of one layer [B, ...], or of several as a group's [G, B, ...]."""
+    routing, G = found[0].routing, len(found)
+    if G == 1:
+        return found[0].single()
+    if all(one.routing is routing and one.g == g for g, one in enumerate(found)) and len(routing.index_a) == G:
+        return routing
+    return Routing(*map(torch.stack, zip(*(one.single() for one in found))))
+
+
+def detach(routings: dict[tuple[str, str], Recorded]) -> dict[tuple[str, str], Recorded]:
+    """The same without their graphs; that of a group is detached once."""
+    plain = {}
+    for routing, _ in routings.values():
+        if id(routing) not in plain:
+            plain[id(routing)] = routing.detach() if routing.gate.requires_grad else routing
+    return {place: Recorded(plain[id(routing)], g) for place, (routing, g) in routings.items()}
 
 
 class Call:
@@ -65,18 +98,23 @@ class Forward:
         self.cu_seq_lens, self.seq_idx = named.get("cu_seq_lens_q"), named.get("seq_idx")
         self.encoded, self.encoder_mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
         self.keep = 0 if past.cache is None else call.logits_to_keep
-        self.routings: dict[tuple[str, str], Routing] = {}
+        self.routings: dict[tuple[str, str], Recorded] = {}
+        self.sharing = Sharing()
         self._contexts: dict[tuple[str, str, str], RoutingContext] = {}
+        self._instances: dict[tuple, Instances] = {}
         self._tokens: tuple[Tensor | None, Tensor | None] | None = None
 
-    def record(self, key: str, name: str, routing: Routing) -> None:
-        self.routings[key, name] = routing
+    def record(self, key: str, name: str, routing: Routing, g: int | None = None) -> None:
+        """Note what a layer chose: its routing, or that of its group and its place there."""
+        self.routings[key, name] = Recorded(routing, g)
 
-    def place(self, key: str, name: str, config: MixLoRAConfig, x: Tensor, rows: list[int] | None):
-        """A layer's input in the shape that its instances need, and their context.
+    def place(
+        self, keys: Sequence[str], name: str, config: MixLoRAConfig, x: Tensor, rows: list[int] | None = None
+    ) -> tuple[Tensor, RoutingContext]:
+        """The input of a layer, or of siblings, in the shape that its instances need, and their context.
 
         Args:
-            key, name: the layer and its adapter.
+            keys, name: the layers and their adapter.
             x: [B, L, d_in], or flattened [B * L, d_in]; in cross-attention what the encoder gave.
             rows: those of x that have the adapter; None: all.
 
@@ -84,6 +122,17 @@ class Forward:
             ValueError: x does not belong to this forward's tokens, though they matter; or what the forward says
                 about them is contradictory, or missing.
         """
+        x, context = self._place(keys, name, config, x, rows)
+        if rows is not None:
+            return x, context
+        pools = context.routing is None and config.routing == "instance"
+        place = (context.mask is None, context.cu_seqlens is None, pools, config.pool, x.shape[:-1], x.dtype, x.device)
+        instances = self._instances.get(place)
+        if instances is None:
+            instances = self._instances[place] = find_instances(x, context, pools)
+        return x, context._replace(instances=instances)
+
+    def _place(self, keys, name, config, x, rows) -> tuple[Tensor, RoutingContext]:
         if self._is_encoded(x):
             context = self._context(config)._replace(mask=self._encoder_padding(config), cu_seqlens=None)
             return (x, context) if rows is None else (x[rows], _of_rows(context, rows))
@@ -99,13 +148,13 @@ class Forward:
             else:
                 fits = False
         if self.cached and config.decode == "prompt":
-            return (x if fits else rows_as_instances(x)), RoutingContext(routing=self._kept_routing(key, name, B))
+            return (x if fits else rows_as_instances(x)), RoutingContext(routing=self._kept_routing(keys, name, B))
         context = self._context(config)
         if not fits:
             if context.mask is None and context.cu_seqlens is None:
                 return rows_as_instances(x), context if rows is None else _of_rows(context, rows)
             raise ValueError(
-                f"{key} sees an input of shape {tuple(x.shape)}, the forward's tokens are {(B, self.L)}: which of them "
+                f"{keys[0]} sees an input of shape {tuple(x.shape)}, the forward's tokens are {(B, self.L)}: which of them "
                 "belong to an instance cannot be told, so leave this layer out of target_modules"
             )
         if rows is not None:
@@ -222,19 +271,22 @@ class Forward:
             warnings.warn(WITHOUT_LABELS, stacklevel=2)
         return mask
 
-    def _kept_routing(self, key: str, name: str, B: int) -> Routing:
+    def _kept_routing(self, keys: Sequence[str], name: str, B: int) -> Routing:
+        """What the prefill chose: of one layer [B, ...], of siblings [G, B, ...]."""
         if self.L > 1:
             self._check_chunks()
         kept = self.past.kept
-        routing = None if kept is None else kept.routings.get((key, name))
-        if routing is None:
+        found = [None if kept is None else kept.routings.get((key, name)) for key in keys]
+        if None in found:
             raise ValueError(
-                f"the cache holds {self.cached} tokens, but no routing of adapter {name!r} for {key}: it was filled "
-                "without this adapter. Start with an empty cache, or use decode='token'"
+                f"the cache holds {self.cached} tokens, but no routing of adapter {name!r} for "
+                f"{keys[found.index(None)]}: it was filled without this adapter. Start with an empty cache, or use "
+                "decode='token'"
             )
-        rows = routing.index_a.shape[0]
+        routing = join(found)
+        rows = routing.index_a.shape[-2]
         if rows == 1 and B > 1:  # one instance, continued in several ways
-            return Routing(*(tensor.expand(B, -1) for tensor in routing))
+            return Routing(*(tensor.expand(*tensor.shape[:-2], B, -1) for tensor in routing))
         if rows != B:
             raise ValueError(f"the cache was filled for {rows} rows, the forward has {B}")
         return routing

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..adapter import MixLoRAAdapter
 from .config import ConditionalMixLoRAConfig
 from .forward import rows_as_instances
+from .siblings import Family
 from .side_information import SideInformation
 
 
@@ -42,6 +43,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         side: what the layers of one model know about the batch.
     """
 
+    adapter_cls = LayerAdapter
     adapter_layer_names = ("mixlora_adapter",)
     other_param_names = ("configs",)
 
@@ -50,6 +52,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
         self.key, self.side = key, side
+        self.parent, self.family = key.rpartition(".")[0], Family()
         self.mixlora_adapter = nn.ModuleDict()
         self.configs: dict[str, ConditionalMixLoRAConfig] = {}
         self._disable_adapters = False
@@ -79,11 +82,16 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs) if args or kwargs else self.base_layer
-        adapters = self.mixlora_adapter._modules
-        for name in self._active_adapter:
-            if name in adapters:
-                y = self._adapt(name, x, y)
+        names = [name for name in self._active_adapter if name in self.mixlora_adapter._modules]
+        forward, y = self.side.forward, self.base_layer
+        if args or kwargs:
+            y = self.base_layer(x, *args, **kwargs)
+        elif len(names) == 1 and forward is not None:
+            shared = forward.sharing.compute(self, names[0], x, forward)
+            if shared is not None:
+                return shared
+        for name in names:
+            y = self._adapt(name, x, y)
         return y if isinstance(y, Tensor) else y(x)
 
     def _adapt(self, name: str, x: Tensor, base: nn.Module | Tensor, rows: list[int] | None = None) -> Tensor:
@@ -92,7 +100,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
             self.side.check_outside(self)
             placed, context = rows_as_instances(x if rows is None else x[rows]), None
         else:
-            placed, context = forward.place(self.key, name, config, x, rows)
+            placed, context = forward.place([self.key], name, config, x, rows)
         if placed is x:
             y, routing = self.mixlora_adapter[name](x, base, context)
         else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..routing import Routing
 from .cache import KeptRouting, find_cache, find_past
-from .forward import Call, Forward
+from .forward import Call, Forward, Recorded, detach
 
 # Where transformers and torch keep the function that checkpoints a layer.
 CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -48,17 +48,19 @@ class SideInformation:
 
     It holds no module, so that a layer can be copied without the model, and a model with its own copy of this. What
     runs is not copied.
-
-    Attributes:
-        last: the routings of the last forward to finish, in any thread, by (layer, adapter), detached.
     """
 
     def __init__(self):
-        self.last: dict = {}
+        self._last: dict[tuple[str, str], Recorded] = {}
         self.decoder_paths: tuple[str, ...] = ()
         self._generates = True
         self._handles: list = []
         self._each_thread = EachThread()
+
+    @property
+    def last(self) -> dict[tuple[str, str], Routing]:
+        """The routings of the last forward to finish, in any thread, by (layer, adapter), detached."""
+        return {place: recorded.single() for place, recorded in self._last.items()}
 
     @property
     def running(self) -> Running:
@@ -154,12 +156,12 @@ class SideInformation:
         forward = running.forward
         if running.call is None:  # called without the whole model
             running.forward = None
-        if forward is None or output is None or not forward.routings:
+        if forward is None:
             return
-        self.last = {
-            place: Routing(*(tensor.detach() if tensor.requires_grad else tensor for tensor in routing))
-            for place, routing in forward.routings.items()
-        }
+        forward.sharing.end()
+        if output is None or not forward.routings:
+            return
+        self._last = detach(forward.routings)
         if forward.past.length or forward.L is None:
             return
         cache = forward.past.cache
@@ -200,6 +202,8 @@ class _InForward:
             return self.layer(*args, **kwargs)
         finally:
             running.forward = before
+            if self.forward is not None:
+                self.forward.sharing.clear()
 
 
 @contextmanager

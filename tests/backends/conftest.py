@@ -5,31 +5,23 @@ import numpy
 import pytest
 import torch
 
-from mixlora_kernels import backends
-
 try:
     import triton
 except ImportError:
     triton = None
 
-# The kernels are optional: without a C compiler the package installs without them and torch serves. That a compiler
-# which was there has made them is test_native.py's first test, which this skip does not reach.
-needs_native = pytest.mark.skipif(
-    backends.find_library_obstacle() is not None, reason="the C kernels were not compiled at installation"
-)
 # Triton has wheels for Linux alone; elsewhere nothing is lost but its own tests.
 needs_triton = pytest.mark.skipif(triton is None, reason="Triton has no package for this platform")
 
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    new_empty, empty, empty_like = torch.Tensor.new_empty, backends.native.empty, torch.empty_like
+    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
 
     def poison(tensor):
         return tensor.fill_(float("nan") if tensor.is_floating_point() else -(1 << 30))
 
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: poison(new_empty(self, *a, **k)))
-    monkeypatch.setattr(backends.native, "empty", lambda *a, **k: poison(empty(*a, **k)))
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(empty_like(*a, **k)))
 
 
@@ -38,10 +30,8 @@ def device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(params=[pytest.param("triton", marks=needs_triton), pytest.param("native", marks=needs_native)])
+@pytest.fixture(params=[pytest.param("triton", marks=needs_triton)])
 def backend(request):
-    if request.param == "native" and torch.cuda.is_available():
-        pytest.skip("on a machine with a GPU these tests are of the GPU's kernels")
     return request.param
 
 

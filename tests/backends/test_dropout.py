@@ -3,10 +3,10 @@
 import numpy
 import pytest
 import torch
+from mixlora_kernels.backends.torch.dropout import dropped_levels, keep_scale
 
 import mixlora_kernels as mk
 from mixlora_kernels import functional
-from mixlora_kernels.backends.torch.dropout import dropped_levels, keep_scale
 from mixlora_kernels.routing import Instances
 
 from ..cases import assert_same, make_input, make_layer, make_mask, relative_error, run

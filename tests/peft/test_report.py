@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mixlora_kernels.peft import plot_routing, routing_report
+from mixlora_kernels.peft.forward import Recorded
 from mixlora_kernels.peft.report import NEAR
 
 from .models import adapt, build, pad, prompts
@@ -38,7 +39,7 @@ def test_near_ties_at_the_border_of_the_chosen(gap, ties):
     model(input_ids=ids)
     side = model.base_model.side
     probs = torch.tensor([[0.3, 0.2, 0.2 * (1 - gap), 0.1, 0.1, 0.1]])
-    side.last = {place: routing._replace(probs_a=probs) for place, routing in side.last.items()}
+    side._last = {place: Recorded(routing._replace(probs_a=probs), None) for place, routing in side.last.items()}
     report = routing_report(model)["default"]
     assert all(row["near_ties_a"] == ties for row in report.values())
 

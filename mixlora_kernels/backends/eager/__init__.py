@@ -11,10 +11,6 @@ class Eager:
 
     name = "torch"
 
-    def find_obstacle(self, x, num_factors, dropout):
-        """``Backend.find_obstacle``: none."""
-        return None
-
     def apply(self, group):
         """``Backend.apply``."""
         return node.apply(self, group)

@@ -1,0 +1,175 @@
+"""Siblings: layers of one parent that read the same x are computed together, the first for all.
+
+A model calls q_proj, k_proj and v_proj one after the other. Which layers are siblings is observed, not told by names: in
+a forward, those with one parent that were called in succession with the same tensor. From the next forward on, the first
+of them computes all, and each of the others takes what was left for it, if it is called with the very same x, unchanged,
+in the same modes. Otherwise it computes alone, which gives the same bits. Nothing that was left outlives the forward.
+"""
+
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import can_fuse
+from ..backends.base import FrozenLinear
+from ..op import mixlora_siblings
+
+if TYPE_CHECKING:
+    from .forward import Forward
+    from .layer import MixLoRALayer
+
+
+class Family:
+    """The siblings that were observed, in the order of their calls. A copy of a layer observes its own."""
+
+    def __init__(self, layers: "Sequence[MixLoRALayer]" = ()):
+        self.layers = tuple(layers)
+
+    def __deepcopy__(self, memo) -> "Family":
+        return Family()
+
+    def __reduce__(self):
+        return Family, ()
+
+
+class Left(NamedTuple):
+    """A result that waits for its layer's call, and what that call must agree in."""
+
+    x: Tensor
+    version: int
+    modes: tuple
+    y: Tensor
+
+
+class Sharing:
+    """What the siblings of one forward of a decoder share."""
+
+    def __init__(self):
+        self._left: dict[str, Left] = {}
+        self._run: list[MixLoRALayer] = []  # the last layers called in succession with one x
+        self._x = None
+        self._observed: list[list[MixLoRALayer]] = []
+        self._led: dict[str, Sequence[MixLoRALayer]] = {}
+        self._over = False  # whether the forward has ended; what comes later recomputes a part of it
+
+    def compute(self, layer: "MixLoRALayer", name: str, x: Tensor, forward: "Forward") -> Tensor | None:
+        """The layer's output, which a sibling left for it, or which it computes for all of them; None: it is to compute
+        alone."""
+        if torch.compiler.is_compiling():
+            return None
+        left = self._left.pop(layer.key, None)
+        if left is not None and left.x is x and left.version == x._version and left.modes == _modes(layer, name):
+            return left.y
+        members = self._find_members(layer, name, x)
+        if not members:
+            self._observe(layer, x)
+            return None
+        self._led[layer.key] = members
+        bases = [_base(member, x) for member in members]
+        placed, context = forward.place([member.key for member in members], name, layer.configs[name], x)
+        adapters = [member.mixlora_adapter._modules[name] for member in members]
+        ys, routing = mixlora_siblings(
+            placed,
+            [base if placed is x or isinstance(base, FrozenLinear) else _like(base, placed) for base in bases],
+            [adapter.factors for adapter in adapters],
+            layer.configs[name],
+            context,
+            training=layer.training,
+            backend=adapters[0].backend,
+        )
+        if placed is not x:
+            ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+        modes, version = _modes(layer, name), x._version
+        for g, member in enumerate(members):
+            forward.record(member.key, name, routing, g)
+            if g:
+                self._left[member.key] = Left(x, version, modes, ys[g])
+        return ys[0]
+
+    def clear(self) -> None:
+        """Drop what was left and not taken: at the end of a recomputation."""
+        self._left.clear()
+
+    def end(self) -> None:
+        """Drop what was left at the end of the forward, and hand the layers what was observed of them."""
+        idle = set(self._left)
+        self._left.clear()
+        for members in self._led.values():
+            if any(member.key in idle for member in members):
+                self._hand([member for member in members if member.key not in idle])
+                for member in members:
+                    if member.key in idle:
+                        member.family = Family()
+        for run in self._observed:
+            self._hand(run)
+        self._run, self._x, self._observed, self._over = [], None, [], True
+
+    @staticmethod
+    def _hand(layers: "Sequence[MixLoRALayer]") -> None:
+        family = Family(layers if len(layers) > 1 else ())
+        for layer in layers:
+            layer.family = family
+
+    def _observe(self, layer: "MixLoRALayer", x: Tensor) -> None:
+        if self._over:
+            return
+        if self._run and self._x() is x and self._run[0].parent == layer.parent and layer not in self._run:
+            self._run.append(layer)
+            if len(self._run) == 2:
+                self._observed.append(self._run)
+        else:
+            self._run, self._x = [layer], weakref.ref(x)
+
+    def _find_members(self, layer: "MixLoRALayer", name: str, x: Tensor) -> "Sequence[MixLoRALayer]":
+        """Those that the layer computes with itself. A recomputation saves what its forward saved, so it has the same."""
+        members = self._led.get(layer.key, ()) if self._over else layer.family.layers
+        if not members or members[0] is not layer or type(x) is not Tensor or x.is_inference():
+            return ()
+        modes = _modes(layer, name)
+        return members if all(_readable(member, name) and _modes(member, name) == modes for member in members) else ()
+
+
+def _modes(layer: "MixLoRALayer", name: str) -> tuple:
+    """What the layers of a group must have in common, and a layer with the one that computed its result."""
+    adapter = layer.mixlora_adapter._modules.get(name)
+    return (
+        layer._active_adapter,
+        layer._disable_adapters,
+        layer.training,
+        id(layer.configs.get(name)),
+        getattr(adapter, "_backend", None),
+        layer.in_features,
+        torch.is_grad_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+    )
+
+
+def _readable(layer: "MixLoRALayer", name: str) -> bool:
+    """Whether the adapter's parameters, and the frozen layer, can be used from outside of the layer's own forward: no
+    unit of FSDP or ZeRO-3 that gathers them only then, and no hook that waits for its call."""
+    adapter = layer.mixlora_adapter._modules.get(name)
+    return (
+        type(adapter) is layer.adapter_cls
+        and not _has_hooks(adapter)
+        and not _has_hooks(layer.base_layer)
+        and all(type(p) is nn.Parameter and p.numel() for p in adapter._parameters.values() if p is not None)
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _base(layer: "MixLoRALayer", x: Tensor) -> FrozenLinear | Tensor:
+    base = layer.base_layer
+    return FrozenLinear(base.weight, base.bias) if can_fuse(base) else base(x)
+
+
+def _like(y: Tensor, placed: Tensor) -> Tensor:
+    return y.reshape(*placed.shape[:-1], y.shape[-1])
