@@ -70,6 +70,7 @@ def find_obstacle(device_type: str, device_index: int | None, dtype: str) -> tup
 
 
 @cache
+@torch.compiler.assume_constant_result  # torch.compile unwraps the cache, and cannot trace an import by name
 def _find_library_obstacle(device_type: str, device_index: int | None) -> tuple[type[Exception], str] | None:
     needed = ".".join(map(str, OLDEST_TRITON))
     try:

@@ -74,6 +74,8 @@ def make_group(
 
 def run_stages(stages, group: Group, needs: Needs = EVERYTHING, learns=True) -> dict:
     """Everything that the stages give, by name, from fixed y, dy and gradients of the routing."""
+    if group.given is not None:
+        needs = needs._replace(routers=False)
     N, G = len(group.x), len(group.factors)
     like = {"device": group.x.device, "dtype": group.x.dtype}
     widths = [own.lora_B.shape[1] for own in group.factors]

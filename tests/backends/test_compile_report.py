@@ -25,7 +25,8 @@ def test_no_kernel_spills_or_asks_for_too_much(target, instruction):
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line.split() for line in done.stdout.splitlines()[1:-1]]
     assert {row[0] for row in rows} == {
-        "project", "route", "add", "collect", "expand_gather", "route_backward", "project_gather", "decode",
+        "project", "pool", "route", "expand", "expand_collect", "expand_gather", "route_backward", "routers_backward",
+        "walk", "project_gather", "decode",
     }  # fmt: skip
     assert all(instruction in row for row in rows if row[0] == "project")
 

@@ -10,12 +10,15 @@ import torch
 import torch._dynamo.testing
 
 import mixlora_kernels as mk
-from mixlora_kernels import backends
+from mixlora_kernels.backends import select as backends
+from mixlora_kernels.routing import Routing
 
 from ..cases import assert_same, make_input, make_layer, make_mask, make_task, relative_error, run
+from ..test_siblings import make_group
+from .groups import make_group as make_stages_group
+from .groups import run_stages
 
-kernels = pytest.importorskip("mixlora_kernels.backends.triton")
-ops = torch.ops.mixlora_kernels
+kernels = pytest.importorskip("mixlora_kernels.backends.kernels")
 
 
 def layer_and_input(device, *shape, d_in=40, **settings):
@@ -34,9 +37,9 @@ def launched(monkeypatch):
         if hasattr(module, "launch") and not isinstance(module.launch, type(sys)):
             launch = module.launch
 
-            def record(kernel, *args, launch=launch, **meta):
+            def record(kernel, *args, launch=launch, **arguments):
                 names.append(kernel.fn.__name__ if isinstance(kernel, triton.runtime.JITFunction) else kernel.__name__)
-                launch(kernel, *args, **meta)
+                launch(kernel, *args, **arguments)
 
             monkeypatch.setattr(module, "launch", record)
     return names
@@ -72,21 +75,32 @@ def test_decoding_packed_and_onto_a_given_output(device):
     assert relative_error(*results) <= 1e-5
 
 
-def test_launches_of_a_training_step(launched, device):
-    """What the report on speed counts: three kernels forward; two for expand, one for route, three for project back.
-    With a kept routing nothing is routed."""
-    layer, x = layer_and_input(device, 2, 20)
-    x.requires_grad_()
-    _, routing, _ = run(layer, x)
-    assert launched == [
-        "project_kernel", "route_kernel", "add_kernel",
-        "collect_kernel", "expand_gather_kernel", "route_backward_kernel",
-        "collect_kernel", "project_gather_kernel", "add_kernel",
-    ]  # fmt: skip
-    launched.clear()
-    y = layer(x, mk.RoutingContext(routing=routing.detach()))
-    y.sum().backward()
-    assert not any(name.startswith("route") for name in launched) and len(launched) == 7
+FORWARD = ["project_kernel", "pool_kernel", "route_kernel", "expand_kernel"]
+BACKWARD = [
+    "expand_collect_kernel", "expand_gather_kernel", "route_backward_kernel", "routers_backward_kernel",
+    "walk_kernel", "project_gather_kernel",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("G", [1, 3])
+@pytest.mark.parametrize("settings", [{}, {"conditioning": "tied", "gate": "normalized"}, {"dropout": 0.3}])
+def test_launches_of_a_training_step(settings, G, launched, device):
+    """Ten for a group, however many siblings and whatever the mode; six where the routing is given."""
+    bases, adapters, config = make_group(**settings)
+    bases = [mk.FrozenLinear(*(t.float().to(device) for t in base)) for base in bases[:G]]
+    factors = [adapter.float().to(device).factors for adapter in adapters[:G]]
+    x = make_input(2, 20, 12, dtype=torch.float32).detach().to(device).requires_grad_()
+
+    def step(context=None):
+        launched.clear()
+        ys, routing = mk.mixlora_siblings(x, bases, factors, config, context, training=True, backend="triton")
+        sum(y.sum() for y in ys).backward()
+        return routing
+
+    routing = step()
+    assert launched == FORWARD + BACKWARD
+    step(mk.RoutingContext(routing=routing.detach()))
+    assert launched == [name for name in FORWARD + BACKWARD if "rout" not in name and name != "pool_kernel"]
 
 
 CASES = {
@@ -135,72 +149,41 @@ def test_lengths_do_not_recompile_for_ever(device):
     assert counter.frame_count <= 2
 
 
-@pytest.mark.parametrize("dtype, packed", [(torch.float32, False), (torch.bfloat16, True)])
-def test_registered_operators(dtype, packed, device):
-    """torch.library.opcheck: schemas, what is mutated, fake outputs, dynamic shapes."""
-    B, L, D, O, E, r, scale = 2, 9, 12, 10, 5, 3, 1.5
-    N = B * L
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"masked": True, "dropout": 0.3},
+        {"packed": True, "conditioning": "tied", "gate": "normalized", "dtype": torch.bfloat16},
+        {"conditioning": "published", "task": True},
+        {"given": True},
+    ],
+)
+def test_registered_operators(settings, device, monkeypatch):
+    """torch.library.opcheck on what the stages call: schemas, what is mutated, fake outputs, dynamic shapes."""
+    calls = []
+    for name in ("project", "expand", "expand_backward", "project_backward", "decode"):
+        module = sys.modules[f"{kernels.__name__}.{name}"]
 
-    def draw(*shape, dtype=torch.float32):
-        return torch.randn(shape, device=device).to(dtype)
+        def record(*arguments, op=getattr(module, f"{name}_op")):
+            calls.append((op, tuple(copy(argument) for argument in arguments)))
+            return op(*arguments)
 
-    x, y, lora_A, lora_B, routers = (
-        draw(N, D, dtype=dtype),
-        draw(N, O, dtype=dtype),
-        draw(E, D),
-        draw(E, O),
-        draw(2 * E, D),
-    )
-    mask, seed = torch.ones(N, dtype=torch.bool, device=device), torch.tensor([5], device=device)
-    cu_seqlens = torch.tensor([0, 7, N], device=device) if packed else None
-    segment = torch.tensor([0] * 7 + [1] * 11, device=device) if packed else None
-    length = 0 if packed else L
-    dropped = 1 << 14
-    arguments = (x, lora_A, routers, cu_seqlens, mask, seed, B, length, dropped)
-    check("project", *arguments)
-    check("project", x, lora_A, None, cu_seqlens, None, None, B, length, 0)
-    u, sums = ops.project(*arguments)
-    table = draw(r, E, E)
-    routed = (sums, table, cu_seqlens, mask, B, length, 16, r, "weighted")
-    check("route", *routed)
-    check("route", draw(B, 2 * E), None, cu_seqlens, None, B, length, 0, r, "binary")
-    index_a, index_b, gate, probs_a, probs_b, p_ifs, p_cfs, q, share = ops.route(*routed)
-    check("expand", y, None, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, length)
-    check("expand", y, y.clone(), u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, length)
-    for needed in (True, False):
-        expanded = (y, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, length, needed, needed)
-        check("expand_backward", *expanded)
-    du, _, _ = ops.expand_backward(*expanded)
-    given = (gate, probs_a, probs_b, index_a, index_b, probs_a, probs_b, p_ifs, p_cfs, q, share, "weighted")
-    check("route_backward", *given)
-    check("route_backward", gate, None, None, *given[3:8], None, None, None, "straight_through")
-    dlogits, _ = ops.route_backward(*given)
-    last = (index_a, dlogits, routers, cu_seqlens, mask, seed, B, length, dropped)
-    check("project_backward", x.clone(), x, du, lora_A, *last, False, True)
-    check("project_backward", None, x, du, lora_A, *last, True, True)
-    check(
-        "project_backward",
-        x.clone(),
-        None,
-        du,
-        lora_A,
-        index_a,
-        None,
-        None,
-        cu_seqlens,
-        None,
-        None,
-        B,
-        length,
-        0,
-        True,
-        False,
-    )
-    check("decode", y, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, length)
+        monkeypatch.setattr(module, f"{name}_op", record)
+    group = make_stages_group(device, widths=(10, 7), L=9, D=12, **settings)
+    routing, _ = run_stages(kernels.KERNELS, group)
+    kept = Routing(*routing[:3], None, None)
+    kernels.KERNELS.decode(group._replace(given=kept, seeds=None))
+    monkeypatch.undo()
+    assert len(calls) == 5
+    for op, arguments in calls:
+        torch.library.opcheck(op, arguments)
 
 
-def check(name, *arguments):
-    torch.library.opcheck(getattr(ops, name).default, arguments)
+def copy(argument):
+    """As an op's argument was before the op changed it."""
+    if isinstance(argument, list | tuple):
+        return [copy(item) for item in argument]
+    return argument.detach().clone() if isinstance(argument, torch.Tensor) else argument
 
 
 def python(code, **environment):
@@ -256,6 +239,6 @@ def test_the_default_falls_back_with_one_warning(monkeypatch, device):
         warnings.simplefilter("always")
         chosen = [backends.select(None, OnGPU) for _ in range(3)]
     assert [str(w.message) for w in caught] == ["no Triton here; the torch backend serves instead"]
-    assert {backend.__name__ for backend in chosen} == {"mixlora_kernels.backends.torch"}
+    assert {backend.name for backend in chosen} == {"torch"}
     with pytest.raises(ImportError, match="no Triton here"):
         backends.select("triton", x)

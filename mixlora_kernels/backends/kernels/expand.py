@@ -28,7 +28,7 @@ def expand(
     # A graph being compiled knows no operation in place.
     in_place = all(fresh) and not torch.compiler.is_compiling()
     outs = ys if in_place else [torch.empty_like(y, memory_format=torch.contiguous_format) for y in ys]
-    (chosen,) = expand_op(
+    chosen = expand_op(
         outs, [] if in_place else ys, u, [own.lora_B for own in group.factors], routing.index_a, routing.index_b,
         routing.gate, group.options.scale, instances.cu_seqlens, instances.count, instances.length or 0,
     )  # fmt: skip
@@ -77,12 +77,12 @@ def expand_kernel(
 def allocate_expand(
     outs: Sequence[Tensor], bases: Sequence[Tensor], u: Tensor, lora_B: Sequence[Tensor], index_a: Tensor,
     index_b: Tensor, gate: Tensor, scale: float, cu_seqlens: Tensor | None, B: int, L: int,
-) -> list[Tensor]:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """u's chosen columns."""
-    return [u.new_empty(u.shape[0], u.shape[2], index_a.shape[2])]
+    return u.new_empty(u.shape[0], u.shape[2], index_a.shape[2])
 
 
-def fill_expand(outputs, outs, bases, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L):
+def fill_expand(chosen, outs, bases, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L):
     (G, S, N, E), R, packed = u.shape, index_a.shape[2], cu_seqlens is not None
     bases = tuple(as_rows(base) for base in bases) or None
     widths, like = tuple(out.shape[1] for out in outs), outs[0]
@@ -90,7 +90,7 @@ def fill_expand(outputs, outs, bases, u, lora_B, index_a, index_b, gate, scale, 
     launch(
         expand_kernel, (count_tiles(N, B, L, packed, tile.rows), count_pieces(widths, tile.columns)), like.device,
         outs=tuple(outs), bases=bases, u=u, pools=as_pools(lora_B), index_a=index_a, index_b=index_b, gate=gate,
-        chosen=outputs[0], scale=scale, cu_seqlens=cu_seqlens, B=B, L=L, N=N, widths=widths,
+        chosen=chosen, scale=scale, cu_seqlens=cu_seqlens, B=B, L=L, N=N, widths=widths,
         out_strides=tuple(out.stride(0) for out in outs),
         base_strides=None if bases is None else tuple(base.stride(0) for base in bases),
         G=G, E=E, R=R, R_PAD=tuning.pad(R), B_PAD=padded_count(B, packed), S=S,

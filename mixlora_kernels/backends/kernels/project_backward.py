@@ -6,6 +6,7 @@ then lora_A's gradient from what the chunks of the walk left:
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -35,15 +36,18 @@ def project_backward(
     routers = [[t for t in own if t is not None and needs.routers] for own in routers]
     dgate, dprobs_a, dprobs_b = drouting if needs.routers else (None, None, None)
     share, given = instances.share, isinstance(instances.share, Tensor)
-    found = project_backward_op(
-        dx if needs.x else None, x if needs.lora_A else None, du, lora_A, *routers, pooled,
+    outs = [torch.empty_like(pooled)] if needs.routers and not options.pools else []
+    for tensors in (lora_A if needs.lora_A else (), *routers):
+        outs += [torch.empty_like(own, memory_format=torch.contiguous_format) for own in tensors]
+    project_backward_op(
+        outs, dx if needs.x else None, x if needs.lora_A else None, du, lora_A, *routers, pooled,
         None if options.gate == "binary" else dgate, dprobs_a, dprobs_b, routing.index_a,
         None if options.tied else routing.index_b, routing.probs_a, routing.probs_b, kept, row_sums,
         instances.cu_seqlens, instances.mask, share if given else None, group.seeds, instances.count,
         instances.length or 0, 0.0 if given or share is None else share, dropped_levels(options.p), options.gate,
         options.pools, overwrite, needs.lora_A,
     )  # fmt: skip
-    taken, nothing = iter(found), [None] * G
+    taken, nothing = iter(outs), [None] * G
     dread = next(taken) if needs.routers and not options.pools else None
     there = (needs.lora_A, *map(bool, routers))
     dlora_A, drouter_A, drouter_B, drouter_AB = ([next(taken) for _ in range(G)] if t else nothing for t in there)
@@ -82,28 +86,25 @@ def project_gather_kernel(
 
 
 def allocate_project_backward(
-    dx: Tensor | None, x: Tensor | None, du: Tensor, lora_A: Sequence[Tensor], router_A: Sequence[Tensor],
+    outs: Sequence[Tensor], dx: Tensor | None, x: Tensor | None, du: Tensor, lora_A: Sequence[Tensor], router_A: Sequence[Tensor],
     router_B: Sequence[Tensor], router_AB: Sequence[Tensor], pooled: Tensor | None, dgate: Tensor | None,
     dprobs_a: Tensor | None, dprobs_b: Tensor | None, index_a: Tensor, index_b: Tensor | None,
     probs_a: Tensor | None, probs_b: Tensor | None, kept: Tensor | None, row_sums: Tensor | None,
     cu_seqlens: Tensor | None, mask: Tensor | None, share: Tensor | None, seeds: Tensor | None, B: int, L: int,
     equal_share: float, dropped: int, gate: str, pools: bool, overwrite: bool, need_A: bool,
-) -> list[Tensor]:  # fmt: skip
-    """The gradients of what the routers read, where that is not x; of lora_A where needed; and of the routers given."""
-    outputs = [pooled.new_empty(pooled.shape)] if router_A and not pools else []
-    for tensors in (lora_A if need_A else (), router_A, router_B, router_AB):
-        outputs += [own.new_empty(own.shape) for own in (as_pools(tensors) if tensors else ())]
-    return outputs
+) -> None:  # fmt: skip
+    """Nothing: it fills ``outs``, the gradients of what the routers read, where that is not x; of lora_A where needed;
+    and of the routers given."""
 
 
 def fill_project_backward(
-    outputs, dx, x, du, lora_A, router_A, router_B, router_AB, pooled, dgate, dprobs_a, dprobs_b, index_a, index_b,
+    _, outs, dx, x, du, lora_A, router_A, router_B, router_AB, pooled, dgate, dprobs_a, dprobs_b, index_a, index_b,
     probs_a, probs_b, kept, row_sums, cu_seqlens, mask, share, seeds, B, L, equal_share, dropped, gate, pools,
     overwrite, need_A,
 ):  # fmt: skip
     (G, N, R), (E, D) = du.shape, lora_A[0].shape
     routes, arch, lora_A = bool(router_A), tuning.architecture(du.device), as_pools(lora_A)
-    taken = iter(outputs)
+    taken = iter(outs)
     spread = next(taken) if routes and not pools else None
     dlora_A, *drouters = (
         tuple(next(taken) for _ in range(G)) if there else None for there in (need_A, router_A, router_B, router_AB)
@@ -136,4 +137,4 @@ def fill_project_backward(
         )  # fmt: skip
 
 
-project_backward_op = register("project_backward", fill_project_backward, allocate_project_backward, mutates=["dx"])
+project_backward_op = register("project_backward", fill_project_backward, allocate_project_backward, mutates=["outs", "dx"])

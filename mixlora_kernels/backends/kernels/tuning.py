@@ -133,7 +133,9 @@ def walk(arch: str, tokens: int, width: int, slots: int, itemsize: int, drops: b
     while span < 512 and triton.cdiv(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
     # The draws of dropout take the registers that a larger tile, or a second one on its way, would need.
-    return Tile(min(block, 32), columns, span, 8, 1) if drops else Tile(block, columns, span, 8, 2)
+    if drops:
+        return Tile(min(block, 32), columns, span, 4 if arch.startswith("gfx") else 8, 1)
+    return Tile(block, columns, span, 8, 2)
 
 
 def gather(arch: str, pool: int) -> Tile:
