@@ -116,7 +116,7 @@ class Node(torch.autograd.Function):
             gradients = Factors(found.lora_A[g], dlora_B[g], found.router_A[g], found.router_B[g], found.router_AB[g])
             given += (dys[g] if want[0] and not unused[g] else None, None, None)
             given += (
-                d.to(factor.dtype) if want[3 + i] and d is not None and not unused[g] else None
+                _as(d, factor.dtype) if want[3 + i] and d is not None and not unused[g] else None
                 for i, (d, factor) in enumerate(zip(gradients, factors[g]))
             )
         dx = found.x if need_x else None
@@ -140,6 +140,10 @@ def autocasts(device_type: str) -> bool:
 def _split(own: Sequence[Tensor | None]) -> tuple[list[FrozenLinear | Tensor], list[Factors]]:
     rows = [own[i : i + OWN] for i in range(0, len(own), OWN)]
     return [FrozenLinear(*row[1:3]) if row[0] is None else row[0] for row in rows], [Factors(*row[3:]) for row in rows]
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _cut(tensors: Sequence[Tensor | None], *lengths: int) -> list[Sequence[Tensor | None]]:

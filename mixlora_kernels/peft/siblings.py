@@ -134,9 +134,10 @@ class Sharing:
 
 def _modes(layer: "MixLoRALayer", name: str) -> tuple:
     """What the layers of a group must have in common, and a layer with the one that computed its result."""
-    adapter = layer.mixlora_adapter._modules.get(name)
+    adapters = layer.mixlora_adapter._modules
+    adapter = adapters.get(name)
     return (
-        layer._active_adapter,
+        [active for active in layer._active_adapter if active in adapters],
         layer._disable_adapters,
         layer.training,
         id(layer.configs.get(name)),

@@ -33,8 +33,7 @@ def route(read: Tensor, factors: Sequence[Factors], options: Options) -> tuple[R
     """
     G, r = len(factors), options.r
     # One product for each router: the bits of a product depend on the number of its columns.
-    routers = join_routers(factors, options)
-    logits = torch.bmm(read.expand(len(routers), -1, -1), routers.mT)  # [G or 2 * G, B, E]
+    logits = torch.stack([read @ router.to(read.dtype).T for router in list_routers(factors, options)])
     probs_a = torch.softmax(logits[:G], -1)  # Equation 6
     index_a = top_r(probs_a, r)
     if options.tied:
@@ -83,17 +82,15 @@ def route_backward(
             tables = zip(*(condition_table_backward(*pair, options) for pair in zip(dtable, factors)))
     stacked = (dlogits[0] if options.tied else torch.cat(dlogits)).transpose(0, 1).flatten(1)  # [B, (2 *) G * E]
     drouters = (stacked.T @ read).chunk(len(dlogits) * G)
-    dread = stacked @ join_routers(factors, options).flatten(0, 1)
+    dread = stacked @ torch.cat(list_routers(factors, options)).to(stacked.dtype)
     dlora_A, drouter_AB = tables
     return dread, dlora_A, drouters[:G], (nothing if options.tied else drouters[G:]), drouter_AB
 
 
-def join_routers(factors: Sequence[Factors], options: Options) -> Tensor:
-    """The siblings' routers, A's first: [2 * G, E, d_route], or [G, E, d_route] where pairs are tied."""
+def list_routers(factors: Sequence[Factors], options: Options) -> list[Tensor]:
+    """The siblings' routers [E, d_route], A's first, then, unless pairs are tied, B's."""
     routers = [own.router_A for own in factors]
-    if not options.tied:
-        routers += [own.router_B for own in factors]
-    return (routers[0].unsqueeze(0) if len(routers) == 1 else torch.stack(routers)).to(options.precise)
+    return routers if options.tied else routers + [own.router_B for own in factors]
 
 
 def condition_table(factors: Factors, options: Options) -> Tensor:
