@@ -13,7 +13,7 @@ from torch import nn
 from mixlora_kernels.peft import ConditionalMixLoRAConfig, routing_report, task_embedding
 from mixlora_kernels.peft.registration import HOOKS, check_hooks
 
-from .models import adapt, build, prompts
+from .models import adapt, build, needs_transformers_adapters, prompts
 
 IDS = torch.stack([tokens[:6] for tokens in prompts(2)])
 WEIGHTS = "adapter_model.safetensors"
@@ -284,6 +284,7 @@ def test_a_report_before_a_forward():
         routing_report(build())
 
 
+@needs_transformers_adapters
 @pytest.mark.parametrize("how", ["truncated", "corrupt", "pickle", "missing", "unknown", "shapes"])
 def test_transformers_own_loading(saved, how, tmp_path_factory):
     """Its log would report tensors that are missing or of another shape, and the model would go on without them."""
@@ -311,6 +312,7 @@ def test_transformers_own_loading(saved, how, tmp_path_factory):
     assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
+@needs_transformers_adapters
 def test_transformers_own_loading_of_tensors(saved):
     weights = load((saved / WEIGHTS).read_bytes())
     key = next(iter(weights))
