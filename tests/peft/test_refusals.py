@@ -312,7 +312,6 @@ def test_transformers_own_loading(saved, how, tmp_path_factory):
     assert torch.equal(model(input_ids=IDS).logits, expected)
 
 
-@needs_transformers_adapters
 def test_transformers_own_loading_of_tensors(saved):
     weights = load((saved / WEIGHTS).read_bytes())
     key = next(iter(weights))
