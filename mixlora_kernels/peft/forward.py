@@ -293,10 +293,8 @@ class Forward:
 
     def _check_chunks(self) -> None:
         """Refuse further prompt tokens behind a prompt of which nothing was decoded yet."""
-        kept, verifies = (
-            self.past.kept,
-            self.keep == self.L,
-        )  # an assistant's candidates: all of their logits are wanted
+        kept = self.past.kept
+        verifies = self.keep == self.L  # an assistant's candidates: every one of their logits is wanted
         if kept is not None and self.cached <= kept.length and not verifies:
             raise ValueError(
                 f"{self.L} tokens follow {self.cached} cached ones, of which no token was decoded: a prompt prefilled "

@@ -154,9 +154,10 @@ def side_information(model: nn.Module) -> SideInformation:
         return SideInformation()
 
 
-def _pass_adapter_names(_module, args, kwargs, adapter_names, thread):
+def _pass_adapter_names(_module, args, kwargs=None, *, adapter_names, thread):
+    # Another thread's forward has other rows. It may meet the hook half registered, and then calls it without kwargs.
     if get_ident() != thread:
-        return None  # another thread's forward, which has other rows
+        return None
     return args, {**kwargs, "adapter_names": adapter_names}
 
 

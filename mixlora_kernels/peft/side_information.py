@@ -166,9 +166,8 @@ class SideInformation:
             return
         cache = forward.past.cache
         if cache is None:  # the decoder may have made one
-            cache = find_cache(
-                output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
-            )
+            parts = output if isinstance(output, tuple) else output.values() if isinstance(output, dict) else ()
+            cache = find_cache(parts)
         if cache is not None:
             prompt = forward.L - max(forward.keep - 1, 0)
             setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward.routings))
