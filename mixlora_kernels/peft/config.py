@@ -1,5 +1,6 @@
 """ConditionalMixLoRAConfig: MixLoRAConfig with the fields that peft asks of a method."""
 
+import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,8 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+            elif isinstance(value, str):
+                _check_expression(name, value)
         if isinstance(self.target_modules, str) and (
             self.layers_to_transform is not None or self.layers_pattern is not None
         ):
@@ -83,6 +86,13 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config._read_from = str(pretrained_model_name_or_path), {**kwargs, "subfolder": subfolder}
         return config
+
+
+def _check_expression(name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{name} is no regular expression ({error}), got {expression!r}") from error
 
 
 def _warn_of_newer(version: str) -> None:

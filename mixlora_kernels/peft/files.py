@@ -66,7 +66,10 @@ def opened(file: Path) -> Iterator[dict[str, Given]]:
         ValueError: it is no whole file of its kind, or holds something else than tensors by name.
     """
     if not file.is_file():
-        raise ValueError(f"{file} is no file; nothing was loaded")
+        raise ValueError(
+            f"{file} is no file; nothing was loaded. (transformers' load_adapter reads a local adapter_model.bin with "
+            "use_safetensors=False)"
+        )
     if file.suffix != ".safetensors":
         yield describe(_mapped(file), f"{file}: ")
         return

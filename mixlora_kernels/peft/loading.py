@@ -69,7 +69,10 @@ class Load(NamedTuple):
         """
         subfolder = self.options.get("subfolder") or ""
         local = Path(self.folder, subfolder)
-        for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME):
+        names = [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME]
+        if self.loader.owner is PreTrainedModel and self.options.get("use_safetensors") is False:
+            names.reverse()
+        for name in names:
             if (local / name).exists():
                 return local / name
         if (local / CONFIG_NAME).exists():
