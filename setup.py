@@ -5,7 +5,7 @@ from setuptools import Extension, find_packages, setup
 # What each use needs beyond torch. The kernels' tests run in Triton's interpreter, on any machine.
 PEFT = ["transformers>=5.3", "peft>=0.21", "accelerate>=1.10", "safetensors>=0.5"]
 BENCHMARK = [*PEFT, "matplotlib>=3.8", "scikit-learn>=1.4", "pillow>=10"]
-LLAVA = [*BENCHMARK, "pyyaml>=6", "tensorboard>=2.17"]
+LLAVA = [*BENCHMARK, "pyyaml>=6", "pydantic>=2.6", "tensorboard>=2.17"]
 TEST = [
     *LLAVA,
     "trl>=1.0",
