@@ -12,7 +12,7 @@ def oldest(name: str) -> str:
 
 
 # What each use needs beyond torch. The kernels' tests run in Triton's interpreter, on any machine.
-PEFT = [oldest("transformers"), oldest("peft"), oldest("accelerate"), "safetensors>=0.5"]
+PEFT = [oldest("transformers"), oldest("peft"), oldest("accelerate"), "safetensors>=0.8"]
 BENCHMARK = [*PEFT, "matplotlib>=3.8", "scikit-learn>=1.4", "pillow>=10"]
 LLAVA = [*BENCHMARK, "pyyaml>=6", "pydantic>=2.6", "tensorboard>=2.17"]
 TEST = [
