@@ -55,7 +55,10 @@ def test_one_warning_tells_all_that_is_outside(monkeypatch, installed, told):
 
 @pytest.mark.parametrize(
     ("module", "concerned"),
-    [("mixlora_kernels", {"torch", "triton"}), ("mixlora_kernels.peft", {*TESTED})],
+    [
+        ("mixlora_kernels", {"torch", "triton"}),
+        pytest.param("mixlora_kernels.peft", {*TESTED}, marks=pytest.mark.slow),
+    ],
 )
 def test_an_import_warns_of_what_its_part_needs(module, concerned):
     """Each import in a process of its own, as if nothing that is installed had been tested."""

@@ -46,6 +46,7 @@ def weights(output):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.slow
 def test_every_method_trains_what_it_should(folder, method):
     task = {"task_definitions": str(folder / "data/definitions.json")} if "task" in method else {}
     report = train.train(settings(folder, method, method=method, **task))
@@ -69,6 +70,7 @@ def test_every_method_trains_what_it_should(folder, method):
     assert report["loss"][6] < report["loss"][1]
 
 
+@pytest.mark.slow
 def test_an_adapter_that_routes_by_task_is_evaluated_analysed_and_asked(folder, tmp_path, capsys):
     definitions, base = str(folder / "data/definitions.json"), str(folder / "base")
     given = settings(folder, "tasks", method="mixlora_task", task_definitions=definitions)
@@ -104,6 +106,7 @@ def test_an_adapter_that_routes_by_task_is_evaluated_analysed_and_asked(folder, 
     assert "--task must be one of digit_name" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_ends_with_the_same_weights(folder):
     """Two epochs of six steps: killed in the first, killed again in the second, across its shuffle."""
     changes = {"training": {"max_steps": 12, "save_steps": 2}}
@@ -120,6 +123,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(folder):
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_texts_and_images(folder):
     """The projector is trained, and batches without an image meet batches with one on the other process."""
     records = json.loads((folder / "data/pretraining.json").read_text())
