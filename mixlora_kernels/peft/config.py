@@ -6,7 +6,7 @@ from pathlib import Path
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
-from ..config import MixLoRAConfig
+from ..config import MixLoRAConfig, Pool
 from .files import check_weights_file
 from .registration import add_peft_type
 
@@ -19,6 +19,10 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
     """What one adapter computes (see ``MixLoRAConfig``) and where it sits in a model.
 
     Args:
+        pool: as in ``MixLoRAConfig``, but ``"prompt"`` unless told otherwise: training then routes as generation does,
+            which has no answer to pool. The labels tell the prompt; without labels, a scoring forward's
+            ``logits_to_keep`` does. An instance whose labels leave no prompt (an answer from its second token on) is
+            routed by its whole sequence, and so is one without either, with a warning where that is training.
         target_modules: names (or their endings) of the linear layers to adapt, one regular expression for the whole
             name, or ``"all-linear"``. None: every linear layer inside the text decoder's layers, found by the
             decoder's path, so that a vision tower, a projector and the head stay as they are.
@@ -33,6 +37,7 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
         ValueError: as ``MixLoRAConfig``, and where a regular expression comes with ``layers_to_transform``.
     """
 
+    pool: Pool = "prompt"
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None

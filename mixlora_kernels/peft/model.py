@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import get_ident
 from typing import ClassVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
@@ -101,10 +102,10 @@ class ConditionalMixLoRAModel(BaseTuner):
             kwargs.get(name) or getattr(options, name, None) or 1 for name in ("num_beams", "num_return_sequences")
         )
         names = [name for name in names for _ in range(copies)]
+        hook = partial(_pass_adapter_names, adapter_names=names, thread=get_ident())
         with ExitStack() as stack:
             for module in self.modules():
                 if isinstance(module, (MixLoRALayer, AuxiliaryTrainingWrapper)):
-                    hook = partial(_pass_adapter_names, adapter_names=names)
                     stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield
 
@@ -153,7 +154,10 @@ def side_information(model: nn.Module) -> SideInformation:
         return SideInformation()
 
 
-def _pass_adapter_names(_module, args, kwargs, adapter_names):
+def _pass_adapter_names(_module, args, kwargs=None, *, adapter_names, thread):
+    # Another thread's forward has other rows. It may meet the hook half registered, and then calls it without kwargs.
+    if get_ident() != thread:
+        return None
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
