@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Hashable
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -19,7 +19,8 @@ def check_fields(config: Any) -> None:
     Raises:
         ValueError: a value is of another type, or none of the choices; the field is named.
     """
-    hints = _hints(type(config))
+    cls: Hashable = type(config)
+    hints = _hints(cls)
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
         if not _fits(value, hint):
@@ -27,7 +28,7 @@ def check_fields(config: Any) -> None:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
