@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Collection, Hashable
+from collections.abc import Collection
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -19,7 +19,7 @@ def check_fields(config: Any) -> None:
     Raises:
         ValueError: a value is of another type, or none of the choices; the field is named.
     """
-    cls: Hashable = type(config)
+    cls: Any = type(config)
     hints = _hints(cls)
     for field in dataclasses.fields(config):
         value, hint = getattr(config, field.name), hints[field.name]
