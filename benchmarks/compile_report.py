@@ -19,16 +19,15 @@ from unittest import mock
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime import JITFunction
-
 from mixlora_kernels.backends.torch.dropout import dropped_levels
 from mixlora_kernels.backends.triton import tuning
 from mixlora_kernels.backends.triton.decode import launch_decode
 from mixlora_kernels.backends.triton.expand import launch_expand, launch_expand_backward
 from mixlora_kernels.backends.triton.project import launch_project, launch_project_backward
 from mixlora_kernels.backends.triton.route import launch_route, launch_route_backward
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime import JITFunction
 
 WIDTHS = [(4096, 4096), (4096, 11008), (11008, 4096), (5120, 5120), (5120, 13824), (13824, 5120)]
 POOLS = [(16, 4), (32, 8)]

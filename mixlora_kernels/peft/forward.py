@@ -126,7 +126,7 @@ class Forward:
         if rows is not None:
             return x, context
         pools = context.routing is None and config.routing == "instance"
-        place = (context.mask is None, context.cu_seqlens is None, pools, config.pool, x.shape[:-1], x.dtype, x.device)
+        place = (_kind(config), self._is_encoded(x), pools, x.shape[:-1], x.dtype, x.device)
         instances = self._instances.get(place)
         if instances is None:
             instances = self._instances[place] = find_instances(x, context, pools)
@@ -154,8 +154,8 @@ class Forward:
             if context.mask is None and context.cu_seqlens is None:
                 return rows_as_instances(x), context if rows is None else _of_rows(context, rows)
             raise ValueError(
-                f"{keys[0]} sees an input of shape {tuple(x.shape)}, the forward's tokens are {(B, self.L)}: which of them "
-                "belong to an instance cannot be told, so leave this layer out of target_modules"
+                f"{keys[0]} sees an input of shape {tuple(x.shape)}, the forward's tokens are {(B, self.L)}: which of "
+                "them belong to an instance cannot be told, so leave this layer out of target_modules"
             )
         if rows is not None:
             context = _of_rows(context, rows)
@@ -178,7 +178,7 @@ class Forward:
     # One context per kind of adapter, shared by all layers.
 
     def _context(self, config: MixLoRAConfig) -> RoutingContext:
-        kind = (config.routing, config.pool, config.decode)
+        kind = _kind(config)
         context = self._contexts.get(kind)
         if context is None:
             context = self._contexts[kind] = self._find_context(config)
@@ -300,6 +300,11 @@ class Forward:
                 f"{self.L} tokens follow {self.cached} cached ones, of which no token was decoded: a prompt prefilled "
                 "in chunks cannot be routed as one instance. Prefill it at once (prefill_chunk_size=None)"
             )
+
+
+def _kind(config: MixLoRAConfig) -> tuple[str, str, str]:
+    """What of an adapter's settings bears on its context."""
+    return config.routing, config.pool, config.decode
 
 
 def rows_as_instances(x: Tensor) -> Tensor:

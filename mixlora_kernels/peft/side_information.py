@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..routing import Routing
 from .cache import KeptRouting, find_cache, find_past
 from .forward import Call, Forward, Recorded, detach
+from .siblings import expect_families
 
 # Where transformers and torch keep the function that checkpoints a layer.
 CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -54,6 +55,7 @@ class SideInformation:
         self._last: dict[tuple[str, str], Recorded] = {}
         self.decoder_paths: tuple[str, ...] = ()
         self._generates = True
+        self._expects_families = False
         self._handles: list = []
         self._each_thread = EachThread()
 
@@ -77,10 +79,12 @@ class SideInformation:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
+        self._expects_families = False  # a copy's layers have no families yet
         self._each_thread = EachThread()
 
     def install(self, model: nn.Module) -> None:
         """Hook the model and its decoder; once, however often it is called."""
+        self._expects_families = False
         if self._handles:
             return
         decoders = find_decoders(model)
@@ -147,6 +151,9 @@ class SideInformation:
         if call is None:  # called without the whole model
             call = Call(task=running.task[0], task_mask=running.task[1], generates=self._generates)
         past = find_past(named, None if shape is None else shape[1])
+        if not self._expects_families:
+            expect_families(layer for layer in module.modules() if vars(layer).get("side") is self)
+            self._expects_families = True
         running.forward = Forward(shape, named, call, module.training, past)
         if module.training and torch.is_grad_enabled():
             self._guard_checkpoints(module)

@@ -55,12 +55,12 @@ def choose(pools: Sequence[Tensor], index: Tensor, instances: Instances, dtype: 
         pool = torch.cat(tuple(pools))
         first = torch.arange(0, pool.shape[0], pool.shape[0] // G, device=index.device)
         columns = (index + first[:, None, None]).transpose(0, 1).reshape(B, G * R)
-    # A GPU multiplies with the whole pool in the same time, and a graph being compiled would be compiled for either way.
+    # A GPU multiplies with the whole pool in the same time; a graph being compiled would be compiled for either way.
     gathers = (
-        instances.length is not None
-        and instances.length >= TOKENS * R
+        not torch.compiler.is_compiling()
         and index.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        and instances.length is not None
+        and instances.length >= TOKENS * R
     )
     return Choice(pool if pool.dtype is dtype else pool.to(dtype), columns, instances, gathers)
 

@@ -32,8 +32,8 @@ def route(read: Tensor, factors: Sequence[Factors], options: Options) -> tuple[R
         The routing, its tensors [G, B, ...]; and for the backward p_IFS and p_CFS [G, B, E] and q [G, R, E, B].
     """
     G, r = len(factors), options.r
-    # One product for each router, and factors in its rows: the bits of a product depend on the number of its columns and
-    # on a column's place, and equal rows of a router are to give equal logits.
+    # One product for each router, and factors in its rows: the bits of a product depend on the number of its columns
+    # and on a column's place, and equal rows of a router are to give equal logits.
     logits = torch.stack([(router.to(read.dtype) @ read.T).T for router in list_routers(factors, options)])
     probs_a = torch.softmax(logits[:G], -1)  # Equation 6
     index_a = top_r(probs_a, r)
