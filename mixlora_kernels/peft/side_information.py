@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from ..routing import Routing
 from .cache import KeptRouting, find_cache, find_past
-from .forward import Call, Forward, Recorded, detach
+from .forward import Call, Forward
+from .recorded import Recorded, detach
 from .siblings import expect_families
 
 # Where transformers and torch keep the function that checkpoints a layer.
