@@ -1,4 +1,4 @@
-"""What each layer of a forward chose, as it is kept: a group's routing stays whole until somebody asks for a layer's."""
+"""What each layer of a forward chose, as it is kept: a group's routing stays whole until a layer's is asked for."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
