@@ -44,8 +44,8 @@ def route(read: Tensor, factors: Sequence[Factors], options: Options) -> tuple[R
 def choose_factors(
     logits_a: Tensor, logits_b: Tensor | None, table: Tensor | None, r: int, gate: str
 ) -> tuple[Routing, Saved]:
-    """Equations 6 to 8 from the routers' logits [G, B, E], B's None where pairs are tied, and T [G, R, E, E], None without
-    conditioning. Returns what ``route`` does."""
+    """Equations 6 to 8 from the routers' logits [G, B, E], B's None where pairs are tied, and T [G, R, E, E], None
+    without conditioning. Returns what ``route`` does."""
     probs_a = torch.softmax(logits_a, -1)  # Equation 6
     index_a = top_r(probs_a, r)
     if logits_b is None:
