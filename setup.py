@@ -18,6 +18,9 @@ TEST = [
     "triton>=3.4; platform_system == 'Linux'",
 ]
 
+# vLLM's internals change from one minor version to the next; mixlora_kernels/serving/versions.py states what was tested.
+VLLM = [*PEFT, "vllm>=0.32,<0.33"]
+
 # The CPU's kernels, where there is a C compiler with OpenMP; the package works without them. Not linked with OpenMP:
 # they find torch's, which is loaded first, so that both share one pool of threads.
 NATIVE = Path("mixlora_kernels", "backends", "native")
@@ -43,8 +46,11 @@ setup(
         "mixlora_kernels.backends.native": ["*.c", "*.h"],
     },
     ext_modules=[KERNELS],
-    entry_points={"lmms_eval.models": ["mixlora_llava = integration.llava.lmms:manifest"]},
+    entry_points={
+        "lmms_eval.models": ["mixlora_llava = integration.llava.lmms:manifest"],
+        "vllm.general_plugins": ["mixlora = mixlora_kernels.serving.plugin:register"],
+    },
     python_requires=">=3.10",
     install_requires=["torch>=2.6"],
-    extras_require={"peft": PEFT, "llava": LLAVA, "benchmark": BENCHMARK, "test": TEST},
+    extras_require={"peft": PEFT, "llava": LLAVA, "benchmark": BENCHMARK, "test": TEST, "vllm": VLLM},
 )
