@@ -55,14 +55,14 @@ class Batch:
                 if done or length < prompt:
                     raise RuntimeError(
                         f"a step computes the tokens {done} to {done + length} of a prompt of {prompt}: a MixLoRA "
-                        "adapter routes a prompt by the mean of all its tokens, which one step has to compute. What cut "
-                        "the prompt is not known to mixlora_kernels.serving.refusals, please report it; the engine stops "
-                        "here rather than answer wrongly"
+                        "adapter routes a prompt by the mean of all its tokens, which one step has to compute. What "
+                        "cut the prompt is not known to mixlora_kernels.serving.refusals, please report it; the engine "
+                        "stops here rather than answer wrongly"
                     )
                 self.prompts.append(Prompt(start, prompt, block))
         tokens = torch.from_numpy(np.repeat(first_blocks, lengths).astype(np.int64))
         self.blocks[: len(tokens)].copy_(tokens)
-        # Rows that pad a step to the size of a graph read what nobody has written: the null block's zeros.
+        # Rows that pad a step to the size of a graph: nobody reads them, but the state they read has to be there.
         self.blocks[len(tokens) :].zero_()
         self.active = True
 

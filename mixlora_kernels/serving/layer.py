@@ -10,7 +10,7 @@ from ..config import MixLoRAConfig
 from .batch import Batch
 from .op import serve  # noqa: F401  (defines the operation)
 from .routing import router_matrix, table_of
-from .state import Pairs
+from .state import state_of
 
 
 class Member(NamedTuple):
@@ -60,8 +60,7 @@ class ServedLayer(nn.Module):
             routers = router_matrix(p["router_A"], p.get("router_B"))
             self.routers.append(routers[:, member.columns].contiguous().to(device))  # [R, D] float32
             self.lora_B.append(p["lora_B"][:, member.rows].contiguous().to(device, dtype))  # [E, O]
-        gated = config.gate not in ("straight_through", "binary")
-        self.state = Pairs(len(self.members), config.num_factors, config.r, config.scaling, gated, device)
+        self.state = state_of(len(self.members), config, device)
 
     def extra_repr(self) -> str:
         return ", ".join(member.path for member in self.members)

@@ -1,5 +1,6 @@
 """MixLoRAModelLoader: load a model as vLLM would, and attach an adapter to it."""
 
+import re
 from dataclasses import replace
 
 import vllm
@@ -21,6 +22,7 @@ from .saved import SavedAdapter, read_adapter
 from .scheduler import check_hook
 
 logger = init_logger(__name__)
+LAYER = re.compile(r".*\.\d+(?=\.)")  # of an attention layer's name the part that names the decoder's layer
 
 
 class MixLoRAModelLoader(BaseModelLoader):
@@ -50,32 +52,30 @@ class MixLoRAModelLoader(BaseModelLoader):
             model.load_weights(iter(self.adapter.trained.items()))
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        refusals.refuse(
-            list(refusals.of_version(vllm.__version__))
-        )  # the other checks read a known vLLM's configuration
+        # First, because the other checks read the configuration of a vLLM that is known.
+        refusals.refuse(refusals.of_version(vllm.__version__))
         self.adapter = read_adapter(self.folder)
-        found = list(refusals.of_adapter(self.adapter.config))
-        for check in (
-            refusals.of_scheduler,
-            refusals.of_model,
-            refusals.of_parallelism,
-            refusals.of_images,
-        ):
-            found += check(vllm_config)
-        refusals.refuse(found)
+        refusals.refuse(
+            refusals.of_adapter(self.adapter.config),
+            refusals.of_scheduler(vllm_config),
+            refusals.of_model(vllm_config),
+            refusals.of_parallelism(vllm_config),
+            refusals.of_images(vllm_config),
+        )
         model = super().load_model(vllm_config, model_config, prefix)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         specs = {name: spec for name, layer in layers.items() if (spec := layer.get_kv_cache_spec(vllm_config))}
-        refusals.refuse(list(refusals.of_attention(specs)))
-        attach(model, self.adapter, vllm_config, {name.rpartition(".self_attn")[0] for name in specs})
+        refusals.refuse(refusals.of_attention(specs))
+        attach(model, self.adapter, vllm_config, {LAYER.match(name).group() for name in specs})
         return model
 
 
 def check_folder(folder) -> str:
     if not isinstance(folder, str):
-        wanted = 'load_format="mixlora" needs model_loader_extra_config={"adapter": FOLDER}, the folder of one adapter'
+        several = ": a server serves one adapter, start a server for each" if isinstance(folder, list) else ""
         raise ValueError(
-            f"{wanted}, got {folder!r}" + (": start a server for each" if isinstance(folder, list) else "")
+            'load_format="mixlora" needs model_loader_extra_config={"adapter": FOLDER}, the folder of one adapter, '
+            f"got {folder!r}{several}"
         )
     return folder
 

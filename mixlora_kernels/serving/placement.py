@@ -1,4 +1,4 @@
-"""Where an adapter's layers are in the served model, which has other names and fuses layers that read the same input."""
+"""Where an adapter's layers are in the served model, which has other names and fuses layers that read one input."""
 
 from collections.abc import Mapping
 

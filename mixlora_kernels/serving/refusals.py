@@ -1,10 +1,11 @@
 """What cannot be served exactly, found before a weight is loaded; each with the flag that mends it.
 
-A request must be routed by its whole prompt in one step, by nothing else, and once. Whatever cuts prompts, leaves tokens
-of a prompt uncomputed, or computes tokens that are not the request's, would answer wrongly without a word.
+A request must be routed by its whole prompt in one step, by nothing else, and once. What cuts prompts, or leaves tokens
+of a prompt uncomputed, would answer wrongly without a word.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 from ..config import MixLoRAConfig
@@ -23,10 +24,11 @@ class Refusal(NamedTuple):
     mend: str
 
 
-def refuse(refusals: list[Refusal]) -> None:
+def refuse(*refusals: Iterable[Refusal]) -> None:
     """Raise a ValueError that lists them all; nothing where there are none."""
-    if refusals:
-        listed = "\n".join(f"- {refusal.what}. {refusal.mend}" for refusal in refusals)
+    found = list(chain(*refusals))
+    if found:
+        listed = "\n".join(f"- {refusal.what}. {refusal.mend}" for refusal in found)
         raise ValueError(f"load_format='mixlora' cannot serve with this configuration:\n{listed}")
 
 
@@ -47,7 +49,7 @@ def of_adapter(config: MixLoRAConfig) -> Iterator[Refusal]:
     if config.decode != "prompt":
         yield Refusal(
             f"decode={config.decode!r} routes each generated token anew, a server keeps the prompt's routing",
-            'Set "decode": "prompt" in adapter_config.json if the adapter may be used so, or train with decode=\'prompt\'',
+            "Train with decode='prompt'",
         )
 
 
@@ -108,7 +110,7 @@ def of_model(config) -> Iterator[Refusal]:
     graphs = config.compilation_config.cudagraph_mode
     if graphs is not None and graphs.has_full_cudagraphs() and not model.enforce_eager:
         yield Refusal(
-            f"cudagraph_mode={graphs.name} records whole steps; an adapter's operation has to run outside of the graphs",
+            f"cudagraph_mode={graphs.name} records whole steps; an adapter's operation has to run outside of graphs",
             'Add --enforce-eager, or --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' (which is not tested)',
         )
 
@@ -158,8 +160,8 @@ def of_images(config) -> Iterator[Refusal]:
 
 
 def of_attention(specs: dict[str, object]) -> Iterator[Refusal]:
-    """What the layers' KV caches say, by their names: a request's state is kept by its first block, which must be its own
-    from the first step to the last."""
+    """What the layers' KV caches say, by the layers' names: a request's state is kept by its first block, which must be
+    its own from the first step to the last."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     others = {}

@@ -19,7 +19,8 @@ class Choice(NamedTuple):
 
 
 def router_matrix(router_A: Tensor, router_B: Tensor | None) -> Tensor:
-    """What a pooled mean is multiplied with for the logits: the routers stacked [R, d_in] float32, those of A first."""
+    """What a pooled mean is multiplied with for the logits: the routers as one matrix, those of A first,
+    [2E, d_in] float32; [E, d_in] where there is no ``router_B``."""
     return torch.cat([router for router in (router_A, router_B) if router is not None]).float()
 
 
@@ -34,9 +35,9 @@ def choose(logits: Tensor, table: Tensor | None, config: MixLoRAConfig) -> Choic
     """Equations 6 to 8 for P prompts.
 
     Args:
-        logits: [P, R] float32, the product of the pooled means [P, d_in] with ``router_matrix``.
+        logits: [P, 2E] float32 ([P, E] where pairs are tied), the pooled means [P, d_in] by ``router_matrix``.
         table: of ``table_of``.
     """
     instances = Instances(count=logits.shape[0], length=1)
-    index_a, index_b, gate, *_ = route(logits, table, config.r, config.gate, instances)
+    index_a, index_b, gate, *_ = route(logits, table, config.r, config.gate, instances, tied=not config.chooses_b)
     return Choice(index_a, index_b, gate)

@@ -1,9 +1,10 @@
 """How the batch learns of each step, from either of vLLM's model runners.
 
-The first runner (``vllm.v1.worker.gpu_model_runner``, and its CPU form) calls the model in ``_model_forward``, which it
-names as the place for others to look at what is run; nothing public there tells a prompt's length, which a request that
-was preempted needs: its recomputation runs the prompt and what had been generated as one. So that method is replaced, for
-models that carry a ``Batch``. The second runner lets a model bring its own ``ModelState``, which is told all there is.
+The first runner (``vllm.v1.worker.gpu_model_runner``, and its CPU form) calls the model in ``_model_forward``, which
+it names as the place for others to look at what is run. Nothing that it hands to the model tells a prompt's length,
+which is needed when a request was preempted: its recomputation runs the prompt and what had been generated as one. So that method
+is replaced, for models that carry a ``Batch``. The second runner lets a model bring a ``ModelState`` of its own,
+which is told all there is.
 """
 
 import inspect
@@ -97,4 +98,5 @@ def reserve(model: nn.Module, batch: Batch, num_blocks: int) -> None:
 
 def state_bytes(model: nn.Module) -> int:
     """Bytes that the requests' choices take in this process, however many requests run."""
-    return sum(module.state.bytes for module in model.modules() if isinstance(module, ServedLayer))
+    layers = (module for module in model.modules() if isinstance(module, ServedLayer))
+    return sum(tensor.nbytes for layer in layers for tensor in layer.state.tensors)

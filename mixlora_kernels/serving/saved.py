@@ -59,12 +59,27 @@ def read_adapter(folder: str) -> SavedAdapter:
         if mark:
             layers.setdefault(layer, {})[name] = tensor.float()
         else:
-            trained[key.removeprefix(WRAPPER)] = tensor
+            trained[check_trained(key.removeprefix(WRAPPER), config)] = tensor
     for layer, parameters in layers.items():
         check_shapes(layer, parameters, config)
     if not layers:
         raise ValueError(f"{path / SAFETENSORS_WEIGHTS_NAME} holds no parameter of a MixLoRA adapter")
     return SavedAdapter(path, config, layers, trained)
+
+
+def check_trained(name: str, config: ConditionalMixLoRAConfig) -> str:
+    """The name of a weight that is not the adapter's, which has to be in a module that was trained in full.
+
+    Raises:
+        ValueError: it is not, and would replace a frozen weight.
+    """
+    saved = config.modules_to_save or []
+    if not any(f".{module}." in f".{name}" for module in saved):
+        raise ValueError(
+            f"the adapter brings {name}, which is neither a parameter of an adapter nor in modules_to_save={saved}: "
+            "it would replace a weight of the frozen model"
+        )
+    return name
 
 
 def check_shapes(layer: str, parameters: dict[str, Tensor], config: ConditionalMixLoRAConfig) -> None:

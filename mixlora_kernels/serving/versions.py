@@ -1,4 +1,4 @@
-"""The versions of vLLM that serving is tested with. Others are refused: much of what it rests on is not public there."""
+"""The versions of vLLM that serving is tested with. Others are refused: not all that it rests on is public in vLLM."""
 
 from packaging.version import InvalidVersion, Version
 

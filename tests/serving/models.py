@@ -1,0 +1,70 @@
+"""Tiny random models with adapters, saved as their users would save them, and what Hugging Face's generate makes of prompts.
+
+Head sizes are 32, the smallest that vLLM's attention for CPUs takes.
+"""
+
+from pathlib import Path
+
+import torch
+import transformers as hf
+from peft import get_peft_model
+
+from mixlora_kernels.peft import ConditionalMixLoRAConfig
+
+VOCABULARY, IMAGE, NEW = 256, 255, 40
+LENGTHS = (5, 60, 17, 33, 90, 8, 41, 25, 70, 12, 51, 3)
+TEXT = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    # Wide, so that each token differs much from the next best, and float32's rounding decides nothing.
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def save_llama(folder: Path) -> hf.LlamaForCausalLM:
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT)).eval()
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(folder)
+    return model
+
+
+def save_adapter(model, folder: Path, **settings):
+    """Adapt a model with parameters so large that another routing gives other tokens, and save the adapter."""
+    torch.manual_seed(1)
+    config = ConditionalMixLoRAConfig(**{"r": 2, "num_factors": 8, "init_weights": False, **settings})
+    adapted = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "router" in name:
+                parameter.mul_(5)
+            elif "lora_B" in name:
+                parameter.mul_(0.2)
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+def make_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, IMAGE, (length,), generator=generator).tolist() for length in LENGTHS]
+
+
+@torch.no_grad()
+def generate(model, prompt: list[int], new: int = NEW, **inputs) -> dict[str, list]:
+    """The tokens that Hugging Face's generate chooses for a prompt alone, and their log-probabilities."""
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
+        return_dict_in_generate=True, output_logits=True, **inputs,
+    )  # fmt: skip
+    tokens = out.sequences[0, len(prompt) :]
+    logits = torch.cat(out.logits).log_softmax(-1)
+    return {"tokens": tokens.tolist(), "logprobs": logits.gather(1, tokens[:, None])[:, 0].tolist()}
