@@ -21,7 +21,7 @@ from .runner import ATTRIBUTE, follow_first_runner, follow_second_runner
 from .saved import SavedAdapter, read_adapter
 from .scheduler import check_hook
 
-logger = init_logger(__name__)
+logger = init_logger(f"vllm.{__name__}")  # under vllm's own, whose handlers it needs to be seen
 LAYER = re.compile(r".*\.\d+(?=\.)")  # of an attention layer's name the part that names the decoder's layer
 
 

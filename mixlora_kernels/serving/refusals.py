@@ -118,17 +118,15 @@ def of_model(config) -> Iterator[Refusal]:
 def of_parallelism(config) -> Iterator[Refusal]:
     """What a VllmConfig says about several processes. Tensor parallelism is served."""
     parallel = config.parallel_config
-    for name, flag in (
-        ("data_parallel_size", "--data-parallel-size"),
-        ("pipeline_parallel_size", "--pipeline-parallel-size"),
-        ("prefill_context_parallel_size", "--prefill-context-parallel-size"),
-        ("decode_context_parallel_size", "--decode-context-parallel-size"),
+    for name, more in (
+        ("data_parallel_size", "; several servers behind a balancer take its place"),
+        ("pipeline_parallel_size", ""),
+        ("prefill_context_parallel_size", ""),
+        ("decode_context_parallel_size", ""),
     ):
         if getattr(parallel, name) > 1:
-            yield Refusal(
-                f"{name}={getattr(parallel, name)} is not tested",
-                f"Set {flag} 1; several servers behind a balancer take the place of data parallelism",
-            )
+            flag = name.replace("_", "-")
+            yield Refusal(f"{name}={getattr(parallel, name)} is not tested", f"Set --{flag} 1{more}")
     if parallel.use_ubatching:
         yield Refusal("dual batch overlap cuts a step in two, and prompts with it", "Leave out --enable-dbo")
 

@@ -1,20 +1,22 @@
 """How the batch learns of each step, from either of vLLM's model runners.
 
-The first runner (``vllm.v1.worker.gpu_model_runner``, and its CPU form) calls the model in ``_model_forward``, which
-it names as the place for others to look at what is run. Nothing that it hands to the model tells a prompt's length,
-which is needed when a request was preempted: its recomputation runs the prompt and what had been generated as one. So that method
-is replaced, for models that carry a ``Batch``. The second runner lets a model bring a ``ModelState`` of its own,
-which is told all there is.
+The first runner (``vllm.v1.worker.gpu_model_runner``, and its CPU form) calls the model in ``_model_forward``, which it
+names as the place for others to look at what is run. Nothing that it hands to the model tells a prompt's length, which
+a request that was preempted needs: its recomputation runs the prompt and what had been generated as one. So that method
+is replaced, for models that carry a ``Batch``. The second runner lets a model bring a ``ModelState`` of its own, which
+is told all there is.
 """
 
 import inspect
 from functools import wraps
 
 from torch import nn
+from vllm.logger import init_logger
 
 from .batch import Batch
 from .layer import ServedLayer
 
+logger = init_logger(f"vllm.{__name__}")  # under vllm's own, whose handlers it needs to be seen
 ATTRIBUTE = "mixlora_batch"  # of a served model
 FORWARD = "_model_forward"
 
@@ -94,6 +96,7 @@ def reserve(model: nn.Module, batch: Batch, num_blocks: int) -> None:
             if isinstance(module, ServedLayer):
                 module.state.reserve(num_blocks)
         batch.num_blocks = num_blocks
+        logger.info("MixLoRA keeps %d bytes for %d KV blocks", state_bytes(model), num_blocks)
 
 
 def state_bytes(model: nn.Module) -> int:

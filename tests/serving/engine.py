@@ -3,9 +3,11 @@
 A process of its own for them, because vLLM sets up its process once, and for good. A job has
 
     engine      arguments of vllm.LLM
-    prompts     each with prompt_token_ids, and with multi_modal_data where it has an image (the path of a picture)
+    prompts     each with prompt_token_ids, and with multi_modal_data where it has pictures (their paths)
     new         tokens to generate for each
     control     true: pool the generated tokens as well when a request is computed again
+    pictures    tokens of pictures that a step takes at most (of an engine in this process)
+    cut         true: vLLM's own way with pictures that do not fit, in a scheduler that was not refused
 
 and its result ``tokens`` and ``logprobs`` for each prompt, ``preemptions``, ``state_bytes``, or ``error``.
 """
@@ -66,13 +68,29 @@ def run(job: dict) -> dict:
     try:
         llm = LLM(**{**ENGINE, **job["engine"]})
     except Exception as error:  # what is refused is a result
+        cleanup_dist_env_and_memory()
         return {"error": f"{type(error).__name__}: {error}"}
+    core = llm.llm_engine.engine_core
+    if "pictures" in job:
+        core.engine_core.scheduler.max_num_encoder_input_tokens = job["pictures"]
+    if job.get("cut"):
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        scheduler = core.engine_core.scheduler
+        scheduler._try_schedule_encoder_inputs = Scheduler._try_schedule_encoder_inputs.__get__(scheduler)
     prompts = [
-        {**p, "multi_modal_data": {"image": Image.open(p["multi_modal_data"])}} if "multi_modal_data" in p else p
+        {**p, "multi_modal_data": {"image": [Image.open(file) for file in p["multi_modal_data"]]}}
+        if "multi_modal_data" in p
+        else p
         for p in job["prompts"]
     ]
     sampling = SamplingParams(temperature=0, max_tokens=job["new"], ignore_eos=True, detokenize=False, logprobs=0)
-    outputs = [request.outputs[0] for request in llm.generate(prompts, sampling, use_tqdm=False)]
+    try:
+        outputs = [request.outputs[0] for request in llm.generate(prompts, sampling, use_tqdm=False)]
+    except Exception as error:
+        core.shutdown()
+        cleanup_dist_env_and_memory()
+        return {"error": f"{type(error).__name__}: {error}"}
     preemptions = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
     result = {
         "tokens": [list(output.token_ids) for output in outputs],
@@ -81,8 +99,8 @@ def run(job: dict) -> dict:
         ],
         "preemptions": preemptions,
     }
-    llm.llm_engine.engine_core.shutdown()
-    del llm
+    core.shutdown()
+    del llm, core
     cleanup_dist_env_and_memory()
     return result
 
