@@ -2,11 +2,11 @@
 
     python benchmarks/serving.py --width 2048 --out FOLDER
 
-In an environment of tests/serving/environment.sh. The servers of one random Llama run side by side with one thread each,
-and vLLM's own benchmark client asks them in turn: a round is the same requests, of ragged prompts, put to each, so that
-what the machine does meanwhile falls on all. Reported are the medians over the rounds, and the medians of the rounds'
-ratios to the server without an adapter. A server is measured once it has answered a prompt with as many tokens as it was
-asked for.
+It runs in an environment of tests/serving/environment.sh. Servers of one random Llama run side by side, with a thread
+each, and vLLM's own benchmark client asks them in turn: a round is the same requests, of ragged prompts, put to each so
+that what the machine does meanwhile falls on all. Reported are the medians over the rounds, and the medians of the
+rounds' ratios to the server without an adapter. Before that, each server has answered a prompt with as many tokens as
+it was asked for.
 """
 
 import argparse
