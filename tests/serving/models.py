@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from peft import get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from mixlora_kernels import MixLoRAAdapter
@@ -69,6 +70,11 @@ def save_llava(folder: Path) -> tuple[hf.LlavaForConditionalGeneration, hf.Llava
     model = hf.LlavaForConditionalGeneration(config).eval()
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
+    # Under the names of published checkpoints, which vLLM reads; transformers 5 saves the tower a level higher.
+    file = folder / "model.safetensors"
+    tower, inner = "vision_tower.", "vision_tower.vision_model."
+    weights = {key if inner in key else key.replace(tower, inner): tensor for key, tensor in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
     size = {"height": SIDE, "width": SIDE}
     processor = hf.LlavaProcessor(
         hf.CLIPImageProcessor(size=size, crop_size=size), save_tokenizer(folder), patch_size=SIDE // 4,

@@ -69,8 +69,8 @@ def compare(result: dict, wanted: list[dict]) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "paper, 4 at a time, preempted", "paper, 8 at a time, preempted", "tied, 4 at a time, preempted", "tied, 8 at a time",
-        "weighted", "published",
+        "paper, 4 at a time, preempted", "paper, 8 at a time, preempted", "tied, 4 at a time, preempted",
+        "tied, 8 at a time", "weighted", "published",
     ],
 )  # fmt: skip
 def test_tokens_are_those_of_generate(llama, results, name):

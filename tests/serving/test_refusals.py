@@ -263,14 +263,12 @@ def on_models(saved, run_jobs, tmp_path_factory):
     from .models import TEXT, save_adapter
 
     folder = tmp_path_factory.mktemp("models")
-    wide = hf.LlamaForCausalLM(hf.LlamaConfig(**{**TEXT, "intermediate_size": 224, "num_hidden_layers": 4}))
-    save_adapter(wide, folder / "wide_adapter")
-    sliding = hf.LlamaConfig(**TEXT, layer_types=["full_attention", "sliding_attention"] * 2, sliding_window=32)
-    sliding.num_hidden_layers = 4
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**TEXT, "num_hidden_layers": 4}))
+    deep = {**TEXT, "num_hidden_layers": 4}
+    save_adapter(hf.LlamaForCausalLM(hf.LlamaConfig(**{**deep, "intermediate_size": 224})), folder / "wide_adapter")
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**deep))
     model.save_pretrained(folder / "sliding")
-    sliding.architectures = ["LlamaForCausalLM"]
-    sliding.save_pretrained(folder / "sliding")
+    layers = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 32}
+    hf.LlamaConfig(**deep, **layers, architectures=["LlamaForCausalLM"]).save_pretrained(folder / "sliding")
     save_adapter(model, folder / "sliding_adapter")
     jobs = {
         "another model": (saved / "model", folder / "wide_adapter"),
