@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import vllm
 from torch import nn
@@ -22,7 +23,7 @@ from .saved import SavedAdapter, read_adapter
 from .scheduler import check_hook
 
 logger = init_logger(f"vllm.{__name__}")  # under vllm's own, whose handlers it needs to be seen
-LAYER = re.compile(r".*\.\d+(?=\.)")  # of an attention layer's name the part that names the decoder's layer
+LAYER = re.compile(r".*\.\d+(?=\.)")
 
 
 class MixLoRAModelLoader(BaseModelLoader):
@@ -49,7 +50,8 @@ class MixLoRAModelLoader(BaseModelLoader):
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
         self.base.load_weights(model, model_config)
         if self.adapter is not None and self.adapter.trained:
-            model.load_weights(iter(self.adapter.trained.items()))
+            served: Any = model
+            served.load_weights(iter(self.adapter.trained.items()))
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         # First, because the other checks read the configuration of a vLLM that is known.
@@ -66,8 +68,20 @@ class MixLoRAModelLoader(BaseModelLoader):
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         specs = {name: spec for name, layer in layers.items() if (spec := layer.get_kv_cache_spec(vllm_config))}
         refusals.refuse(refusals.of_attention(specs))
-        attach(model, self.adapter, vllm_config, {LAYER.match(name).group() for name in specs})
+        attach(model, self.adapter, vllm_config, {layer_of(name) for name in specs})
         return model
+
+
+def layer_of(attention: str) -> str:
+    """The path of the decoder's layer that an attention layer is in, such as ``model.layers.3``.
+
+    Raises:
+        ValueError: the name has no number.
+    """
+    found = LAYER.match(attention)
+    if found is None:
+        raise ValueError(f"MixLoRA is served on decoders of numbered layers, got one with the attention {attention!r}")
+    return found.group()
 
 
 def check_folder(folder) -> str:
@@ -92,7 +106,7 @@ def attach(model: nn.Module, adapter: SavedAdapter, vllm_config: VllmConfig, dec
     device = vllm_config.device_config.device
     batch = Batch(vllm_config.scheduler_config.max_num_batched_tokens, device)
     for name, members in placed.items():
-        module = model.get_submodule(name)
+        module: Any = model.get_submodule(name)
         layer = ServedLayer(
             members, [adapter.layers[member.path] for member in members], adapter.config, batch,
             dtype=module.params_dtype, device=device, group=group_of(module),

@@ -44,7 +44,7 @@ def route_(x: Tensor, layer, prompts: list[Prompt]) -> None:
     )  # [P, D]
     logits = [pooled @ routers.T for routers in layer.routers]
     if layer.group is not None:  # each process has a share of D
-        logits = all_reduce(torch.cat(logits, 1), layer.group).chunk(len(logits), 1)
+        logits = list(all_reduce(torch.cat(logits, 1), layer.group).chunk(len(logits), 1))
     choices = [choose(part, table, layer.config) for part, table in zip(logits, layer.tables)]
     blocks = torch.tensor([p.block for p in prompts], device=x.device)
     layer.state.write(blocks, Choice(*(torch.stack(parts, 1) for parts in zip(*choices))))  # [P, G, R] each
@@ -52,7 +52,8 @@ def route_(x: Tensor, layer, prompts: list[Prompt]) -> None:
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:
     """The sum of a tensor over the processes of a group, by the group's name."""
-    return collectives.wait_tensor(collectives.all_reduce(tensor.contiguous(), "sum", group))
+    summed = collectives.all_reduce(tensor.contiguous(), "sum", group)  # type: ignore[arg-type]  # a name will do
+    return collectives.wait_tensor(summed)
 
 
 def serve(y: Tensor, x: Tensor, name: str) -> None:

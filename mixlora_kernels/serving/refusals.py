@@ -4,9 +4,9 @@ A request must be routed by its whole prompt in one step, by nothing else, and o
 of a prompt uncomputed, would answer wrongly without a word.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..config import MixLoRAConfig
 from .versions import check_version
@@ -157,7 +157,7 @@ def of_images(config) -> Iterator[Refusal]:
         )
 
 
-def of_attention(specs: dict[str, object]) -> Iterator[Refusal]:
+def of_attention(specs: Mapping[str, Any]) -> Iterator[Refusal]:
     """What the layers' KV caches say, by the layers' names: a request's state is kept by its first block, which must be
     its own from the first step to the last."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec

@@ -26,7 +26,7 @@ def router_matrix(router_A: Tensor, router_B: Tensor | None) -> Tensor:
 
 def table_of(lora_A: Tensor, router_AB: Tensor | None, config: MixLoRAConfig) -> Tensor | None:
     """T [r, E, E] of the conditional router, which depends on parameters alone; None without conditioning."""
-    if not config.has_conditioning:
+    if not config.has_conditioning or router_AB is None:
         return None
     return condition_table(lora_A.float(), router_AB.float(), config.conditioning)
 

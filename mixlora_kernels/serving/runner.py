@@ -9,6 +9,7 @@ is told all there is.
 
 import inspect
 from functools import wraps
+from typing import Any
 
 from torch import nn
 from vllm.logger import init_logger
@@ -19,6 +20,7 @@ from .layer import ServedLayer
 logger = init_logger(f"vllm.{__name__}")  # under vllm's own, whose handlers it needs to be seen
 ATTRIBUTE = "mixlora_batch"  # of a served model
 FORWARD = "_model_forward"
+STATE = "get_model_state_cls"
 
 
 def follow_first_runner() -> None:
@@ -61,7 +63,7 @@ def follow_second_runner(model: nn.Module, vllm_config) -> None:
     """Give a served model the ``ModelState`` that tells its batch about each step. Untested: it needs a GPU."""
     from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
-    base = resolve_model_state_cls(vllm_config, model)
+    base: Any = resolve_model_state_cls(vllm_config, model)
 
     class MixLoRAModelState(base):
         def initialize_kv_cache(self, kv_cache_config, block_tables):
@@ -86,7 +88,7 @@ def follow_second_runner(model: nn.Module, vllm_config) -> None:
             getattr(model, ATTRIBUTE).end()
             return super().prepare_dummy_inputs(num_reqs, num_tokens)
 
-    model.get_model_state_cls = lambda: MixLoRAModelState
+    setattr(model, STATE, lambda: MixLoRAModelState)
 
 
 def reserve(model: nn.Module, batch: Batch, num_blocks: int) -> None:

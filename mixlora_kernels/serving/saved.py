@@ -1,18 +1,19 @@
 """An adapter's folder, as ``save_pretrained`` writes it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import load_file
 from torch import Tensor
 
+from ..adapter import MixLoRAAdapter
 from ..peft import ConditionalMixLoRAConfig, ConditionalMixLoRAModel
 from ..peft.config import PEFT_TYPE
+from ..peft.files import Expected, Given, check_fits, opened, without_prefix
 
 MARK = f".{ConditionalMixLoRAModel.prefix}adapter."
-WRAPPER = "base_model.model."  # what a PeftModel adds before a name; transformers' own save_pretrained does not
-NAMES = ("lora_A", "lora_B", "router_A", "router_B", "router_AB")
 
 
 class SavedAdapter(NamedTuple):
@@ -36,7 +37,7 @@ def read_adapter(folder: str) -> SavedAdapter:
 
     Raises:
         FileNotFoundError: it lacks the configuration or the weights.
-        ValueError: they are not of a MixLoRA adapter, or do not fit each other.
+        ValueError: they are not of a MixLoRA adapter, or do not fit each other, or hold numbers that are not finite.
     """
     path = Path(folder)
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
@@ -54,49 +55,35 @@ def read_adapter(folder: str) -> SavedAdapter:
         )
     layers: dict[str, dict[str, Tensor]] = {}
     trained: dict[str, Tensor] = {}
-    for key, tensor in load_file(path / SAFETENSORS_WEIGHTS_NAME).items():
-        layer, mark, name = key.removeprefix(WRAPPER).rpartition(MARK)
-        if mark:
-            layers.setdefault(layer, {})[name] = tensor.float()
-        else:
-            trained[check_trained(key.removeprefix(WRAPPER), config)] = tensor
-    for layer, parameters in layers.items():
-        check_shapes(layer, parameters, config)
+    with opened(path / SAFETENSORS_WEIGHTS_NAME) as file:
+        given = without_prefix(file, "")
+        check_fits(expected_of(given, config), given, path.name)
+        for key, entry in given.items():
+            layer, mark, name = key.rpartition(MARK)
+            if mark:
+                layers.setdefault(layer, {})[name] = entry.read().float()
+            else:
+                trained[key] = entry.read()
     if not layers:
         raise ValueError(f"{path / SAFETENSORS_WEIGHTS_NAME} holds no parameter of a MixLoRA adapter")
     return SavedAdapter(path, config, layers, trained)
 
 
-def check_trained(name: str, config: ConditionalMixLoRAConfig) -> str:
-    """The name of a weight that is not the adapter's, which has to be in a module that was trained in full.
-
-    Raises:
-        ValueError: it is not, and would replace a frozen weight.
-    """
-    saved = config.modules_to_save or []
-    if not any(f".{module}." in f".{name}" for module in saved):
-        raise ValueError(
-            f"the adapter brings {name}, which is neither a parameter of an adapter nor in modules_to_save={saved}: "
-            "it would replace a weight of the frozen model"
+def expected_of(given: Mapping[str, Given], config: ConditionalMixLoRAConfig) -> dict[str, Expected]:
+    """What a file has to hold: for each layer that it speaks of all parameters, of the shapes that the configuration
+    makes of its d_in and d_out; beside them weights of ``modules_to_save``."""
+    expected = {}
+    for layer in {key.rpartition(MARK)[0] for key in given if MARK in key}:
+        # Where one is missing or has no dimension, 1 serves: the comparison will name it.
+        d_in, d_out = (
+            given[key].shape[-1] if (key := f"{layer}{MARK}{name}") in given and given[key].shape else 1
+            for name in ("lora_A", "lora_B")
         )
-    return name
-
-
-def check_shapes(layer: str, parameters: dict[str, Tensor], config: ConditionalMixLoRAConfig) -> None:
-    """Compare a layer's parameters with what its configuration makes of them, beside d_in and d_out.
-
-    Raises:
-        ValueError: one is missing, unknown, or of another shape.
-    """
-    from ..adapter import MixLoRAAdapter
-
-    if not {"lora_A", "lora_B"} <= parameters.keys() or parameters["lora_A"].dim() != 2:
-        raise ValueError(f"{layer}: needs lora_A [E, d_in] and lora_B [E, d_out], got {sorted(parameters)}")
-    d_in, d_out = parameters["lora_A"].shape[-1], parameters["lora_B"].shape[-1]
-    expected = {
-        name: tuple(parameter.shape)
-        for name, parameter in MixLoRAAdapter(d_in, d_out, config, device="meta").named_parameters()
-    }
-    given = {name: tuple(tensor.shape) for name, tensor in parameters.items()}
-    if expected != given:
-        raise ValueError(f"{layer}: adapter_config.json makes the shapes {expected}, the weights have {given}")
+        for name, parameter in MixLoRAAdapter(d_in, d_out, config, device="meta").named_parameters():
+            expected[f"{layer}{MARK}{name}"] = Expected(tuple(parameter.shape))
+    modules = tuple(f".{module}." for module in config.modules_to_save or ())
+    for key, entry in given.items():
+        if MARK not in key and any(module in f".{key}" for module in modules):
+            dtype = entry.dtype if isinstance(entry.dtype, torch.dtype) else torch.int64
+            expected[key] = Expected(None, dtype, own=False)
+    return expected

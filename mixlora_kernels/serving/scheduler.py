@@ -13,7 +13,7 @@ class WholePrompts:
     def _try_schedule_encoder_inputs(
         self, request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **rest
     ):
-        found = super()._try_schedule_encoder_inputs(
+        found = super()._try_schedule_encoder_inputs(  # type: ignore[misc]  # of the scheduler that it stands before
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **rest
         )
         return found if found[1] == num_new_tokens else ([], 0, encoder_compute_budget, [], [])

@@ -2,15 +2,17 @@
 
 from packaging.version import InvalidVersion, Version
 
-OLDEST, BELOW = "0.32.0", "0.33"
+from ..versions import TESTED
 
 
 def check_version(version: str) -> str | None:
     """What is wrong with a version of vLLM, as a sentence; None where it was tested."""
+    oldest, newest = TESTED["vllm"]  # minor versions, with all their patches
     try:
-        fits = Version(OLDEST) <= Version(Version(version).public) < Version(BELOW)
+        minor = Version(".".join(Version(version).base_version.split(".")[:2]))
+        fits = Version(oldest) <= minor <= Version(newest)
     except InvalidVersion:
         fits = False
     if fits:
         return None
-    return f"vLLM {version} is not among the versions tested, {OLDEST} up to but not including {BELOW}"
+    return f"vLLM {version} is not among the versions tested, {oldest if oldest == newest else f'{oldest} to {newest}'}"

@@ -174,7 +174,7 @@ def test_other_versions_of_vllm(saved, monkeypatch, version):
 
     monkeypatch.setattr(vllm, "__version__", version)
     message = (
-        f"vLLM {version} is not among the versions tested, 0.32.0 up to but not including 0.33. "
+        f"vLLM {version} is not among the versions tested, 0.32. "
         "Install one of these: pip install 'mixlora_kernels[vllm]'"
     )
     with pytest.raises(ValueError, match=re.escape(f"- {message}")):
@@ -251,7 +251,7 @@ def test_a_key_that_would_replace_a_frozen_weight(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "saved")
     file = tmp_path / "saved" / "adapter" / "adapter_model.safetensors"
     save_file({**load_file(file), "base_model.model.model.embed_tokens.weight": torch.zeros(256, 128)}, file)
-    with pytest.raises(ValueError, match=r"brings model\.embed_tokens\.weight, which is neither"):
+    with pytest.raises(ValueError, match=r"nothing was loaded\. unknown keys: \['model\.embed_tokens"):
         load(tmp_path / "saved")
 
 

@@ -69,8 +69,8 @@ def server(questions, tmp_path_factory):
         "--dtype", "float32", "--max-model-len", "256", "--max-num-batched-tokens", "256", "--max-num-seqs", "8",
         "--block-size", "32", "--num-gpu-blocks-override", "40", "--mm-processor-cache-gb", "0",
     ]  # fmt: skip
-    # oneDNN keeps what it has compiled for each shape, up to 1,024 shapes, with an adapter or without: about 300 MiB of a
-    # vLLM without one after 1,600 requests. With room for 8 it is full before the first measurement.
+    # oneDNN keeps what it has compiled for each shape, up to 1,024 shapes, with an adapter or without: about 350 MiB of
+    # a vLLM without one after 1,600 requests. With room for 8 it is full before the first measurement.
     environment = engine_environment(ONEDNN_PRIMITIVE_CACHE_CAPACITY="8")
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
