@@ -28,6 +28,9 @@ TEST = [
     f"{oldest('triton')}; platform_system == 'Linux'",
 ]
 
+# Not all that serving rests on is public in vLLM: other versions than the tested ones are refused when a server starts.
+VLLM = [*PEFT, f"{oldest('vllm')},<={VERSIONS['TESTED']['vllm'][1]}.999"]
+
 setup(
     name="mixlora_kernels",
     version=VERSIONS["__version__"],
@@ -40,7 +43,10 @@ setup(
         "mixlora_kernels": ["py.typed"],
         "integration.llava": ["configs/*.yaml", "lmms_tasks/*"],
     },
-    entry_points={"lmms_eval.models": ["mixlora_llava = integration.llava.lmms:manifest"]},
+    entry_points={
+        "lmms_eval.models": ["mixlora_llava = integration.llava.lmms:manifest"],
+        "vllm.general_plugins": ["mixlora = mixlora_kernels.serving.plugin:register"],
+    },
     # 3.11 runs all of CI. By hand, tests of the layer and of tests/peft: 3.10 with torch 2.6, 3.13 with torch 2.15.
     classifiers=[
         "Programming Language :: Python :: 3",
@@ -49,5 +55,5 @@ setup(
     ],
     python_requires=">=3.10",
     install_requires=[oldest("torch")],
-    extras_require={"peft": PEFT, "llava": LLAVA, "benchmark": BENCHMARK, "test": TEST},
+    extras_require={"peft": PEFT, "llava": LLAVA, "benchmark": BENCHMARK, "test": TEST, "vllm": VLLM},
 )

@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 # torch 2.13. By hand: the layer's tests with torch 2.6.0 and Triton 3.2.0 on Python 3.10, those and tests/peft with
 # torch 2.15.0 and Triton 3.9.0 on Python 3.12 and 3.13. transformers before 5.17 computes T5's positions in float32
 # whatever the model's dtype, and before 5.13 fails in prompt look-up without a token that ends a text.
+# vLLM has an environment of its own (tests/serving/environment.sh), and other versions of it are refused.
 TESTED = {
     "torch": ("2.6", "2.15"),
     "triton": ("3.2", "3.9"),
@@ -18,6 +19,7 @@ TESTED = {
     "peft": ("0.21", "0.21"),
     "accelerate": ("1.10", "1.15"),
     "trl": ("1.0", "1.16"),
+    "vllm": ("0.32", "0.32"),
 }
 
 
