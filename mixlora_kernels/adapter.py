@@ -44,7 +44,7 @@ class MixLoRAAdapter(nn.Module):
             "lora_A": (E, in_features),
             "lora_B": (E, out_features),
             "router_A": (E, d_route) if config.has_routers else None,
-            "router_B": (E, d_route) if config.has_routers else None,
+            "router_B": (E, d_route) if config.has_routers and config.chooses_b else None,
             "router_AB": (config.r, E, in_features) if config.has_conditioning else None,
         }
         for name, shape in shapes.items():

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Routing = Literal["instance", "task", "random"]
-Conditioning = Literal["factors", "none", "published"]
-Gate = Literal["straight_through", "binary", "weighted"]
+Conditioning = Literal["factors", "none", "published", "tied"]
+Gate = Literal["straight_through", "binary", "weighted", "normalized"]
 Pool = Literal["sequence", "prompt", "all"]
 Decode = Literal["prompt", "token"]
 
@@ -25,10 +25,12 @@ class MixLoRAConfig:
             factors are drawn for each instance (Table 2).
         conditioning: how the factors chosen for A bear on the choice for B. ``"factors"``: Equation 7;
             ``"none"``: not at all (Figure 4); ``"published"``: the product of sums that the released
-            code computes.
+            code computes; ``"tied"``: B takes the factors of A's choice, pair by pair, and has no router.
         gate: what multiplies a chosen pair of factors. ``"straight_through"``: 1, with the gradient of
             the two probabilities that chose it; ``"binary"``: 1, and the routers stay fixed;
-            ``"weighted"``: the product of the two probabilities, each renormalised over the r chosen.
+            ``"weighted"``: the product of the two probabilities, each renormalised over the r chosen;
+            ``"normalized"``: the same with each renormalised to a mean of 1 over the r chosen. A tied
+            pair was chosen by one probability, which counts once.
         pool: which tokens of a model's input an instance's mean runs over. ``"sequence"``: all that are
             not padding; ``"prompt"``: the instruction's only; ``"all"``: padding included. It tells
             whoever builds the masks of a whole model; a layer that is given a mask obeys the mask.
@@ -72,14 +74,22 @@ class MixLoRAConfig:
             )
         if self.task_dim is not None and self.task_dim < 1:
             raise ValueError(f"task_dim must be at least 1, got {self.task_dim!r}")
-        if self.routing == "random" and self.gate == "weighted":
-            raise ValueError("gate='weighted' needs the routers' probabilities, which routing='random' does not have")
+        if self.routing == "random" and self.gate in ("weighted", "normalized"):
+            raise ValueError(
+                f"gate={self.gate!r} needs the routers' probabilities, which routing='random' does not have"
+            )
 
     @classmethod
     def published(cls, **settings) -> "MixLoRAConfig":
         """What the released code computes: fixed routers, its own conditioning, padding averaged in, and
         every decoding step routed anew. ``settings`` override or add to these."""
         return cls(**{"gate": "binary", "conditioning": "published", "pool": "all", "decode": "token", **settings})
+
+    @classmethod
+    def tied(cls, **settings) -> "MixLoRAConfig":
+        """Pairs of factors that are chosen as one, weighted by their renormalised probabilities. It departs from the
+        paper, where B chooses for itself and a chosen pair counts 1. ``settings`` override or add to these."""
+        return cls(**{"conditioning": "tied", "gate": "normalized", **settings})
 
     @property
     def scaling(self) -> float:
@@ -92,6 +102,11 @@ class MixLoRAConfig:
         return self.routing != "random"
 
     @property
+    def chooses_b(self) -> bool:
+        """Whether B's factors are chosen apart from A's; otherwise they are those of A."""
+        return self.conditioning != "tied"
+
+    @property
     def has_conditioning(self) -> bool:
-        """Whether the choice for A bears on the choice for B."""
-        return self.has_routers and self.conditioning != "none"
+        """Whether B has a conditional router, Equation 7's ``router_AB``."""
+        return self.has_routers and self.conditioning in ("factors", "published")

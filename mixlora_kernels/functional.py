@@ -81,7 +81,9 @@ def _mixlora(x, base, factors, config, context, training, backend):
     if given is not None:
         check_routing(given, instances.count, config)
     seed = block_dropout.draw_seed(x.device) if p else None
-    module = backends.select(backend, x, config.num_factors, bool(p))
+    setting = None if config.chooses_b else "conditioning='tied'"
+    setting = "gate='normalized'" if config.gate == "normalized" else setting
+    module = backends.select(backend, x, config.num_factors, bool(p), setting)
     if module is reference:
         return _reference(x, base, factors, config, context, instances, given, seed, p)
     weight, bias = base if isinstance(base, FrozenLinear) else (None, None)
@@ -104,6 +106,7 @@ def _mixlora(x, base, factors, config, context, training, backend):
             p=p,
             gate=config.gate,
             conditioning=config.conditioning if config.has_conditioning else None,
+            tied=not config.chooses_b,
             pools=config.routing == "instance",
             dtype=x.dtype,
             backend=module,
@@ -225,6 +228,7 @@ def draw_routing(count: int, config: MixLoRAConfig, x: Tensor) -> Routing:
     index_a, index_b = (
         torch.rand(count, config.num_factors, device=device).argsort(-1)[:, : config.r].contiguous() for _ in "ab"
     )
+    index_b = index_b if config.chooses_b else index_a
     probs = torch.full((count, config.num_factors), 1 / config.num_factors, device=device, dtype=dtype)
     return Routing(index_a, index_b, torch.ones(index_a.shape, device=device, dtype=dtype), probs, probs)
 

@@ -7,6 +7,8 @@ Shapes: h [L, d_in] hidden states of one instance, lora_A [E, d_in], lora_B [E, 
 [E, d_route], router_AB [r, E, d_in]; d_route is d_in, or the width of the task embedding.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -47,14 +49,17 @@ def select_b(pooled: Tensor, router_B: Tensor, r: int, r_cfs: Tensor | None) -> 
     return p_b, top_r(p_b, r)
 
 
-def gates(kind: str, chosen_a: Tensor, chosen_b: Tensor) -> Tensor:
-    """What multiplies each of the r pairs, from the probabilities that chose them, [r] each."""
+def gates(kind: str, *chosen: Tensor) -> Tensor:
+    """What multiplies each of the r pairs, from the probabilities that chose them, [r] each: A's and B's, or A's alone
+    where pairs are tied."""
     if kind == "binary":  # g[i] = 1 below Equation 6
-        return torch.ones_like(chosen_a)
+        return torch.ones_like(chosen[0])
     if kind == "straight_through":  # the same 1, through which the routers learn
-        return 1 + (chosen_a - chosen_a.detach()) + (chosen_b - chosen_b.detach())
+        return 1 + sum(p - p.detach() for p in chosen)
     if kind == "weighted":
-        return (chosen_a / chosen_a.sum()) * (chosen_b / chosen_b.sum())
+        return math.prod(p / p.sum() for p in chosen)
+    if kind == "normalized":  # a mean of 1 over the r chosen
+        return math.prod(len(p) * p / p.sum() for p in chosen)
     raise ValueError(f"unknown gate {kind!r}")
 
 
@@ -69,6 +74,8 @@ def route(pooled, lora_A, router_A, router_B, router_AB, *, r, conditioning="fac
     Returns ``index_a, index_b`` [r], ``gate`` [r], and ``p_a, p_b`` [E].
     """
     p_a, index_a = select_a(pooled, router_A, r)
+    if conditioning == "tied":  # the pair (a_e, b_e) is chosen as one
+        return index_a, index_a, gates(gate, p_a[index_a]), p_a, p_a
     A = lora_A[index_a]
     r_cfs = {"none": lambda: None, "factors": lambda: conditional(A, router_AB),
              "published": lambda: conditional_published(A, router_AB)}[conditioning]()  # fmt: skip

@@ -16,9 +16,11 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="inducto
 MODES = [
     {"routing": routing, "conditioning": conditioning, "gate": gate}
     for routing, conditioning, gate in itertools.product(
-        ("instance", "task", "random"), ("factors", "none", "published"), ("straight_through", "binary", "weighted")
+        ("instance", "task", "random"),
+        ("factors", "none", "published", "tied"),
+        ("straight_through", "binary", "weighted", "normalized"),
     )
-    if (routing, gate) != ("random", "weighted")
+    if not (routing == "random" and gate in ("weighted", "normalized"))
 ]
 
 

@@ -54,8 +54,8 @@ shapes = st.fixed_dictionaries(
         "masked": st.booleans(),
         "packed": st.booleans(),
         "bias": st.booleans(),
-        "conditioning": st.sampled_from(["factors", "none", "published"]),
-        "gate": st.sampled_from(["straight_through", "binary", "weighted"]),
+        "conditioning": st.sampled_from(["factors", "none", "published", "tied"]),
+        "gate": st.sampled_from(["straight_through", "binary", "weighted", "normalized"]),
         "dropout": st.sampled_from([0.0, 0.4]),
         "seed": st.integers(0, 2**16),
     }
@@ -113,7 +113,7 @@ def test_gradcheck(mode):
     assert torch.autograd.gradcheck(f, (make_input(2, 3, 5), context.task, *parameters.values()), atol=1e-6)
 
 
-@pytest.mark.parametrize("conditioning", ["factors", "none", "published"])
+@pytest.mark.parametrize("conditioning", ["factors", "none", "published", "tied"])
 def test_straight_through(conditioning):
     """The gradient is the derivative of the layer with gate_i = 1 + Δp_A[index_a[i]] + Δp_B[index_b[i]], the
     choice held: a central difference of that, along a random direction in all parameters and x at once."""
@@ -132,9 +132,10 @@ def test_straight_through(conditioning):
         moved = values.pop("x")
         _, now = torch.func.functional_call(layer, values, (moved,), {"return_routing": True})
         assert torch.equal(now.index_a, routing.index_a) and torch.equal(now.index_b, routing.index_b)
+        choices = (("probs_a", "index_a"), ("probs_b", "index_b"))
         gate = 1 + sum(
             (getattr(now, probs) - getattr(routing, probs)).gather(1, getattr(routing, index))
-            for probs, index in (("probs_a", "index_a"), ("probs_b", "index_b"))
+            for probs, index in (choices[:1] if conditioning == "tied" else choices)
         )
         kept = mk.RoutingContext(routing=routing._replace(gate=gate.detach()))
         return (torch.func.functional_call(layer, values, (moved, kept)) * weight).sum()

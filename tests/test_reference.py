@@ -49,6 +49,26 @@ def test_gates():
     da, db = torch.autograd.grad((straight * torch.tensor([2.0, 3.0])).sum(), (a, b))
     assert da.tolist() == [2, 3] and db.tolist() == [2, 3]
     torch.testing.assert_close(reference.gates("weighted", a, b), torch.tensor([2 / 3 * 0.75, 1 / 3 * 0.25]))
+    torch.testing.assert_close(reference.gates("normalized", a, b), torch.tensor([4 / 3 * 1.5, 2 / 3 * 0.5]))
+
+
+def test_gates_of_tied_pairs_count_one_probability():
+    a = torch.tensor([0.5, 0.25], requires_grad=True)
+    straight = reference.gates("straight_through", a)
+    (da,) = torch.autograd.grad((straight * torch.tensor([2.0, 3.0])).sum(), a)
+    assert straight.tolist() == [1, 1] and da.tolist() == [2, 3]
+    torch.testing.assert_close(reference.gates("weighted", a), torch.tensor([2 / 3, 1 / 3]))
+    torch.testing.assert_close(reference.gates("normalized", a), torch.tensor([4 / 3, 2 / 3]))
+
+
+def test_normalized_is_a_softmax_over_the_chosen_logits_with_a_mean_of_one():
+    torch.manual_seed(0)
+    pooled, lora_A, router_A = torch.randn(6), torch.randn(7, 6), torch.randn(7, 6)
+    index_a, index_b, gate, p_a, p_b = reference.route(
+        pooled, lora_A, router_A, None, None, r=3, conditioning="tied", gate="normalized"
+    )
+    torch.testing.assert_close(gate, 3 * torch.softmax((router_A @ pooled)[index_a], -1))
+    assert torch.equal(index_a, index_b) and torch.equal(p_a, p_b)
 
 
 def test_masked_average():

@@ -28,9 +28,11 @@ def check_name(name: str | None) -> str | None:
     return name
 
 
-def select(name: str | None, x: Tensor, factors: int = 1, dropout: bool = False) -> ModuleType:
+def select(
+    name: str | None, x: Tensor, factors: int = 1, dropout: bool = False, setting: str | None = None
+) -> ModuleType:
     """The backend of that name, or for None the best one for x, a pool of so many factors, with dropout or without:
-    triton on a GPU, native on a CPU, and torch for whatever they are not for.
+    triton on a GPU, native on a CPU, and torch for whatever they are not for, such as a ``setting`` that it alone has.
 
     Raises:
         ImportError, TypeError, ValueError: ``"triton"`` or ``"native"`` was asked for and cannot run. Under None torch
@@ -42,7 +44,7 @@ def select(name: str | None, x: Tensor, factors: int = 1, dropout: bool = False)
     if name == "reference":
         return reference
     if name == "native" or (name is None and device != "cuda"):
-        obstacle = find_native_obstacle(x, factors, dropout)
+        obstacle = find_native_obstacle(x, factors, dropout, setting)
         if obstacle is None:
             return native
         if name is None:
@@ -50,6 +52,8 @@ def select(name: str | None, x: Tensor, factors: int = 1, dropout: bool = False)
         error, message = obstacle
         raise error(f"backend='native' {message}: use backend='torch'")
     obstacle = find_obstacle(device, x.device.index, str(x.dtype))
+    if obstacle is None and setting:
+        obstacle = ValueError, f"backend='triton' has no {setting}"
     if obstacle is None:
         from . import triton
 
@@ -61,7 +65,9 @@ def select(name: str | None, x: Tensor, factors: int = 1, dropout: bool = False)
     return torch
 
 
-def find_native_obstacle(x: Tensor, factors: int, dropout: bool) -> tuple[type[Exception], str] | None:
+def find_native_obstacle(
+    x: Tensor, factors: int, dropout: bool, setting: str | None
+) -> tuple[type[Exception], str] | None:
     """Why the C kernels cannot run on such a tensor, as an error and the rest of its message; None where they can."""
     # A compiler and torch.jit.trace follow tensors; what is done by their addresses they do not see.
     if compiler.is_compiling() or jit.is_tracing() or type(x) not in (Tensor, nn.Parameter):
@@ -74,6 +80,8 @@ def find_native_obstacle(x: Tensor, factors: int, dropout: bool) -> tuple[type[E
         return ValueError, "has no dropout"
     if factors > native.WIDEST:
         return ValueError, f"takes pools of up to {native.WIDEST} factors, got {factors}"
+    if setting:
+        return ValueError, f"has no {setting}"
     if not x.numel():
         return ValueError, f"needs tokens, got x of shape {tuple(x.shape)}"
     return find_library_obstacle()

@@ -24,7 +24,8 @@ class Options(NamedTuple):
     scale: float  # scaling, and the 1 / (1 - p) of dropout
     p: float
     gate: str
-    conditioning: str | None  # None: no table
+    conditioning: str | None  # "factors" or "published"; None: no table
+    tied: bool  # whether B takes A's choice
     pools: bool  # whether the routers read x
     dtype: torch.dtype  # x's
     backend: ModuleType

@@ -34,14 +34,14 @@ def forward(
     """
     precise = torch.promote_types(options.dtype, torch.float32)
     lora_A, lora_B, router_A, router_B, router_AB = factors
-    routers = torch.cat((router_A, router_B)).to(precise) if given is None else None  # [2E, d_route]
+    routers = join_routers(router_A, router_B, precise) if given is None else None  # [2E, d_route], tied [E, d_route]
     u, logits, mean = stages.project(x, lora_A, routers if options.pools else None, instances, seed, options.p)
     if given is None:
         logits = logits if options.pools else pooled @ routers.T  # [B, 2E]
         table = None
         if options.conditioning is not None:
             table = stages.condition_table(lora_A.to(precise), router_AB.to(precise), options.conditioning)
-        *routing, saved = stages.route(logits, table, options.r, options.gate, instances)
+        *routing, saved = stages.route(logits, table, options.r, options.gate, instances, options.tied)
     else:
         routing, saved = (*given, None, None), ()
     index_a, index_b, gate, *_ = routing
@@ -78,7 +78,7 @@ def backward(
         dlogits, dtable = stages.route_backward(
             dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, saved, options.gate
         )
-        routers = torch.cat((router_A, router_B)).to(precise)
+        routers = join_routers(router_A, router_B, precise)
         if dtable is not None:
             dlora_A_table, drouter_AB = stages.condition_table_backward(
                 dtable, lora_A.to(precise), router_AB.to(precise), options.conditioning
@@ -93,5 +93,10 @@ def backward(
     if dlora_A is not None and dlora_A_table is not None:
         dlora_A = dlora_A.to(lora_A.dtype).add_(dlora_A_table)
     drouters = drouters if drouters_read is None else drouters_read
-    drouter_A, drouter_B = (None, None) if drouters is None else drouters.chunk(2)
+    drouter_A, drouter_B = (None, None) if drouters is None else (drouters, None) if options.tied else drouters.chunk(2)
     return dx, Factors(dlora_A, dlora_B, drouter_A, drouter_B, drouter_AB), dpooled, dgate
+
+
+def join_routers(router_A: Tensor, router_B: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The routers of a layer as one matrix, which is A's alone where pairs are tied."""
+    return (router_A if router_B is None else torch.cat((router_A, router_B))).to(dtype)

@@ -10,6 +10,8 @@ Everything here is of the size [B, r, E] or of the parameters alone. Equations 6
 T depends on parameters alone; an instance only looks up r of its columns.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,11 +41,16 @@ def top_r(p: Tensor, r: int) -> Tensor:
     return torch.sort(p, dim=-1, descending=True, stable=True)[1][:, :r].contiguous()
 
 
-def route(logits: Tensor, table: Tensor | None, r: int, gate: str, instances: Instances):
-    """Choose r factors of A and r of B for each instance, from the routers' logits [B, 2E], those of A first.
+def route(logits: Tensor, table: Tensor | None, r: int, gate: str, instances: Instances, tied: bool = False):
+    """Choose r factors of A and r of B for each instance, from the routers' logits [B, 2E], those of A first, or, where
+    pairs are tied, [B, E].
 
     Returns ``index_a, index_b, gate, probs_a, probs_b`` as in ``Routing``, and what the backward needs.
     """
+    if tied:
+        probs_a = torch.softmax(logits, -1)
+        index_a = top_r(probs_a, r)
+        return index_a, index_a, _gate(gate, r, (probs_a, index_a)), probs_a, probs_a, (None, None, None)
     probs_a, p_ifs = (torch.softmax(part, -1) for part in logits.chunk(2, -1))  # [B, E]
     index_a = top_r(probs_a, r)  # [B, r]
     if table is None:
@@ -53,10 +60,7 @@ def route(logits: Tensor, table: Tensor | None, r: int, gate: str, instances: In
         p_cfs = torch.softmax(q.sum(0).T, -1)  # [B, E]
         probs_b = p_ifs + p_cfs
     index_b = top_r(probs_b, r)
-    if gate == "weighted":
-        weight = _shares(probs_a, index_a)[0] * _shares(probs_b, index_b)[0]
-    else:
-        weight = probs_a.new_ones(index_a.shape)
+    weight = _gate(gate, r, (probs_a, index_a), (probs_b, index_b))
     return index_a, index_b, weight, probs_a, probs_b, (p_ifs, p_cfs, q)
 
 
@@ -64,11 +68,23 @@ def route_backward(dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b
     """From the gradients of the gate [B, r] and of the probabilities [B, E] (None where there is none) to those
     of the logits [B, 2E] and of T [r, E, E]; the latter is None without conditioning."""
     p_ifs, p_cfs, q = saved
+    mean = {"weighted": 1 / index_a.shape[1], "normalized": 1.0}.get(gate)  # of the shares over the chosen
+    if p_ifs is None:  # tied: one probability a slot, which counts once
+        da = torch.zeros_like(probs_a)
+        if dgate is not None and gate != "binary":
+            dchosen = dgate
+            if mean is not None:
+                dchosen = _share_backward(dgate, *_shares(probs_a, index_a, mean))
+            da.scatter_(1, index_a, dchosen)
+        for dprobs in (dprobs_a, dprobs_b):
+            if dprobs is not None:
+                da += dprobs
+        return _softmax_backward(da, probs_a, -1, da.dtype), None
     da, db = torch.zeros_like(probs_a), torch.zeros_like(probs_b)
     if dgate is not None and gate != "binary":
         dchosen_a = dchosen_b = dgate
-        if gate == "weighted":
-            (share_a, sum_a), (share_b, sum_b) = _shares(probs_a, index_a), _shares(probs_b, index_b)
+        if mean is not None:
+            (share_a, sum_a), (share_b, sum_b) = _shares(probs_a, index_a, mean), _shares(probs_b, index_b, mean)
             dchosen_a = _share_backward(dgate * share_b, share_a, sum_a)
             dchosen_b = _share_backward(dgate * share_a, share_b, sum_b)
         da.scatter_(1, index_a, dchosen_a)
@@ -92,12 +108,22 @@ def _columns(index_a: Tensor, like: Tensor) -> Tensor:
     return index_a.T.unsqueeze(1).expand(-1, like.shape[1], -1)
 
 
-def _shares(probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """The chosen probabilities renormalised over the r chosen [B, r], and their sums [B, 1]."""
+def _gate(gate: str, r: int, *choices: tuple[Tensor, Tensor]) -> Tensor:
+    """What multiplies each chosen pair [B, r], from the probabilities and indices that chose it."""
+    mean = {"weighted": 1 / r, "normalized": 1.0}.get(gate)
+    if mean is None:
+        probs, index = choices[0]
+        return probs.new_ones(index.shape)
+    return math.prod(_shares(*choice, mean)[0] for choice in choices)
+
+
+def _shares(probs: Tensor, index: Tensor, mean: float) -> tuple[Tensor, Tensor]:
+    """The chosen probabilities rescaled to that mean over the r chosen [B, r], and what they were divided by [B, 1]."""
     chosen = probs.gather(1, index)
-    total = chosen.sum(-1, keepdim=True)
+    total = chosen.mean(-1, keepdim=True) / mean
     return chosen / total, total
 
 
 def _share_backward(dshare: Tensor, share: Tensor, total: Tensor) -> Tensor:
-    return (dshare - (dshare * share).sum(-1, keepdim=True)) / total
+    # Their sum is r times the mean, whatever the probabilities.
+    return (dshare - (dshare * share).sum(-1, keepdim=True) / share.sum(-1, keepdim=True)) / total
