@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration
 
 from .. import small
+from ..digest import model_digest
 from ..model import load_processor
 from .pictures import FIELD, INKS, NAMES, ROWS, SIDES, SIZE, Scene, draw, scenes, split
 from .suites import CODES, name_of, words
@@ -83,21 +84,12 @@ def make(recipe: Recipe, cache: Path) -> Base:
         seen = caption_accuracy(model.eval(), talk)
         small.save(model, processor, folder)
         found = {
-            "recipe": recipe._asdict(), "digest": digest(model), "seen": seen,
+            "recipe": recipe._asdict(), "digest": model_digest(model), "seen": seen,
             "minutes": (time.monotonic() - started) / 60,
         }  # fmt: skip
         file.write_text(json.dumps(found, indent=1), encoding="utf-8")
     found = json.loads(file.read_text(encoding="utf-8"))
     return Base(folder, found["digest"], found["seen"])
-
-
-def digest(model: nn.Module) -> str:
-    """Of all weights, names and values."""
-    total = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        total.update(name.encode())
-        total.update(tensor.detach().contiguous().cpu().numpy().tobytes())
-    return total.hexdigest()[:16]
 
 
 def train_tower(tower: nn.Module, recipe: Recipe) -> None:

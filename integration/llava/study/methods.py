@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
-LORA_RATE, MIXLORA_RATE = 4e-3, 2e-3  # where the search begins
+LORA_RATE, MIXLORA_RATE = 2e-3, 1e-3  # where the search begins
 
 
 class Method(NamedTuple):
@@ -70,6 +70,7 @@ def lora(r: int, **more) -> Method:
 def mixlora(label: str, r: int = 4, num_factors: int = 16, **settings) -> Method:
     rate = settings.pop("rate", MIXLORA_RATE)
     more = {name: settings.pop(name) for name in ("fixed", "longer") if name in settings}
+    settings = {"pool": "sequence", **settings}  # the paper's
     return Method(label, "mixlora", {"r": r, "num_factors": num_factors, **settings}, rate, **more)
 
 

@@ -115,9 +115,7 @@ def detail(tuned: "Tuned", talk: "Talk", instructions: list[Instruction], seed: 
     found: dict = {"interference": {name: measured[name] for name in ("tasks", "mean", "negative")}}
     if any("router" in name for name, _ in tuned.model.named_parameters()):
         rows = some(questions(instructions, "report", seed), SHOWN)
-        last = {
-            name: index for name, index in choices(tuned, talk, instructions, rows).items() if ".mlp." in name
-        }
+        last = {name: index for name, index in choices(tuned, talk, instructions, rows).items() if ".mlp." in name}
         found["choices"] = {
             "tasks": [instructions[row.task].name for row in rows],
             "unseen": sorted({i.name for i in instructions if not i.seen}),

@@ -14,11 +14,13 @@ import numpy as np
 
 from .pictures import INKS, NAMES, SIDES, Scene, scenes, split
 
-CODES = tuple(
-    "alpha bravo charlie delta echo foxtrot golf hotel india juliet kilo lima mike november oscar papa "
-    "quebec romeo sierra tango uniform victor whisky xray yankee zulu amber birch cedar dogwood elm fir".split()
-)
-QUESTIONS = {"choose": 640, "report": 1600}  # of a suite in all, as many of every instruction
+CODES = (
+    "alpha", "bravo", "charlie", "delta", "echo", "foxtrot", "golf", "hotel",
+    "india", "juliet", "kilo", "lima", "mike", "november", "oscar", "papa",
+    "quebec", "romeo", "sierra", "tango", "uniform", "victor", "whisky", "xray",
+    "yankee", "zulu", "amber", "birch", "cedar", "dogwood", "elm", "fir",
+)  # fmt: skip
+QUESTIONS = {"choose": 400, "report": 800}  # of a suite in all, as many of every instruction
 
 
 class Instruction(NamedTuple):

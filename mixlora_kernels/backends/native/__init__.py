@@ -127,7 +127,7 @@ def decode(
     y: Tensor, x, lora_A, lora_B, index_a, index_b, gate, scale: float, instances: Instances, in_place: bool
 ) -> Tensor:
     """Add the update of x [N, d_in] to y [N, d_out], in place or not; no backward."""
-    options = Options(index_a.shape[1], scale, 0.0, "binary", None, False, x.dtype, None)
+    options = Options(index_a.shape[1], scale, 0.0, "binary", None, False, False, x.dtype, None)
     factors = Factors(lora_A, lora_B, None, None, None)
     return forward(y, x, factors, None, (index_a, index_b, gate), None, instances, options, in_place)[0]
 
