@@ -193,6 +193,27 @@ def test_most_used_factors():
     assert usage["l.A"]["counts"] == [2, 1, 1, 0] and usage["l.B"] == {"counts": [0, 0, 0, 4], "most_used": 1.0}
 
 
+@pytest.mark.parametrize("method", ["fixed", "random", "released", "task", "paper"])
+def test_what_changes_its_choices_while_it_trains(tiny, method):
+    """Factors that belong to the instruction do not, drawn ones nearly always do; of the others, the run is whole."""
+    found = tuning.run(tuning.Run("conflict8", method, 1e-3, 1, 16), tiny, count=16)
+    changes = [look["changed"] for look in found["flips"]]
+    assert len(changes) == tuning.CHECKPOINTS - 1
+    if method == "fixed":
+        assert changes == [0.0] * 7
+    if method == "random":
+        assert min(changes) > 0.9  # a pair of 16 times 16 is among four drawn before with a probability of 4 / 256
+    assert found["accuracy"].keys() == {"report", "unseen"} and len(found["tasks"]) == 8
+
+
+def test_specialists_answer_their_own_instruction_with_their_share_of_the_steps(tiny):
+    spec = tuning.Run("related", "specialists_r4", 1e-3, 1, 18)
+    found = tuning.run(spec, tiny, count=12)
+    assert len(found["tasks"]) == 6 and len(found["loss"]) == 3  # 18 steps for six instructions
+    alone = tuning.run(spec._replace(method="lora_r4"), tiny, count=12)
+    assert len(alone["loss"]) == 18 and alone["parameters"] == found["parameters"]
+
+
 @pytest.mark.parametrize(
     ("peak", "rate", "runs"),
     [
