@@ -6,8 +6,10 @@ from .config import MixLoRAConfig
 from .functional import Factors, FrozenLinear, mixlora
 from .linear import MixLoRALinear
 from .routing import Routing, RoutingContext
+from .versions import UntestedVersionWarning, __version__, warn_of_untested
 
-__version__ = "0.1.0"
+warn_of_untested("torch", "triton")
+
 __all__ = [
     "Factors",
     "FrozenLinear",
@@ -16,6 +18,8 @@ __all__ = [
     "MixLoRALinear",
     "Routing",
     "RoutingContext",
+    "UntestedVersionWarning",
+    "__version__",
     "mixlora",
     "reference",
 ]

@@ -1,36 +1,46 @@
 """Forward: what one forward of a decoder says about its batch, turned into each layer's RoutingContext."""
 
+import warnings
+
 import torch
 from torch import Tensor
 
 from ..config import MixLoRAConfig
 from ..routing import Routing, RoutingContext
-from .tokens import check_undivided, cumulative_lengths, padding_mask, prompt_mask, segment_starts
+from .cache import Past, unknown_cache_error, unseen_cache_error
+from .tokens import (
+    IGNORED,
+    check_undivided,
+    cumulative_lengths,
+    late_start,
+    longer_mask,
+    padding_mask,
+    prompt_mask,
+    segment_starts,
+    start_mask,
+)
+
+WITHOUT_LABELS = (
+    "a training forward of an adapter with pool='prompt' came without labels, so each instance is routed by its whole "
+    "sequence, the answer included, while generation routes by the prompt. Let the trainer pass labels to the model "
+    "(label smoothing and loss functions of your own take them out), or set pool='sequence' if nothing is generated"
+)
 
 
 class Call:
-    """The arguments of a whole model's forward that bear on routing."""
+    """The arguments of a whole model's forward that bear on routing.
 
-    def __init__(self, labels=None, logits_to_keep=None, task=None, task_mask=None):
-        self.labels, self.logits_to_keep = labels, logits_to_keep
-        self.task, self.task_mask = task, task_mask
-
-
-class KeptRouting:
-    """The routing found at a prefill, carried by the cache that the prefill filled.
-
-    On the cache, it lives as long as the instances it belongs to, is copied where they are copied, and two
-    generations that take turns do not meet.
-
-    Attributes:
-        length: tokens of the prefill.
-        routings: by (layer, adapter).
+    Args:
+        labels: [B, L], the answers' tokens; other shapes (a classifier's) say nothing about tokens.
+        logits_to_keep: of how many last tokens the logits are wanted.
+        task, task_mask: a task embedding.
+        generates: whether the model is one that generates, so that labels are tokens to be predicted.
     """
 
-    ATTRIBUTE = "_mixlora_routing"
-
-    def __init__(self, length: int, routings: dict[tuple[str, str], Routing]):
-        self.length, self.routings = length, routings
+    def __init__(self, labels=None, logits_to_keep=None, task=None, task_mask=None, generates=True):
+        self.labels = labels if generates and labels is not None and labels.dim() == 2 else None
+        self.logits_to_keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
+        self.task, self.task_mask, self.generates = task, task_mask, generates
 
 
 class Forward:
@@ -43,19 +53,18 @@ class Forward:
         named: the decoder's arguments by name.
         call: the whole model's.
         training: whether the decoder trains.
-        cached: tokens that were in the cache when the forward began.
-        kept: what the cache carries.
+        past: what the decoder was handed of earlier tokens.
     """
 
-    def __init__(self, shape, named: dict, call: Call, training: bool, cached: int, kept: KeptRouting | None):
+    def __init__(self, shape, named: dict, call: Call, training: bool, past: Past):
         self.B, self.L = shape or (None, None)
         self._device = next((value.device for value in named.values() if isinstance(value, Tensor)), None)
-        self.call, self.training, self.cached, self.kept = call, training, cached, kept
+        self.call, self.training, self.past, self.cached = call, training, past, past.length
         self.mask, self.position_ids = named.get("attention_mask"), named.get("position_ids")
+        self.cache_position = named.get("cache_position")
         self.cu_seq_lens, self.seq_idx = named.get("cu_seq_lens_q"), named.get("seq_idx")
         self.encoded, self.encoder_mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
-        keep = call.logits_to_keep
-        self.keep = keep if isinstance(keep, int) and named.get("past_key_values") is not None else 0
+        self.keep = 0 if past.cache is None else call.logits_to_keep
         self.routings: dict[tuple[str, str], Routing] = {}
         self._contexts: dict[tuple[str, str, str], RoutingContext] = {}
         self._tokens: tuple[Tensor | None, Tensor | None] | None = None
@@ -136,6 +145,7 @@ class Forward:
                     "[B, d_task] or [B, T, d_task] to the model, or generate within "
                     "`with mixlora_kernels.peft.task_embedding(model, ...)`"
                 )
+        self._check_past()
         if self.L is None:
             return RoutingContext(task=task, task_mask=task_mask)
         if self.cached and self.L > 1:
@@ -147,7 +157,7 @@ class Forward:
             mask = self._prompt(mask, starts)
         drafted = self.keep - 1  # candidates of an assistant, behind the tokens that are there
         if not self.cached and 0 < drafted < self.L:
-            last = torch.arange(self.L, device=self._device) >= self.L - drafted
+            last = self._last(drafted)
             if config.decode == "prompt":
                 mask = (~last).expand(self.B, -1) if mask is None else mask & ~last
             else:
@@ -159,6 +169,21 @@ class Forward:
         count = self.B if cu_seqlens is None else len(cu_seqlens) - 1
         task, task_mask = (_expand_rows(tensor, count) for tensor in (task, task_mask))
         return RoutingContext(mask=mask, cu_seqlens=cu_seqlens, task=task, task_mask=task_mask)
+
+    def _last(self, count: int) -> Tensor:
+        """The last ``count`` new tokens, [L] bool."""
+        return torch.arange(self.L, device=self._device) >= self.L - count
+
+    def _check_past(self) -> None:
+        """Refuse a forward that continues a sequence while no cache tells the routing of its prompt."""
+        if self.past.unknown is not None:
+            raise unknown_cache_error(self.past.unknown)
+        if self.cached or self.L is None or not self.call.generates:
+            return
+        evidence = longer_mask(self.mask, self.L) if self.past.cache is None else None
+        evidence = evidence or late_start(self.position_ids, self.cache_position, self.L)
+        if evidence is not None:
+            raise unseen_cache_error(evidence)
 
     def _find_tokens(self) -> tuple[Tensor | None, Tensor | None]:
         """The new tokens that are not padding, and where packed instances begin, each [B, L] bool or None."""
@@ -176,36 +201,49 @@ class Forward:
         return self._tokens
 
     def _prompt(self, mask: Tensor | None, starts: Tensor | None) -> Tensor | None:
-        labels = self.call.labels
-        if labels is None:
-            if self.training and torch.is_grad_enabled():
-                raise ValueError("an adapter with pool='prompt' needs labels to tell the prompt from the answer")
-            return mask
-        if tuple(labels.shape) != (self.B, self.L):
-            raise ValueError(f"labels must have the shape {(self.B, self.L)} of the tokens, got {tuple(labels.shape)}")
-        prompt = prompt_mask(labels.to(self._device), starts)
-        return prompt if mask is None else mask & prompt
+        """The tokens of each instance's prompt [B, L] bool, as far as the forward tells it; else all that ``mask`` has.
+
+        Raises:
+            ValueError: labels [B, tokens] of another number of tokens.
+        """
+        labels, answer = self.call.labels, self.call.logits_to_keep - 1
+        if labels is not None:
+            if tuple(labels.shape) != (self.B, self.L):
+                raise ValueError(
+                    f"labels must have the shape {(self.B, self.L)} of the tokens, got {tuple(labels.shape)}"
+                )
+            labels = labels.to(self._device)
+            return prompt_mask(labels, mask, starts) if self.encoded is None else start_mask(labels, mask)
+        if self.past.cache is None and starts is None and 0 < answer < self.L - 1:
+            # A scoring forward (TRL's of old) asks for the answer's logits, the last tokens but the one before them.
+            labels = torch.where(self._last(answer), 0, IGNORED).expand(self.B, -1)
+            return prompt_mask(labels, mask, starts)
+        if self.training and self.call.generates and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warnings.warn(WITHOUT_LABELS, stacklevel=2)
+        return mask
 
     def _kept_routing(self, key: str, name: str, B: int) -> Routing:
         if self.L > 1:
             self._check_chunks()
-        routing = None if self.kept is None else self.kept.routings.get((key, name))
+        kept = self.past.kept
+        routing = None if kept is None else kept.routings.get((key, name))
         if routing is None:
             raise ValueError(
                 f"the cache holds {self.cached} tokens, but no routing of adapter {name!r} for {key}: it was filled "
                 "without this adapter. Start with an empty cache, or use decode='token'"
             )
-        kept = routing.index_a.shape[0]
-        if kept == 1 and B > 1:  # one instance, continued in several ways
+        rows = routing.index_a.shape[0]
+        if rows == 1 and B > 1:  # one instance, continued in several ways
             return Routing(*(tensor.expand(B, -1) for tensor in routing))
-        if kept != B:
-            raise ValueError(f"the cache was filled for {kept} rows, the forward has {B}")
+        if rows != B:
+            raise ValueError(f"the cache was filled for {rows} rows, the forward has {B}")
         return routing
 
     def _check_chunks(self) -> None:
         """Refuse further prompt tokens behind a prompt of which nothing was decoded yet."""
+        kept = self.past.kept
         verifies = self.keep == self.L  # an assistant's candidates: every one of their logits is wanted
-        if self.kept is not None and self.cached <= self.kept.length and not verifies:
+        if kept is not None and self.cached <= kept.length and not verifies:
             raise ValueError(
                 f"{self.L} tokens follow {self.cached} cached ones, of which no token was decoded: a prompt prefilled "
                 "in chunks cannot be routed as one instance. Prefill it at once (prefill_chunk_size=None)"

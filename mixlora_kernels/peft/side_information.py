@@ -1,41 +1,81 @@
 """How what a model is given reaches the adapted layers, which see hidden states alone.
 
-Hooks on the model and on its decoder note the running forward in one object that all layers of the model share.
-Activation checkpointing runs a layer a second time, when that forward is long over and perhaps another came after
-it; so each checkpointing function is wrapped to remember, at the call, the forward it belongs to.
+Hooks on the model and on its decoder note the running forward in one object that all layers of the model share; each
+thread notes its own, so that several may run one model. Activation checkpointing runs a layer a second time, when that
+forward is long over and perhaps another came after it, and in whichever thread the backward runs; so each
+checkpointing function is wrapped to remember, at the call, the forward it belongs to.
 """
 
 import inspect
+import threading
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from ..routing import Routing
-from .forward import Call, Forward, KeptRouting
+from .cache import KeptRouting, find_cache, find_past
+from .forward import Call, Forward
 
 # Where transformers and torch keep the function that checkpoints a layer.
 CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
-class SideInformation:
-    """What the layers of one model know about the batch.
-
-    It holds no module, so that a layer can be copied without the model, and a model with its own copy of this.
+class Running:
+    """What one thread runs.
 
     Attributes:
-        forward: the running forward of the decoder; None outside of one.
-        last: the routings of the last forward by (layer, adapter), detached.
+        call: the arguments of the whole model's forward; None outside of one.
+        forward: the decoder's forward; None outside of one.
         task: a task embedding and its mask for every forward, set by ``task_embedding``.
     """
 
     def __init__(self):
+        self.call: Call | None = None
         self.forward: Forward | None = None
-        self.last: dict = {}
         self.task: tuple[Tensor | None, Tensor | None] = (None, None)
+
+
+class EachThread(threading.local):
+    """Holds each thread's ``Running``, a plain object: torch.compile cannot trace what is set on a thread-local one."""
+
+    def __init__(self):
+        self.running = Running()
+
+
+class SideInformation:
+    """What the layers of one model know about the batch.
+
+    It holds no module, so that a layer can be copied without the model, and a model with its own copy of this. What
+    runs is not copied.
+
+    Attributes:
+        last: the routings of the last forward to finish, in any thread, by (layer, adapter), detached.
+    """
+
+    def __init__(self):
+        self.last: dict = {}
         self.decoder_paths: tuple[str, ...] = ()
-        self._call: Call | None = None
+        self._generates = True
         self._handles: list = []
+        self._each_thread = EachThread()
+
+    @property
+    def running(self) -> Running:
+        """What this thread runs."""
+        return self._each_thread.running
+
+    @property
+    def forward(self) -> Forward | None:
+        """The decoder's forward that this thread runs; None outside of one."""
+        return self._each_thread.running.forward
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name != "_each_thread"}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._each_thread = EachThread()
 
     def install(self, model: nn.Module) -> None:
         """Hook the model and its decoder; once, however often it is called."""
@@ -43,10 +83,13 @@ class SideInformation:
             return
         decoders = find_decoders(model)
         self.decoder_paths = tuple(name for name, module in model.named_modules() if module in decoders and name)
+        # Labels of a model that cannot generate (a classifier, a reward model) are no answers.
+        self._generates = not hasattr(model, "can_generate") or model.can_generate()
         add = self._handles.append
         add(model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         for decoder in decoders:
-            add(decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True))
+            enter = self._enter_decoder if decoder is decoders[0] else self._enter_encoder
+            add(decoder.register_forward_pre_hook(enter, with_kwargs=True))
             add(decoder.register_forward_hook(self._leave_decoder, with_kwargs=True, always_call=True))
         add(model.register_forward_hook(self._leave_model, always_call=True))
 
@@ -70,47 +113,60 @@ class SideInformation:
     def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
-                "torch.nn.DataParallel runs its replicas in threads that would share one batch's routing: use "
-                "DistributedDataParallel (torchrun or accelerate launch)"
+                "torch.nn.DataParallel is not supported: use DistributedDataParallel (torchrun or accelerate launch)"
             )
-        named = _by_name(module, args, kwargs, ("labels", "logits_to_keep"))
-        task, task_mask = self.task
+        named, running = _by_name(module, args, kwargs), self.running
+        task, task_mask = running.task
         if "task_embedding" in kwargs:
             kwargs = dict(kwargs)
             task, task_mask = kwargs.pop("task_embedding"), kwargs.pop("task_mask", None)
-        self.forward = None
-        self._call = Call(named.get("labels"), named.get("logits_to_keep"), task, task_mask)
+        running.forward = None
+        running.call = Call(named.get("labels"), named.get("logits_to_keep"), task, task_mask, self._generates)
         return args, kwargs
 
     def _leave_model(self, _module, _args, _output) -> None:
-        self.forward = self._call = None
+        running = self.running
+        running.forward = running.call = None
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        named = _by_name(module, args, kwargs, ("input_ids", "inputs_embeds", "attention_mask", "position_ids"))
+        self._enter(module, args, kwargs, self.running.call)
+
+    def _enter_encoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        call = self.running.call
+        if call is not None:  # what the encoder reads is prompt to its last token; the labels are the decoder's
+            call = Call(task=call.task, task_mask=call.task_mask, generates=False)
+        self._enter(module, args, kwargs, call)
+
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict, call: Call | None) -> None:
+        named, running = _by_name(module, args, kwargs), self.running
         tokens = named.get("inputs_embeds")
         tokens = named.get("input_ids") if tokens is None else tokens
         shape = tokens.shape[:2] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
-        cache = named.get("past_key_values")
-        kept = getattr(cache, KeptRouting.ATTRIBUTE, None)
-        cached = _cached_tokens(cache, kept, shape)
-        call = self._call or Call(task=self.task[0], task_mask=self.task[1])
-        self.forward = Forward(shape, named, call, module.training, cached, kept)
+        if call is None:  # called without the whole model
+            call = Call(task=running.task[0], task_mask=running.task[1], generates=self._generates)
+        past = find_past(named, None if shape is None else shape[1])
+        running.forward = Forward(shape, named, call, module.training, past)
         if module.training and torch.is_grad_enabled():
             self._guard_checkpoints(module)
 
-    def _leave_decoder(self, _module, _args, kwargs: dict, output) -> None:
-        forward = self.forward
-        if self._call is None:  # called without the whole model
-            self.forward = None
+    def _leave_decoder(self, _module, args, kwargs: dict, output) -> None:
+        running = self.running
+        forward = running.forward
+        if running.call is None:  # called without the whole model
+            running.forward = None
         if forward is None or output is None or not forward.routings:
             return
         self.last = {
             place: Routing(*(tensor.detach() if tensor.requires_grad else tensor for tensor in routing))
             for place, routing in forward.routings.items()
         }
-        cache = kwargs.get("past_key_values")
-        cache = getattr(output, "past_key_values", None) if cache is None else cache
-        if cache is not None and not forward.cached and forward.L is not None:
+        if forward.past.length or forward.L is None:
+            return
+        cache = forward.past.cache
+        if cache is None:  # the decoder may have made one
+            parts = output if isinstance(output, tuple) else output.values() if isinstance(output, dict) else ()
+            cache = find_cache(parts)
+        if cache is not None:
             prompt = forward.L - max(forward.keep - 1, 0)
             setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward.routings))
 
@@ -123,7 +179,7 @@ class SideInformation:
 
 
 class RestoringCheckpoint:
-    """A checkpointing function whose recomputation sees the forward it belongs to."""
+    """A checkpointing function whose recomputation sees the forward it belongs to, in whichever thread it runs."""
 
     def __init__(self, side: SideInformation, function):
         self.side, self.function = side, function
@@ -137,16 +193,18 @@ class _InForward:
         self.side, self.forward, self.layer = side, forward, layer
 
     def __call__(self, *args, **kwargs):
-        running, self.side.forward = self.side.forward, self.forward
+        running = self.side.running
+        before, running.forward = running.forward, self.forward
         try:
             return self.layer(*args, **kwargs)
         finally:
-            self.side.forward = running
+            running.forward = before
 
 
 @contextmanager
 def task_embedding(model: nn.Module, embedding: Tensor, mask: Tensor | None = None):
-    """Give every forward within the block a task embedding; the way to generate with ``routing="task"``.
+    """Give every forward of this thread within the block a task embedding; the way to generate with
+    ``routing="task"``. Other threads do not see it: enter the block in the thread that runs the model.
 
     Args:
         model: an adapted model, as a ``PeftModel`` or with injected adapters.
@@ -156,12 +214,12 @@ def task_embedding(model: nn.Module, embedding: Tensor, mask: Tensor | None = No
     Raises:
         ValueError: ``model`` has no MixLoRA layers.
     """
-    side = find_side_information(model)
-    before, side.task = side.task, (embedding, mask)
+    running = find_side_information(model).running
+    before, running.task = running.task, (embedding, mask)
     try:
         yield
     finally:
-        side.task = before
+        running.task = before
 
 
 def find_side_information(model: nn.Module) -> SideInformation:
@@ -177,8 +235,8 @@ def find_side_information(model: nn.Module) -> SideInformation:
 
 
 def find_decoders(model: nn.Module) -> list[nn.Module]:
-    """The modules whose forward receives the tokens' mask and positions: the text decoder (and the encoder of a
-    model that has both); the model itself where it is no transformers model."""
+    """The modules whose forward receives the tokens' mask and positions: the text decoder (and after it the encoder of
+    a model that has both); the model itself where it is no transformers model."""
     get_decoder = getattr(model, "get_decoder", None)
     if get_decoder is None:
         return [model]
@@ -188,21 +246,6 @@ def find_decoders(model: nn.Module) -> list[nn.Module]:
     return list(dict.fromkeys(decoders))
 
 
-def _by_name(module: nn.Module, args: tuple, kwargs: dict, names: tuple[str, ...]) -> dict:
-    """A forward's arguments by name; the signature is read only where one of ``names`` may have no name."""
-    if not args:
-        return kwargs
-    parameters = list(inspect.signature(module.forward).parameters)
-    if not any(name in parameters[: len(args)] for name in names):
-        return kwargs
-    return dict(zip(parameters, args)) | kwargs
-
-
-def _cached_tokens(cache, kept: KeptRouting | None, shape) -> int:
-    length = 0 if cache is None or not hasattr(cache, "get_seq_length") else cache.get_seq_length()
-    if isinstance(length, Tensor):
-        if torch.compiler.is_compiling():
-            # A static cache counts on the device. Only single steps are compiled, never a prefill.
-            return 0 if kept is None or shape is None or shape[1] != 1 else kept.length + 1
-        length = int(length)
-    return length
+def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
+    """A forward's arguments by name; the signature is read only where some have none."""
+    return dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs if args else kwargs

@@ -9,7 +9,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .cache import unseen_cache_error
+
 IGNORED = -100  # the label of a token that is not to be predicted
+FIRST = 1  # the highest position at which a sequence begins: most models count from 0, PaliGemma from 1
 
 
 def padding_mask(mask, B: int, L: int, offset: int) -> Tensor | None:
@@ -22,8 +25,7 @@ def padding_mask(mask, B: int, L: int, offset: int) -> Tensor | None:
     Raises:
         TypeError: another kind of mask. ValueError: one that does not fit B and L.
     """
-    if isinstance(mask, Mapping):
-        mask = mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
+    mask = _of_full_attention(mask)
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -102,26 +104,81 @@ def segment_starts(position_ids, cu_seq_lens, seq_idx, mask: Tensor | None, B: i
     if not found:
         return None
     starts = found[names[0]]
-    return starts if bool(starts[:, 1:].any()) else None
+    several = starts[:, 1:].any()
+    if positions is None or not look:
+        return starts if bool(several) else None
+    several, late = torch.stack((several, (positions.masked_fill(~starts, 0) > FIRST).any())).tolist()  # one look
+    if late:
+        raise unseen_cache_error("the position_ids of an instance start above 0")
+    return starts if several else None
 
 
-def prompt_mask(labels: Tensor, starts: Tensor | None) -> Tensor:
-    """The tokens before an instance's first answer token, [B, L] bool, from labels [B, L].
+def longer_mask(mask, L: int) -> str | None:
+    """What an attention mask says of tokens before the L new ones, in words; None where it says nothing."""
+    mask = _of_full_attention(mask)
+    if isinstance(mask, Tensor) and mask.dim() in (2, 4) and mask.shape[-1] > L:
+        return f"attention_mask has {mask.shape[-1]} tokens for an input of {L}"
+    return None
 
-    What follows the first answer (its end, further turns) was not there when that answer was generated.
+
+def late_start(position_ids, cache_position, L: int) -> str | None:
+    """What positions say of tokens before the L new ones, in words; None where they say nothing.
+
+    No position of any token, padding included, is where a sequence begins; positions of left-padded rows may be counted
+    in either way. On a device they are looked at for a single token alone, which without a cache is hardly ever right.
     """
-    answered = (labels != IGNORED).cumsum(1)  # [B, L], answer tokens up to here
-    if starts is not None:
-        before = answered - (labels != IGNORED).long()
-        # Answer tokens before the segment began; the count rises, so the running maximum is the latest segment's.
-        answered = answered - before.masked_fill(~starts, 0).cummax(1)[0]
-    return answered == 0
+    for name, positions in (("position_ids", position_ids), ("cache_position", cache_position)):
+        if not isinstance(positions, Tensor) or positions.numel() == 0 or not _may_look():
+            continue
+        if positions.device.type != "cpu" and L > 1:
+            continue
+        first = int(positions.min())
+        if first > (0 if L == 1 else FIRST):
+            return f"{name} start at {first}"
+    return None
+
+
+def prompt_mask(labels: Tensor, mask: Tensor | None, starts: Tensor | None) -> Tensor:
+    """The tokens before an instance's first answer token, [B, L] bool, from labels [B, L]; of an instance that has no
+    prompt all tokens that are not padding.
+
+    What follows the first answer (its end, further turns) was not there when that answer was generated. The first token
+    alone is no prompt: nothing predicts it, so its label says nothing, and collators that pack mark it as they please.
+    """
+    B, L = labels.shape
+    answer = (labels != IGNORED).flatten()
+    real = torch.ones_like(answer) if mask is None else mask.flatten()
+    if starts is None:
+        instance = torch.arange(B, device=labels.device).repeat_interleave(L)
+    else:
+        instance = starts.flatten().cumsum(0) - 1
+    # Answer tokens up to here, counted from where the instance begins.
+    count = answer.cumsum(0)
+    begin = torch.full_like(count, count.numel()).scatter_reduce(0, instance, count - answer.long(), "amin")
+    prompt = (count == begin[instance]) & real
+    length = torch.zeros_like(count).scatter_add(0, instance, prompt.long())
+    return torch.where((length > 1)[instance], prompt, real).view(B, L)
+
+
+def start_mask(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """The tokens that a decoder behind an encoder begins with, [B, L] bool, from labels [B, L]: those before its first
+    prediction. Its labels are the next tokens, not its own."""
+    answer = (labels != IGNORED).long()
+    start = answer.cumsum(1) - answer == 0
+    return start if mask is None else start & mask
 
 
 def cumulative_lengths(starts: Tensor) -> Tensor:
     """[B, L] bool to [S + 1] int64."""
     flat = starts.reshape(-1)
     return torch.cat((flat.nonzero().flatten(), flat.new_full((1,), flat.numel(), dtype=torch.int64)))
+
+
+def _of_full_attention(mask):
+    """Of a dictionary of masks by kind of attention layer the one that shows all tokens."""
+    if isinstance(mask, Mapping):
+        return mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
+    return mask
 
 
 def _may_look() -> bool:

@@ -22,6 +22,8 @@ from rounds import Runner
 
 import mixlora_kernels as mk
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 TRAINING = "forward+backward"

@@ -6,6 +6,8 @@ import pytest
 
 from integration.llava import digits, example
 
+pytestmark = pytest.mark.slow
+
 
 def test_example_keeps_its_promises(tmp_path):
     figures = example.main(["--output", str(tmp_path), "--quick"])
