@@ -45,7 +45,7 @@ TUNED = {
         "mixlora": {"conditioning": "tied", "gate": "normalized", "pool": "prompt"},
     },
 }  # fmt: skip
-RATES = {"lora": 4e-3, "mixlora": 1e-3}  # a quarter of the rate at four times the scaling
+RATES = {"lora": 2e-3, "mixlora": 1e-3}
 
 
 class Size(NamedTuple):

@@ -28,7 +28,7 @@ def plot_losses(losses: dict[str, dict[int, float]], file: Path, window: int = 2
 
 def plot_samples(folder: Path, names: list[str], file: Path) -> None:
     """The first held-out question of every task, with its image and what each model answers."""
-    figure = Figure(figsize=(10, 8.4), layout="constrained")
+    figure = Figure(figsize=(8, 8), layout="compressed")
     for panel, task in zip(figure.subplots(2, 3).flat, digits.TASKS):
         rows = {name: _first(folder / "predictions" / name / f"{task}.jsonl") for name in names}
         row = rows[names[0]]

@@ -14,7 +14,10 @@ from .tuning import SEARCHED, Run
 
 STEPS = {"conflict8": 400, "many": 400, "related": 200, "conflict32": 800}
 BEYOND = 2  # rates that a search may go beyond the first three, on either side
-HEADLINE = ("untuned", "lora_r4", "lora_r16", "lora_r24", "paper", "tied_normalized", "normalized", "tied")
+HEADLINE = (
+    "untuned", "lora_r4", "lora_r16", "lora_r24", "paper", "normalized", "tied", "tied_normalized",
+    "tied_normalized_prompt",
+)  # fmt: skip
 DETAILED = 1  # the seed whose runs record interference and single choices
 
 
@@ -27,8 +30,10 @@ class Wave(NamedTuple):
 
 
 FULL = (
-    Wave(("conflict8", "many"), HEADLINE, (1, 2, 3)),
-    Wave(("conflict8", "many"), ("tied_normalized_prompt",), (1, 2, 3)),
+    Wave(("conflict8",), ("untuned", "lora_r4", "lora_r16", "lora_r24", "paper", "tied_normalized"), (1, 2, 3)),
+    Wave(("many",), ("untuned", "lora_r4", "lora_r24", "paper", "tied_normalized"), (1, 2, 3)),
+    Wave(("conflict8",), ("tied_normalized_prompt", "normalized", "tied"), (1, 2, 3)),
+    Wave(("many",), ("lora_r16", "tied_normalized_prompt", "normalized", "tied"), (1, 2, 3)),
     Wave(("conflict8",), ("fixed", "lora_r62", "random"), (1, 2, 3)),
     Wave(("related",), HEADLINE, (1, 2, 3)),
     Wave(("conflict8",), ("lora_r4_longer", "lora_r16_longer", "paper_longer", "tied_normalized_longer"), (1, 2, 3)),

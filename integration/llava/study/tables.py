@@ -19,7 +19,7 @@ PAIRS = (
     ("lora_r4_scaling8", "lora_r4"),
     ("paper_scaling2", "paper"),
     ("specialists_r4", "lora_r4"),
-    ("tied_normalized_prompt", "tied_normalized"),
+    *[("tied_normalized_prompt", rival) for rival in ("lora_r4", "lora_r16", "lora_r24", "tied_normalized")],
     ("tied_normalized_longer", "lora_r4_longer"),
     ("tied_normalized_longer", "paper_longer"),
 )
@@ -112,13 +112,17 @@ def rates(found: list[Record]) -> str:
         for method in METHODS:
             tried = sorted(run for run in choices if (run.suite, run.method) == (suite, method))
             if tried:
+                done = plan.chosen(suite, method, choices) is not None
                 best = max(tried, key=lambda run: (choices[run], -run.rate))
                 said = [
-                    f"**{r.rate:.4g}: {choices[r]:.1f}**" if r == best else f"{r.rate:.4g}: {choices[r]:.1f}"
+                    f"**{r.rate:.4g}: {choices[r]:.1f}**" if done and r == best else f"{r.rate:.4g}: {choices[r]:.1f}"
                     for r in tried
                 ]
                 rows.append([suite, METHODS[method].label, " · ".join(said)])
-    note = "The accuracy on the choosing pictures by learning rate; −1 where the training diverged.\n\n"
+    note = (
+        "The accuracy on the choosing pictures by learning rate, the chosen one in bold; −1 where a training diverged. "
+        "A search without a bold one is not at its end.\n\n"
+    )
     return "## The search for learning rates\n\n" + note + grid(["suite", "method", "rate: accuracy"], rows)
 
 
