@@ -21,12 +21,13 @@ from .project import Sums
 from .tiles import find_tiles, padded_count
 
 
-def route(logits: Tensor | Sums, table: Tensor | None, r: int, gate: str, instances: Instances):
+def route(logits: Tensor | Sums, table: Tensor | None, r: int, gate: str, instances: Instances, tied: bool = False):
     """Choose r factors of A and r of B for each instance.
 
     Args:
         logits: the logits [B, 2E], or the sums that ``project`` left.
         table: T [r, E, E], or None.
+        tied: always False: the choice of a backend keeps tied pairs away.
 
     Returns:
         ``index_a, index_b, gate, probs_a, probs_b`` as in ``Routing``, and what the backward needs.
