@@ -58,7 +58,7 @@ class Size(NamedTuple):
     held_out: int
 
 
-SIZES = {False: Size(800, 400, 40, 600, 100), True: Size(350, 150, 12, 300, 40)}
+SIZES = {False: Size(700, 350, 40, 600, 100), True: Size(350, 150, 12, 300, 40)}
 
 
 def main(arguments: list[str] | None = None) -> dict:
