@@ -10,6 +10,7 @@ from math import prod
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from stand_in import Driver, Kernel
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -97,9 +98,10 @@ class FusedDropout(TorchFunctionMode):
     """Dropout as one operation, as it is on a GPU; elsewhere torch composes it of three."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is torch.dropout and args[2] and args[1]:
-            return torch.native_dropout(*args)[0]
-        return function(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if function is F.dropout and kwargs["training"] and kwargs["p"]:
+            return torch.native_dropout(args[0], kwargs["p"], True)[0]
+        return function(*args, **kwargs)
 
 
 def record(run: Callable[[], None], driver: Driver | None = None) -> Recorder:

@@ -4,7 +4,7 @@ Everything up to the launch then runs as it does on a GPU: the package's Python,
 of the compiled kernel. ``install`` lasts for the process.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -57,11 +57,11 @@ class Driver:
     def launcher_cls(self, source, metadata) -> Callable:
         """What launches one compiled kernel."""
         names = source.fn.arg_names
-        accesses = cache(lambda: find_accesses(self.texts[metadata.hash], _passed(source)))
+        accesses = cache(lambda: find_accesses(self.texts[metadata.hash], list(_passed(source))))
 
         def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
             if self.record is not None:
-                self.record(Kernel(metadata.name, dict(zip(names, arguments)), accesses()))
+                self.record(Kernel(metadata.name, dict(_flat(names, arguments)), accesses()))
 
         return launch
 
@@ -84,9 +84,19 @@ class Driver:
         self.texts[key] = Path(files[f"{name}.ttir"]).read_text(encoding="utf-8")
 
 
-def _passed(source) -> list[str]:
+def _passed(source) -> Iterator[str]:
     """The names of the arguments that the compiled kernel has; the others are constants in it."""
-    return [name for name in source.fn.arg_names if source.signature[name] != "constexpr"]
+    types = [source.signature[name] for name in source.fn.arg_names]
+    return (name for name, kind in _flat(source.fn.arg_names, types) if kind != "constexpr")
+
+
+def _flat(names: Sequence[str], values: Sequence) -> Iterator[tuple[str, object]]:
+    """Names and values, the members of a tuple one by one."""
+    for name, value in zip(names, values):
+        if isinstance(value, tuple):
+            yield from _flat([f"{name}[{n}]" for n in range(len(value))], value)
+        else:
+            yield name, value
 
 
 @cache
