@@ -1,32 +1,28 @@
-"""The stages as Triton kernels, registered as ``torch.ops.mixlora_kernels.*``. Importing this imports Triton.
+"""The stages as Triton kernels, registered as ``torch.ops.mixlora_kernels.*``. Importing this imports Triton."""
 
-T of the conditional router is a product of parameters alone; it stays torch's.
-"""
+from .. import node
+from .decode import decode, decodes
+from .expand import expand
+from .expand_backward import expand_backward
+from .project import project
+from .project_backward import project_backward
 
-import sys
-from functools import partial
 
-from .. import staged
-from ..torch.route import condition_table, condition_table_backward
-from .decode import FEW, decode
-from .expand import expand, expand_backward
-from .project import project, project_backward
-from .route import route, route_backward
+class Kernels:
+    """The backend called ``"triton"``."""
 
-forward = partial(staged.forward, sys.modules[__name__])
-backward = partial(staged.backward, sys.modules[__name__])
+    name = "triton"
 
-__all__ = [
-    "FEW",
-    "backward",
-    "condition_table",
-    "condition_table_backward",
-    "decode",
-    "expand",
-    "expand_backward",
-    "forward",
-    "project",
-    "project_backward",
-    "route",
-    "route_backward",
-]
+    def apply(self, group):
+        """``Backend.apply``."""
+        return node.apply(self, group)
+
+    decodes = staticmethod(decodes)
+    decode = staticmethod(decode)
+    project = staticmethod(project)
+    expand = staticmethod(expand)
+    expand_backward = staticmethod(expand_backward)
+    project_backward = staticmethod(project_backward)
+
+
+KERNELS = Kernels()

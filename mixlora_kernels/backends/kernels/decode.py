@@ -1,75 +1,92 @@
-"""decode: a kept routing and few tokens, in one launch: y += c Σ_i gate_i lora_B[index_b[i]] (lora_A[index_a[i]] · x).
+"""decode: a given routing and few tokens, all siblings in one launch:
 
-Every program takes some columns of y and works out the r products for itself: to read r rows of lora_A once more
-costs less than a second launch. Products and sums are float32.
+    y_g += c Σ_i gate_i lora_B[index_b[i]] (lora_A[index_a[i]] · x)
+
+Every program takes some columns of a sibling's y and works out the r products for itself: to read r rows of lora_A
+once more costs less than a second launch. Products and sums are float32.
 """
+
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...routing import Instances
+from ...frozen import frozen_product
+from ..base import FrozenLinear, Group
 from . import tuning
-from .launch import as_rows, launch, register
+from .launch import as_pools, as_rows, launch, register
+from .siblings import choose, count_pieces, find_piece
 
 FEW = (
     64  # tokens × slots up to which this beats project and expand: every program reads r rows of lora_A for each token
 )
 
 
-def decode(
-    y: Tensor, x, lora_A, lora_B, index_a, index_b, gate, scale: float, instances: Instances, in_place: bool
-) -> Tensor:
-    """Add the update of x [N, D] to y [N, O], in place or not. It has no backward."""
-    out = y if in_place else y.clone()
-    decode_op(out, x, lora_A, lora_B, index_a, index_b, gate, scale, instances.segment, instances.length or 0)
-    return out
+def decodes(group: Group) -> bool:
+    """``Backend.decodes``."""
+    return len(group.x) * group.options.r <= FEW
 
 
-@triton.jit(do_not_specialize=["scale", "L"])
+def decode(group: Group) -> Sequence[Tensor]:
+    """``Backend.decode``."""
+    x, instances, routing = group.x, group.instances, group.given
+    ys = [frozen_product(x, *base) if isinstance(base, FrozenLinear) else base.clone() for base in group.bases]
+    decode_op(
+        ys, x, [own.lora_A for own in group.factors], [own.lora_B for own in group.factors], routing.index_a,
+        routing.index_b, routing.gate, group.options.scale, instances.segment, instances.count, instances.length or 0,
+    )  # fmt: skip
+    return ys
+
+
+@triton.jit(do_not_specialize=["scale", "B", "L"])
 def decode_kernel(
-    y, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, L, D, O, stride_y, stride_x,
-    R: tl.constexpr, R_PAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr,
+    ys, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, B, L, D, widths, strides, stride_x,
+    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0).to(tl.int64)
+    g, before, _ = find_piece(tl.program_id(1), widths, G, BLOCK_W)
     b = t // L if segment is None else tl.load(segment + t)
+    row = (g * B + b) * R
     slots = tl.arange(0, R_PAD)
     there = (slots < R)[:, None]
-    row_a = tl.load(index_a + b * R + slots, mask=slots < R, other=0)
-    row_b = tl.load(index_b + b * R + slots, mask=slots < R, other=0)
-    weight = scale * tl.load(gate + b * R + slots, mask=slots < R, other=0.0).to(tl.float32)
+    row_a = tl.load(index_a + row + slots, mask=slots < R, other=0)
+    row_b = tl.load(index_b + row + slots, mask=slots < R, other=0)
+    weight = scale * tl.load(gate + row + slots, mask=slots < R, other=0.0).to(tl.float32)
+    pool = choose(lora_A, g, G)
     acc = tl.zeros([R_PAD, BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         x_row = tl.load(x + t * stride_x + d, mask=d < D, other=0.0).to(tl.float32)
-        a_tile = tl.load(lora_A + row_a[:, None] * D + d[None, :], mask=there & (d < D)[None, :], other=0.0)
+        a_tile = tl.load(pool + row_a[:, None] * D + d[None, :], mask=there & (d < D)[None, :], other=0.0)
         acc += a_tile.to(tl.float32) * x_row[None, :]
     s = tl.sum(acc, 1) * weight  # [R_PAD]
-    o = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
-    b_tile = tl.load(lora_B + row_b[:, None] * O + o[None, :], mask=there & (o < O)[None, :], other=0.0)
-    place = y + t * stride_y + o
-    y_row = tl.load(place, mask=o < O, other=0.0).to(tl.float32)
-    tl.store(place, y_row + tl.sum(s[:, None] * b_tile.to(tl.float32), 0), mask=o < O)
+    W = choose(widths, g, G)
+    w = (tl.program_id(1) - before) * BLOCK_W + tl.arange(0, BLOCK_W)
+    pool = choose(lora_B, g, G)
+    b_tile = tl.load(pool + row_b[:, None] * W + w[None, :], mask=there & (w < W)[None, :], other=0.0)
+    place = choose(ys, g, G) + t * choose(strides, g, G) + w
+    y_row = tl.load(place, mask=w < W, other=0.0).to(tl.float32)
+    tl.store(place, y_row + tl.sum(s[:, None] * b_tile.to(tl.float32), 0), mask=w < W)
 
 
-def fake_decode(y, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, L):
-    return None
+def allocate_decode(
+    ys: Sequence[Tensor], x: Tensor, lora_A: Sequence[Tensor], lora_B: Sequence[Tensor], index_a: Tensor,
+    index_b: Tensor, gate: Tensor, scale: float, segment: Tensor | None, B: int, L: int,
+) -> None:  # fmt: skip
+    """Nothing: it adds to ``ys``."""
 
 
-def launch_decode(y, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, L):
-    x, (N, O), R = as_rows(x), y.shape, index_a.shape[1]
-    tile = tuning.decode(tuning.architecture(y.device), R)
+def fill_decode(_, ys, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, B, L):
+    x, widths, R = as_rows(x), tuple(y.shape[1] for y in ys), index_a.shape[2]
+    tile = tuning.decode(tuning.architecture(x.device), R)
     launch(
-        decode_kernel, (N, triton.cdiv(O, tile.columns)), y.device,
-        y, x, lora_A.contiguous(), lora_B.contiguous(), index_a, index_b, gate, scale, segment, L,
-        x.shape[1], O, y.stride(0), x.stride(0), R=R, R_PAD=triton.next_power_of_2(R),
-        BLOCK_D=tile.span, BLOCK_O=tile.columns, **tile.options,
+        decode_kernel, (len(x), count_pieces(widths, tile.columns)), x.device,
+        ys=tuple(ys), x=x, lora_A=as_pools(lora_A), lora_B=as_pools(lora_B), index_a=index_a, index_b=index_b,
+        gate=gate, scale=scale, segment=segment, B=B, L=L, D=x.shape[1], widths=widths,
+        strides=tuple(y.stride(0) for y in ys), stride_x=x.stride(0), G=len(ys), R=R,
+        R_PAD=triton.next_power_of_2(R), BLOCK_D=tile.span, BLOCK_W=tile.columns, **tile.options,
     )  # fmt: skip
 
 
-decode_op = register(
-    "decode(Tensor(a!) y, Tensor x, Tensor lora_A, Tensor lora_B, Tensor index_a, Tensor index_b, Tensor gate, "
-    "float scale, Tensor? segment, SymInt L) -> ()",
-    launch_decode,
-    fake_decode,
-)
+decode_op = register("decode", fill_decode, allocate_decode, mutates=["ys"])

@@ -1,6 +1,6 @@
-"""What every launch needs: the tensor's device, its rows, the op's registration."""
+"""What every launch needs: the tensors' device, their rows, the op's registration."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -9,12 +9,12 @@ from torch import Tensor
 library = torch.library.Library("mixlora_kernels", "FRAGMENT")
 
 
-def launch(kernel, grid: tuple[int, ...], device: torch.device, *args, **meta) -> None:
+def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
     """Launch on the tensors' device, which need not be the current one; nothing where there is nothing to do."""
     if 0 in grid:
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernel[grid](*args, **meta)
+        kernel[grid](**arguments)
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -22,14 +22,29 @@ def as_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def register(signature: str, function: Callable, fake: Callable) -> Callable:
-    """Register ``mixlora_kernels::<signature>``, opaque to torch.compile; ``fake`` gives the outputs' shapes.
+def as_pools(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The siblings' pools for a kernel, which takes a tuple of pointers of one type."""
+    dtype = tensors[0].dtype
+    if any(tensor.dtype != dtype for tensor in tensors):
+        tensors = [tensor.float() for tensor in tensors]
+    return tuple(tensor.contiguous() for tensor in tensors)
 
-    By hand, because the decorators of ``torch.library`` cost microseconds a call more, and there are hundreds of
-    calls in a step.
+
+def register(name: str, fill: Callable, allocate: Callable, mutates: Sequence[str] = ()) -> Callable:
+    """Register ``mixlora_kernels::<name>``, opaque to torch.compile. Its signature is read off its annotations.
+
+    ``allocate`` takes the op's arguments and returns its outputs with nothing in them, which is all that a graph being
+    traced needs; ``fill`` takes the outputs and the arguments, and launches. By hand, because the decorators of
+    ``torch.library`` cost microseconds a call more, and there are hundreds of calls in a step.
     """
-    name = library.define(signature, tags=torch.Tag.pt2_compliant_tag)
-    for key in ("CPU", "CUDA"):
-        library.impl(name, function, key)
-    torch.library.register_fake(f"mixlora_kernels::{name}", fake, lib=library)
+
+    def op(*arguments):
+        outputs = allocate(*arguments)
+        fill(outputs, *arguments)
+        return outputs
+
+    schema = torch.library.infer_schema(allocate, mutates_args=mutates)
+    name = library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    for key in ("CPU", "CUDA", "Meta"):
+        library.impl(name, op if key != "Meta" else allocate, key)
     return getattr(torch.ops.mixlora_kernels, name).default

@@ -21,6 +21,13 @@ def padded_count(B, packed: bool) -> int:
 
 
 @triton.jit
+def row_tile():
+    """The tile of a program: the last rows first. The product before a pass has just left those in the cache, and the
+    product after it begins with the first."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
+
+
+@triton.jit
 def find_rows(tile, cu_seqlens, B, L, ROWS: tl.constexpr, B_PAD: tl.constexpr):
     """The instance of a tile, the tile's first token and the end of its instance, which may be before that token.
 
@@ -52,6 +59,16 @@ def find_tiles(b, cu_seqlens, B, L, ROWS: tl.constexpr, B_PAD: tl.constexpr):
         first = tl.sum(tl.where(instances < b, counts, 0))
         own = instances == b
         return first, tl.sum(tl.where(own, counts, 0)), tl.sum(tl.where(own, ends - starts, 0))
+
+
+@triton.jit
+def find_owner(tile, owner, L, ROWS: tl.constexpr):
+    """The instance of each of some tiles: a quotient, or what ``owner`` [tiles] says where instances are packed, which
+    is -1 for a tile that no instance needs."""
+    if owner is None:
+        return tile // tl.cdiv(L, ROWS)
+    else:
+        return tl.load(owner + tile)
 
 
 @triton.jit

@@ -65,19 +65,37 @@ def pad(count: int) -> int:
 
 
 def rows(tokens: int) -> int:
-    """BLOCK_N of every pass; the same everywhere, because ``route`` counts the tiles that ``project`` made."""
+    """BLOCK_N of every pass."""
     return 16 if bucket(tokens) <= 128 else 64
+
+
+def siblings(pool: int) -> int:
+    """How many siblings one program of ``project`` or ``walk`` serves: their sums all stay in registers."""
+    return max(1, 128 // pool)
 
 
 def project(arch: str, tokens: int, width: int, pool: int, itemsize: int) -> Tile:
     if arch == "interpreter":
         return Tile(rows(tokens), 32, 64, 4, 1)
-    # The routers' sums hold 2 E columns of the tile in registers, in float32.
     columns = max(16, min(128 // itemsize, 2048 // pool))
-    # Few tokens leave most of the device idle unless several programs share a row of x.
+    # Few tokens leave most of the device idle unless several programs share a row of x; each leaves a plane of u.
     splits = max(1, min(PROGRAMS * rows(tokens) // bucket(tokens), 16))
     span = 0 if splits == 1 else columns * max(4, triton.cdiv(triton.cdiv(width, splits), columns))
     return Tile(rows(tokens), columns, span, 4, 2 if arch.startswith("gfx") else 4)
+
+
+def pool(arch: str, pool: int) -> Tile:
+    """``columns`` of what the routers read to a program; T's programs take ``rows`` factors of B and walk a span of the
+    width in blocks of ``span``."""
+    if arch == "interpreter":
+        return Tile(16, 32, 32, 4, 1)
+    return Tile(min(pool, 32), max(32, min(256, 4096 // pool)), 32, 4, 2)
+
+
+def table_span(width: int, blocks: int, block: int) -> int:
+    """How much of the width a program of T takes, where a sibling has ``blocks`` of them for every span."""
+    splits = max(1, min(8, 64 // blocks))
+    return block * triton.cdiv(triton.cdiv(width, splits), block)
 
 
 def add(arch: str, tokens: int, itemsize: int) -> Tile:
@@ -86,26 +104,42 @@ def add(arch: str, tokens: int, itemsize: int) -> Tile:
     return Tile(rows(tokens), 256 // itemsize, 0, 8, 1)
 
 
-def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int, hands_on: bool = False) -> Tile:
-    """``hands_on``: whether each slice of the width leaves a plane [N, R] of its own; slices are then wide."""
+def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Tile:
+    """Each piece of the width leaves a plane [N, R] and each chunk of tokens sums [R, O]: neither may be small.
+
+    Together they stay below a quarter of dy for up to 16 slots, and below dy for up to 64 (``hands_on``).
+    """
     if arch == "interpreter":
         return Tile(rows(tokens), 32, 2 * rows(tokens), 4, 1)
-    columns = min((512 if hands_on else 128) // itemsize, 4096 // slots)
+    columns = 512 // itemsize
+    span = rows(tokens)
+    while hands_on(slots, itemsize, columns, span) > (1 / 4 if slots <= 16 else 1):
+        span *= 2
+    while span < 512 and triton.cdiv(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
+        span *= 2
+    return Tile(rows(tokens), columns, span, 8, 2 if arch.startswith("gfx") else 3)
+
+
+def hands_on(slots: int, itemsize: int, columns: int, span: int) -> float:
+    """What ``collect`` writes and reads again in float32, relative to dy, where an instance fills its chunks."""
+    return 4 * slots / itemsize * (1 / columns + 1 / span)
+
+
+def walk(arch: str, tokens: int, width: int, slots: int, itemsize: int, drops: bool) -> Tile:
+    if arch == "interpreter":
+        return Tile(rows(tokens), 32, 2 * rows(tokens), 4, 1)
+    columns = min(128 // itemsize, 4096 // slots)
     span = rows(tokens)  # as long as the device stays full
     while span < 512 and triton.cdiv(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
-    if arch.startswith("gfx"):
-        return Tile(rows(tokens), columns, span, 8 if hands_on else 4, 2)
-    if hands_on or itemsize == 4:
-        return Tile(rows(tokens), columns, span, 8, 3)
-    return Tile(rows(tokens), columns, span, 4, 4, 168)
+    return Tile(rows(tokens), columns, span, 4, 2)
 
 
 def gather(arch: str, pool: int) -> Tile:
-    """For the sums over partial sums: chunks at a time, and columns."""
+    """For the sums over partial sums: rows at a time, and columns."""
     if arch == "interpreter":
         return Tile(16, 32, 0, 4, 1)
-    return Tile(16, max(16, min(128, 4096 // pool)), 0, 4, 1)
+    return Tile(32, max(16, min(64, 4096 // pool)), 0, 4, 2)
 
 
 def decode(arch: str, slots: int) -> Tile:

@@ -1,0 +1,187 @@
+"""expand's backward: one pass over every sibling's dy, then one launch that adds up what the pass had to split.
+
+v[t, i] = lora_B[index_b[i]] · dy[t]               du[t, i] = c gate_i v[t, i]
+m[i] = Σ_t u[t, index_a[i]] dy[t]                  dgate_i = c lora_B[index_b[i]] · m[i]
+dlora_B[index_b[i]] += c gate_i m[i]
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...routing import Routing
+from ..base import Group, Needs, Saved
+from . import tuning
+from .gather import gather_by_factor
+from .launch import as_pools, as_rows, launch, register
+from .product import dot, dot_precision
+from .rank_r import chosen_rows, slot_columns, slot_weights
+from .siblings import choose, count_pieces, find_piece
+from .tiles import count_tiles, find_rows, find_tiles, padded_count, row_tile
+
+
+def expand_backward(group: Group, dys: Sequence[Tensor], routing: Routing, saved: Saved, needs: Needs):
+    """``Stages.expand_backward``; what it carries is du [G, N, R] float32."""
+    instances, chosen = group.instances, saved[0]
+    du, *rest = expand_backward_op(
+        dys, chosen, [own.lora_B for own in group.factors], routing.index_b, routing.gate, group.options.scale,
+        instances.cu_seqlens, instances.count, instances.length or 0, needs.lora_B, needs.gate,
+    )  # fmt: skip
+    dgate = rest.pop(0) if needs.gate else None
+    return (rest if needs.lora_B else [None] * len(dys)), dgate, (du,)
+
+
+@triton.jit(do_not_specialize=["scale", "B", "L", "N"])
+def expand_collect_kernel(
+    dys, u, pools, index, gate, scale, cu_seqlens, planes, parts, dots, owner, B, L, N, widths, strides, total,
+    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, B_PAD: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of each chunk of tokens and piece of a sibling's columns:
+
+    planes [pieces, N, R]: this piece's part of du;  parts [chunks, R, total width]: m;
+    dots [pieces, chunks, R]: this piece's part of dgate;  owner [chunks]: the chunk's instance, or -1.
+    """
+    chunk, piece = row_tile(), tl.program_id(1)
+    b, first, end = find_rows(chunk, cu_seqlens, B, L, CHUNK, B_PAD)
+    if owner is not None and piece == 0:
+        tl.store(owner + chunk, b)
+    if first < end:
+        g, before, offset = find_piece(piece, widths, G, BLOCK_W)
+        W, dy, stride = choose(widths, g, G), choose(dys, g, G), choose(strides, g, G)
+        columns = (piece - before) * BLOCK_W + tl.arange(0, BLOCK_W)
+        inside = columns < W
+        slots = tl.arange(0, R_PAD)
+        row = (g * B + b).to(tl.int64)
+        b_tile = chosen_rows(choose(pools, g, G), index, row, columns, W, R, R_PAD)
+        b_turned = tl.trans(b_tile.to(dy.dtype.element_ty))  # [BLOCK_W, R_PAD]
+        weight = slot_weights(gate, scale, row, R, R_PAD)
+        acc = tl.zeros([R_PAD, BLOCK_W], tl.float32)
+        for start in range(first, min(first + CHUNK, end), BLOCK_N):
+            rows = start + tl.arange(0, BLOCK_N).to(tl.int64)
+            live = rows < end
+            dy_tile = tl.load(
+                dy + rows[:, None] * stride + columns[None, :], mask=live[:, None] & inside[None, :], other=0.0
+            )  # [BLOCK_N, BLOCK_W]
+            v = dot(dy_tile, b_turned, None, PRECISION) * weight[None, :]  # [BLOCK_N, R_PAD]
+            place = planes + (piece.to(tl.int64) * N + rows[:, None]) * R + slots[None, :]
+            tl.store(place, v, mask=live[:, None] & (slots < R)[None, :])
+            if parts is not None or dots is not None:
+                u_tile = slot_columns(u + g.to(tl.int64) * N * R, rows, live, R, R_PAD)
+                acc = dot(tl.trans(u_tile.to(dy_tile.dtype)), dy_tile, acc, PRECISION)
+        if parts is not None:
+            place = parts + (chunk.to(tl.int64) * R + slots[:, None]) * total + offset + columns[None, :]
+            tl.store(place, acc, mask=(slots < R)[:, None] & inside[None, :])
+        if dots is not None:
+            product = scale * tl.sum(acc * b_tile.to(tl.float32), 1)
+            tl.store(dots + (piece.to(tl.int64) * tl.num_programs(0) + chunk) * R + slots, product, mask=slots < R)
+
+
+@triton.jit(do_not_specialize=["scale", "B", "L", "N", "chunks", "columns", "blocks"])
+def expand_gather_kernel(
+    planes, parts, dots, owner, index, gate, scale, cu_seqlens, du, dlora_B, dgate, B, L, N, widths, total, chunks,
+    columns, blocks,
+    G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, E_PAD: tl.constexpr, R_PAD: tl.constexpr, B_PAD: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """First ``columns`` programs for dlora_B, then ``blocks`` of each sibling for du, then G · B for dgate."""
+    role = tl.program_id(0)
+    if role < columns:
+        if parts is not None:
+            g, before, offset = find_piece(role, widths, G, BLOCK_D)
+            W = choose(widths, g, G)
+            d = (role - before) * BLOCK_D + tl.arange(0, BLOCK_D)
+            start = g.to(tl.int64) * B * R
+            acc = gather_by_factor(
+                parts + offset, total, owner, index + start, gate + start, scale, chunks, L, d, d < W,
+                R, E_PAD, CHUNK, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+            e = tl.arange(0, E_PAD)
+            tl.store(choose(dlora_B, g, G) + e[:, None] * W + d[None, :], acc, mask=(e < E)[:, None] & (d < W)[None, :])
+    elif role < columns + blocks * G:
+        g = (role - columns) // blocks
+        first, last = find_planes(g, widths, G, BLOCK_W)
+        at = ((role - columns) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < N * R
+        sums = tl.zeros([BLOCK], tl.float32)
+        place = planes + first.to(tl.int64) * N * R + at
+        for _ in range(first, last):
+            sums += tl.load(place, mask=inside, other=0.0)
+            place += N * R
+        tl.store(du + g.to(tl.int64) * N * R + at, sums, mask=inside)
+    elif dots is not None:
+        role -= columns + blocks * G
+        g, b = role // B, role % B
+        slots = tl.arange(0, R_PAD)
+        before, last = find_planes(g, widths, G, BLOCK_W)
+        pieces = last - before
+        first, count, _length = find_tiles(b, cu_seqlens, B, L, CHUNK, B_PAD)
+        sums = tl.zeros([BLOCK_K, R_PAD], tl.float32)
+        for start in range(0, pieces * count, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            row = (before + k // count).to(tl.int64) * chunks + first + k % count
+            there = (k < pieces * count)[:, None] & (slots < R)[None, :]
+            sums += tl.load(dots + row[:, None] * R + slots[None, :], mask=there, other=0.0)
+        tl.store(dgate + role.to(tl.int64) * R + slots, tl.sum(sums, 0), mask=slots < R)
+
+
+@triton.jit
+def find_planes(sibling, widths, G: tl.constexpr, BLOCK: tl.constexpr):
+    """The sibling's first piece, and the one after its last."""
+    first, last, blocks = 0, 0, 0
+    for g in tl.static_range(G):
+        first = tl.where(sibling == g, blocks, first)
+        blocks += tl.cdiv(widths[g], BLOCK)
+        last = tl.where(sibling == g, blocks, last)
+    return first, last
+
+
+def allocate_expand_backward(
+    dys: Sequence[Tensor], u: Tensor, lora_B: Sequence[Tensor], index: Tensor, gate: Tensor, scale: float,
+    cu_seqlens: Tensor | None, B: int, L: int, need_B: bool, need_gate: bool,
+) -> list[Tensor]:  # fmt: skip
+    """du; dgate and the siblings' dlora_B, as far as they are needed."""
+    outputs = [u.new_empty(u.shape)]
+    if need_gate:
+        outputs.append(u.new_empty(index.shape))
+    if need_B:
+        outputs += [own.new_empty(own.shape) for own in as_pools(lora_B)]
+    return outputs
+
+
+def fill_expand_backward(outputs, dys, u, lora_B, index, gate, scale, cu_seqlens, B, L, need_B, need_gate):
+    (G, N, R), E, packed, pools = u.shape, lora_B[0].shape[0], cu_seqlens is not None, as_pools(lora_B)
+    du, *outputs = outputs
+    dgate = outputs.pop(0) if need_gate else None
+    dys = tuple(as_rows(dy) for dy in dys)
+    device, arch, widths = u.device, tuning.architecture(u.device), tuple(dy.shape[1] for dy in dys)
+    tile, total = tuning.collect(arch, N, max(widths), R, dys[0].element_size()), sum(widths)
+    chunks, pieces = count_tiles(N, B, L, packed, tile.span), count_pieces(widths, tile.columns)
+    planes = u.new_empty(pieces, N, R)
+    parts = u.new_empty(chunks, R, total) if need_B else None
+    dots = u.new_empty(pieces, chunks, R) if need_gate else None
+    owner = u.new_empty(chunks, dtype=torch.int32) if packed else None
+    shared = {
+        "index": index, "gate": gate, "scale": scale, "cu_seqlens": cu_seqlens, "planes": planes, "parts": parts,
+        "dots": dots, "owner": owner, "B": B, "L": L, "N": N, "widths": widths, "total": total,
+        "G": G, "R": R, "R_PAD": tuning.pad(R), "B_PAD": padded_count(B, packed), "CHUNK": tile.span,
+        "BLOCK_W": tile.columns,
+    }  # fmt: skip
+    launch(
+        expand_collect_kernel, (chunks, pieces), device,
+        dys=dys, u=u, pools=pools, strides=tuple(dy.stride(0) for dy in dys), BLOCK_N=tile.rows,
+        PRECISION=dot_precision(), **shared, **tile.options,
+    )  # fmt: skip
+    tile, block = tuning.gather(arch, tuning.pad(E)), 1024
+    columns, blocks = count_pieces(widths, tile.columns) if need_B else 0, triton.cdiv(N * R, block)
+    launch(
+        expand_gather_kernel, (columns + blocks * G + (B * G if need_gate else 0),), device,
+        du=du, dlora_B=tuple(outputs) or None, dgate=dgate, chunks=chunks, columns=columns, blocks=blocks,
+        E=E, E_PAD=tuning.pad(E), BLOCK=block, BLOCK_K=tile.rows, BLOCK_D=tile.columns, **shared, **tile.options,
+    )  # fmt: skip
+
+
+expand_backward_op = register("expand_backward", fill_expand_backward, allocate_expand_backward)

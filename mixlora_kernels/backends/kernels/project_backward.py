@@ -1,0 +1,139 @@
+"""project's backward: route back (route.py), the routers (routers_backward.py), the walk over x and dx (walk.py), and
+then lora_A's gradient from what the chunks of the walk left:
+
+    dlora_A[g][index_a[i]] += Σ_chunks parts[g, chunk, i]           + Σ_i dT[g, i]ᵀ · router_AB[g, i]
+"""
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...dropout import dropped_levels
+from ...routing import Routing
+from ..base import Gradients, Group, Needs, Saved
+from . import tuning
+from .gather import gather_by_factor
+from .launch import as_pools, as_rows, launch, register
+from .route import gate_total, launch_route_backward
+from .routers_backward import launch_routers_backward
+from .siblings import choose
+from .walk import launch_walk
+
+
+def project_backward(
+    group: Group, dx: Tensor | None, drouting, routing: Routing, saved: Saved, carried: Saved, needs: Needs
+) -> Gradients:
+    """``Stages.project_backward``; carried is du [G, N, R]."""
+    x, instances, options, G = group.x, group.instances, group.options, len(group.factors)
+    (_, pooled, kept, row_sums), (du,) = saved, carried
+    overwrite = dx is None
+    if needs.x and overwrite:
+        dx = du.new_empty(du.shape[1], group.factors[0].lora_A.shape[1], dtype=options.dtype)
+    lora_A, *routers = zip(*((own.lora_A, own.router_A, own.router_B, own.router_AB) for own in group.factors))
+    routers = [[t for t in own if t is not None and needs.routers] for own in routers]
+    dgate, dprobs_a, dprobs_b = drouting if needs.routers else (None, None, None)
+    share, given = instances.share, isinstance(instances.share, Tensor)
+    found = project_backward_op(
+        dx if needs.x else None, x if needs.lora_A else None, du, lora_A, *routers, pooled,
+        None if options.gate == "binary" else dgate, dprobs_a, dprobs_b, routing.index_a,
+        None if options.tied else routing.index_b, routing.probs_a, routing.probs_b, kept, row_sums,
+        instances.cu_seqlens, instances.mask, share if given else None, group.seeds, instances.count,
+        instances.length or 0, 0.0 if given or share is None else share, dropped_levels(options.p), options.gate,
+        options.pools, overwrite, needs.lora_A,
+    )  # fmt: skip
+    taken, nothing = iter(found), [None] * G
+    dread = next(taken) if needs.routers and not options.pools else None
+    there = (needs.lora_A, *map(bool, routers))
+    dlora_A, drouter_A, drouter_B, drouter_AB = ([next(taken) for _ in range(G)] if t else nothing for t in there)
+    return Gradients(dx, dlora_A, drouter_A, drouter_B, drouter_AB, dread)
+
+
+@triton.jit(do_not_specialize=["chunks", "B", "L"])
+def project_gather_kernel(
+    parts, owner, index, dtable, row_sums, router_AB, dlora_A, chunks, B, L, D,
+    G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A column block of one sibling's dlora_A."""
+    g = tl.program_id(1)
+    d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    e, inside = tl.arange(0, E_PAD), d < D
+    own = g.to(tl.int64)
+    acc = gather_by_factor(
+        parts + own * chunks * R * D, D, owner, index + own * B * R, None, 1.0, chunks, L, d, inside,
+        R, E_PAD, CHUNK, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
+    tile = (e < E)[:, None] & inside[None, :]
+    if dtable is not None:
+        for i in range(R):
+            role = own * R + i
+            place = dtable + (role * E + e[None, :]) * E + e[:, None]  # turned: [f, e]
+            turned = tl.load(place, mask=(e < E)[:, None] & (e < E)[None, :], other=0.0)
+            if row_sums is None:
+                place = choose(router_AB, g, G) + (i * E + e[:, None]).to(tl.int64) * D + d[None, :]
+                ab_tile = tl.load(place, mask=tile, other=0.0).to(tl.float32)
+            else:
+                ab = tl.load(row_sums + (role * 2 + 1) * E + e, mask=e < E, other=0.0)
+                ab_tile = tl.where(tile, ab[:, None], 0.0)
+            acc = tl.dot(turned, ab_tile, acc, input_precision="ieee")
+    tl.store(choose(dlora_A, g, G) + e[:, None] * D + d[None, :], acc, mask=tile)
+
+
+def allocate_project_backward(
+    dx: Tensor | None, x: Tensor | None, du: Tensor, lora_A: Sequence[Tensor], router_A: Sequence[Tensor],
+    router_B: Sequence[Tensor], router_AB: Sequence[Tensor], pooled: Tensor | None, dgate: Tensor | None,
+    dprobs_a: Tensor | None, dprobs_b: Tensor | None, index_a: Tensor, index_b: Tensor | None,
+    probs_a: Tensor | None, probs_b: Tensor | None, kept: Tensor | None, row_sums: Tensor | None,
+    cu_seqlens: Tensor | None, mask: Tensor | None, share: Tensor | None, seeds: Tensor | None, B: int, L: int,
+    equal_share: float, dropped: int, gate: str, pools: bool, overwrite: bool, need_A: bool,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients of what the routers read, where that is not x; of lora_A where needed; and of the routers given."""
+    outputs = [pooled.new_empty(pooled.shape)] if router_A and not pools else []
+    for tensors in (lora_A if need_A else (), router_A, router_B, router_AB):
+        outputs += [own.new_empty(own.shape) for own in (as_pools(tensors) if tensors else ())]
+    return outputs
+
+
+def fill_project_backward(
+    outputs, dx, x, du, lora_A, router_A, router_B, router_AB, pooled, dgate, dprobs_a, dprobs_b, index_a, index_b,
+    probs_a, probs_b, kept, row_sums, cu_seqlens, mask, share, seeds, B, L, equal_share, dropped, gate, pools,
+    overwrite, need_A,
+):  # fmt: skip
+    (G, N, R), (E, D) = du.shape, lora_A[0].shape
+    routes, arch, lora_A = bool(router_A), tuning.architecture(du.device), as_pools(lora_A)
+    taken = iter(outputs)
+    spread = next(taken) if routes and not pools else None
+    dlora_A, *drouters = (
+        tuple(next(taken) for _ in range(G)) if there else None for there in (need_A, router_A, router_B, router_AB)
+    )
+    dtable = None
+    if routes:
+        dlogits, dlooked = launch_route_backward(
+            dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, kept, gate_total(gate, R)
+        )
+        if pools and dx is not None:
+            spread = du.new_empty(B, D)
+        routers = as_pools(router_A), as_pools(router_B) if router_B else None
+        dtable = launch_routers_backward(
+            dlogits, dlooked, pooled, routers, share if pools else None, equal_share if pools and share is None else 1.0,
+            index_a, lora_A, row_sums, drouters, spread,
+        )  # fmt: skip
+    if dx is not None or need_A:
+        parts, owner, chunk = launch_walk(
+            None if x is None else as_rows(x), dx, overwrite, du, lora_A, index_a, spread if pools else None,
+            mask if routes else None, seeds, dropped, cu_seqlens, B, L, need_A,
+        )  # fmt: skip
+    if need_A:
+        tile = tuning.gather(arch, tuning.pad(E))
+        launch(
+            project_gather_kernel, (triton.cdiv(D, tile.columns), G), du.device,
+            parts=parts, owner=owner, index=index_a, dtable=dtable, row_sums=row_sums,
+            router_AB=as_pools(router_AB) if router_AB else None, dlora_A=dlora_A, chunks=parts.shape[1], B=B, L=L,
+            D=D, G=G, E=E, R=R, E_PAD=tuning.pad(E), CHUNK=chunk, BLOCK_K=tile.rows, BLOCK_D=tile.columns,
+            **tile.options,
+        )  # fmt: skip
+
+
+project_backward_op = register("project_backward", fill_project_backward, allocate_project_backward, mutates=["dx"])
