@@ -81,6 +81,19 @@ def summary_table(bars: Iterable[dict]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)
 
 
+def judge(bar: dict) -> dict:
+    """The bar with whether it is met, and its numbers as text."""
+    at_least, form = bar.pop("at_least"), bar.pop("form")
+    met = bar["measured"] >= bar["bar"] if at_least else bar["measured"] <= bar["bar"]
+    texts = {"measured_text": form.format(bar["measured"])}
+    texts["bar_text"] = ("≥ " if at_least else "≤ ") + form.format(bar["bar"])
+    return bar | {"met": bool(met)} | texts
+
+
+def bar(claim: str, measured: float, limit: float, form: str = "{:.3f}", at_least: bool = False) -> dict:
+    return {"claim": claim, "measured": measured, "bar": limit, "form": form, "at_least": at_least}
+
+
 def verdict(bar: dict) -> str:
     return {True: "yes", False: "no", None: "–"}[bar["met"]]
 

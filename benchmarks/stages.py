@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 
 import torch
 from measure import Candidate
-from mixlora_kernels.backends.torch.dropout import dropped_levels
 from problem import Case
 
 from mixlora_kernels import backends
+from mixlora_kernels.dropout import dropped_levels
 from mixlora_kernels.routing import Instances
 
 COPIED = 1 << 30  # bytes

@@ -131,8 +131,7 @@ def layer(setting: Setting) -> Iterator[Group]:
     """Forward, and forward+backward, of one layer."""
     all_fit = setting.quick or setting.gpu
     for case in setting.each_dtype(setting.square, BOTH):
-        names = applicable(case, "mixlora_torch") if case.dtype == torch.float32 else applicable(case)
-        yield one(setting, "layer", case, names, rounds=5, weight=24 if case.dtype == torch.float32 else 32)
+        yield one(setting, "layer", case, applicable(case), rounds=5, weight=24 if case.dtype == torch.float32 else 32)
     for case in setting.each_dtype(replace(setting.square, dropout=PAPER_DROPOUT), BOTH):
         yield one(setting, "layer", case, applicable(case) if all_fit else FEW, rounds=5, weight=12)
     dropout = PAPER_DROPOUT if setting.gpu else 0.0
@@ -143,7 +142,7 @@ def layer(setting: Setting) -> Iterator[Group]:
         for case in setting.each_dtype(replace(setting.square, dropout=PAPER_DROPOUT, E=32, r=8)):
             yield one(setting, "layer", case, applicable(case), rounds=5, weight=5)
     for case in setting.each_dtype(SMALL, BOTH[:1]):
-        yield one(setting, "layer", case, applicable(case, "compiled", "mixlora_torch"), rounds=20, weight=15)
+        yield one(setting, "layer", case, applicable(case, "compiled"), rounds=20, weight=15)
 
 
 def scaling(setting: Setting) -> Iterator[Group]:
@@ -221,9 +220,8 @@ def left_out(suite: str, reason: str) -> Group:
 
 
 def applicable(case: Case, *asked_for: str) -> list[str]:
-    """All implementations, but two only if asked for: ``compiled``, because compiling takes longer than most
-    measurements, and ``mixlora_torch``, which differs from ``mixlora`` in float32 on a CPU alone."""
-    left_out = {"compiled", "mixlora_torch"} - set(asked_for)
+    """All implementations, but ``compiled`` only if asked for: compiling takes longer than most measurements."""
+    left_out = {"compiled"} - set(asked_for)
     if case.dtype == torch.float32:
         left_out.add("peft_lora_base_dtype")  # the same as peft_lora
     return [name for name in implementations.NAMES if name not in left_out]

@@ -7,6 +7,7 @@ from statistics import median
 import torch
 from measure import paired_ratio
 from problem import Case, dtype_name
+from report import bar, judge
 from suites import BOTH, DECODE, PAPER_DROPOUT, POOLS, SMALL, Setting, step_case
 
 TRAINING = "forward+backward"
@@ -20,17 +21,7 @@ def summarise(rows: Sequence[dict], setting: Setting) -> list[dict]:
         bars = [*gpu_bars(rows, setting), *bars]
     if not setting.gpu:
         bars = [*layer_bars(rows, setting), *bars]
-    for bar in bars:
-        at_least, form = bar.pop("at_least"), bar.pop("form")
-        met = bar["measured"] >= bar["bar"] if at_least else bar["measured"] <= bar["bar"]
-        bar["met"] = None if setting.quick else bool(met)
-        bar["measured_text"] = form.format(bar["measured"])
-        bar["bar_text"] = ("≥ " if at_least else "≤ ") + form.format(bar["bar"])
-    return bars
-
-
-def bar(claim: str, measured: float, limit: float, form: str = "{:.3f}", at_least: bool = False) -> dict:
-    return {"claim": claim, "measured": measured, "bar": limit, "form": form, "at_least": at_least}
+    return [judge(bar) | ({"met": None} if setting.quick else {}) for bar in bars]
 
 
 def find(rows: Sequence[dict], suite: str, case: Case, implementation: str, which: str) -> dict | None:

@@ -50,9 +50,13 @@ class SideInformation:
 
     It holds no module, so that a layer can be copied without the model, and a model with its own copy of this. What
     runs is not copied.
+
+    Attributes:
+        shares: whether layers that read the same x are computed together; False: each by itself, with the same bits.
     """
 
     def __init__(self):
+        self.shares = True
         self._last: dict[tuple[str, str], Recorded] = {}
         self.decoder_paths: tuple[str, ...] = ()
         self._generates = True
