@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import _functional_collectives as collectives
 
 from .batch import Batch, Prompt
-from .routing import Choice, choose
+from .routing import Choice, choose, logits_of
 
 NAME = "mixlora::serve"
 
@@ -42,7 +42,7 @@ def route_(x: Tensor, layer, prompts: list[Prompt]) -> None:
     pooled = torch.stack(
         [x[p.start : p.start + p.length].sum(0, dtype=torch.float32) * (1.0 / p.length) for p in prompts]
     )  # [P, D]
-    logits = [pooled @ routers.T for routers in layer.routers]
+    logits = [logits_of(pooled, routers, layer.config) for routers in layer.routers]
     if layer.group is not None:  # each process has a share of D
         logits = list(all_reduce(torch.cat(logits, 1), layer.group).chunk(len(logits), 1))
     choices = [choose(part, table, layer.config) for part, table in zip(logits, layer.tables)]

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.eager.route import choose_factors, condition_table
+from ..backends.eager.route import choose_factors, condition_table, router_logits
 from ..config import MixLoRAConfig
 
 
@@ -30,11 +30,17 @@ def table_of(lora_A: Tensor, router_AB: Tensor | None, config: MixLoRAConfig) ->
     return condition_table(lora_A.float(), router_AB.float(), config.conditioning)
 
 
+def logits_of(pooled: Tensor, routers: Tensor, config: MixLoRAConfig) -> Tensor:
+    """The logits [P, 2E] ([P, E] where pairs are tied) of pooled means [P, d_in] float32 by ``router_matrix``."""
+    parts = routers.chunk(2) if config.chooses_b else (routers,)
+    return torch.cat([router_logits(pooled, part) for part in parts], 1)
+
+
 def choose(logits: Tensor, table: Tensor | None, config: MixLoRAConfig) -> Choice:
     """Equations 6 to 8 for P prompts.
 
     Args:
-        logits: [P, 2E] float32 ([P, E] where pairs are tied), the pooled means [P, d_in] by ``router_matrix``.
+        logits: [P, 2E] float32 ([P, E] where pairs are tied), of ``logits_of``.
         table: of ``table_of``.
     """
     logits = logits.unsqueeze(0)  # of one sibling

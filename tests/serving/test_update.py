@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import mixlora_kernels as mk
-from mixlora_kernels.serving.routing import choose, router_matrix, table_of
+from mixlora_kernels.serving.routing import choose, logits_of, router_matrix, table_of
 
 from .layers import D_IN, MODES, Request, alone, make_parameters, make_served, mode_id, step
 
@@ -68,7 +68,7 @@ def test_choices_are_the_packages_bit_for_bit(config):
     pooled[1] = 0  # all logits equal: ties go to the lower index
     table = table_of(parameters["lora_A"], parameters.get("router_AB"), config)
     routers = router_matrix(parameters["router_A"], parameters.get("router_B"))
-    choice = choose(pooled @ routers.T, table, config)
+    choice = choose(logits_of(pooled, routers, config), table, config)
     factors = mk.Factors(*(parameters.get(name) for name in mk.Factors._fields))
     _, routing = mk.mixlora(pooled.unsqueeze(1), torch.zeros(40, 1, 6), factors, config, backend="torch")
     assert torch.equal(choice.index_a, routing.index_a)

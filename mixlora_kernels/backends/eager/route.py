@@ -31,14 +31,18 @@ def route(read: Tensor, factors: Sequence[Factors], options: Options) -> tuple[R
     Returns:
         The routing, its tensors [G, B, ...]; and for the backward p_IFS and p_CFS [G, B, E] and q [G, R, E, B].
     """
-    # One product for each router, and factors in its rows: the bits of a product depend on the number of its columns
-    # and on a column's place, and equal rows of a router are to give equal logits.
-    logits = torch.stack([(router.to(read.dtype) @ read.T).T for router in list_routers(factors, options)])
+    logits = torch.stack([router_logits(read, router) for router in list_routers(factors, options)])
     logits_a, logits_b = logits[: len(factors)], None if options.tied else logits[len(factors) :]
     table = None
     if options.conditioning is not None:
         table = torch.stack([condition_table(*_conditional(own, options), options.conditioning) for own in factors])
     return choose_factors(logits_a, logits_b, table, options.r, options.gate)
+
+
+def router_logits(read: Tensor, router: Tensor) -> Tensor:
+    """read [B, d_route] · router [E, d_route]ᵀ, by itself and with the factors in rows: the bits of a product depend on the
+    number of its columns and on a column's place, and equal rows of a router are to give equal logits."""
+    return (router.to(read.dtype) @ read.T).T
 
 
 def choose_factors(
