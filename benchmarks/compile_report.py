@@ -20,17 +20,6 @@ from unittest import mock
 
 import torch
 import triton
-<<<<<<< HEAD
-from mixlora_kernels.backends.torch.dropout import dropped_levels
-from mixlora_kernels.backends.triton import tuning
-from mixlora_kernels.backends.triton.decode import launch_decode
-from mixlora_kernels.backends.triton.expand import launch_expand, launch_expand_backward
-from mixlora_kernels.backends.triton.project import launch_project, launch_project_backward
-from mixlora_kernels.backends.triton.route import launch_route, launch_route_backward
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime import JITFunction
-=======
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
@@ -39,7 +28,6 @@ from mixlora_kernels.backends.base import Factors, FrozenLinear, Group, Needs, O
 from mixlora_kernels.backends.kernels import decode, expand, expand_backward, project, project_backward, tuning
 from mixlora_kernels.backends.kernels.launch import implementations
 from mixlora_kernels.routing import Instances, Routing
->>>>>>> kernels
 
 GROUPS = [
     (4096, (4096, 4096, 4096)), (4096, (4096,)), (4096, (11008, 11008)), (11008, (4096,)),

@@ -40,8 +40,8 @@ def route(read: Tensor, factors: Sequence[Factors], options: Options) -> tuple[R
 
 
 def router_logits(read: Tensor, router: Tensor) -> Tensor:
-    """read [B, d_route] · router [E, d_route]ᵀ, by itself and with the factors in rows: the bits of a product depend on the
-    number of its columns and on a column's place, and equal rows of a router are to give equal logits."""
+    """read [B, d_route] · router [E, d_route]ᵀ, a product by itself with the factors in its rows: the bits of a product
+    depend on the number of its columns and on a column's place, and equal rows of a router are to give equal logits."""
     return (router.to(read.dtype) @ read.T).T
 
 
