@@ -14,6 +14,7 @@ import asyncio
 import json
 import os
 import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def serving(name: str, folder: Path, port: int, core: int):
     """A running server; its log."""
     log = folder / f"{name}.log"
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder / "model")]
-    environment = {**os.environ, **ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": str(core)}
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_CPU_OMP_THREADS_BIND": str(core), "VLLM_LOGGING_LEVEL": "INFO"}
     with log.open("w") as output:
         process = subprocess.Popen(
             [*command, *SERVER, "--port", str(port), *flags(name, folder)],
@@ -209,6 +210,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the results, as JSON and as a table")
     arguments = parser.parse_args()
     os.environ.update(ENVIRONMENT, VLLM_LOGGING_LEVEL="ERROR")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # whoever stops it stops the servers as well
     result = measure(arguments)
     print(table(result))
     if arguments.out is not None:

@@ -76,7 +76,9 @@ class AdaptedMethod:
         self.inner, self.name = inner, name
 
     def __getattr__(self, attribute: str):
-        return getattr(self.__dict__["inner"], attribute)
+        if attribute == "inner":  # not set yet, as in a copy that is being made
+            raise AttributeError(attribute)
+        return getattr(self.inner, attribute)
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = self.inner.apply(layer, x, bias)
