@@ -74,6 +74,7 @@ class Sharing:
 
     def __init__(self):
         self._left: dict[str, Left] = {}
+        self._refused: set[str] = set()  # layers that were called otherwise than what was left for them
         self._run: list[MixLoRALayer] = []  # the last layers called in succession with one x
         self._x = None
         self._observed: list[list[MixLoRALayer]] = []
@@ -86,8 +87,10 @@ class Sharing:
         if torch.compiler.is_compiling():
             return None
         left = self._left.pop(layer.key, None)
-        if left is not None and left.x is x and left.version == x._version and left.modes == _modes(layer, name):
-            return left.y
+        if left is not None:
+            if left.x is x and left.version == x._version and left.modes == _modes(layer, name):
+                return left.y
+            self._refused.add(layer.key)
         members = self._find_members(layer, name, x)
         if not members:
             self._observe(layer, x)
@@ -120,7 +123,7 @@ class Sharing:
 
     def end(self) -> None:
         """Drop what was left at the end of the forward, and hand the layers what was observed of them."""
-        idle = set(self._left)
+        idle = self._refused.union(self._left)
         self._left.clear()
         for members in self._led.values():
             if any(member.key in idle for member in members):
@@ -131,6 +134,7 @@ class Sharing:
         for run in self._observed:
             self._hand(run)
         self._run, self._x, self._observed, self._over = [], None, [], True
+        self._refused.clear()
 
     @staticmethod
     def _hand(layers: "Sequence[MixLoRALayer]") -> None:

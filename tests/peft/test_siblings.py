@@ -164,6 +164,28 @@ def test_x_that_is_changed_between_the_calls():
     assert all(map(torch.equal, run(model, X, change), run(model, X, fresh)))
 
 
+def test_siblings_that_were_expected_and_are_none(groups):
+    """In cross-attention q reads another x than k and v."""
+
+    class Cross(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in "qkv")
+
+        def forward(self, input_ids):
+            other = input_ids.flip(0)
+            return self.q_proj(input_ids), self.k_proj(other), self.v_proj(other)
+
+    config = ConditionalMixLoRAConfig(
+        r=2, num_factors=5, target_modules=["q_proj", "k_proj", "v_proj"], init_weights=False, pool="sequence"
+    )
+    model = get_peft_model(Cross(), config).eval()
+    results = [model(input_ids=X) for _ in range(3)]
+    assert groups == [3, 2, 2]  # expected once, and then as it was observed
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
+
+
 def test_equal_values_are_not_the_same_x(groups):
     model = make_block()
     for _ in range(2):
