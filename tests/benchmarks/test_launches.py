@@ -143,7 +143,9 @@ def test_the_launch_path(tmp_path, backend):
     rows = {(r["unit"], r["implementation"], r["pass"], r["dropout"]): r for r in result["rows"]}
     training, step = "forward+backward", "decoding step"
     for unit in ("layer", "decoder layer"):
-        assert all(rows[unit, name, training, p]["median_us"] > 0 for name in ("mixlora", "peft_lora") for p in (0, 0.05))
+        assert all(
+            rows[unit, name, training, p]["median_us"] > 0 for name in ("mixlora", "peft_lora") for p in (0, 0.05)
+        )
         assert rows[unit, "mixlora", step, 0]["crossings"] > rows[unit, "base", step, 0]["crossings"]
     frozen, lora = (rows["decoder layer", name, training, 0] for name in ("base", "peft_lora"))
     # Seven products and as many in the backward, and three sums of x's gradients. LoRA beside that: x to float32, two
