@@ -2,10 +2,10 @@
 
     python benchmarks/compile_report.py [--quick] [--targets sm_90 ...]
 
-The stages are called with tensors of no memory, at the shapes of a 7B and a 13B model; each launch is caught on its
-way, specialised as Triton would, and compiled for the target: registers, spilled bytes, shared memory, the matrix
-instructions found. The exit status is 1 if a kernel spills, wants more shared memory than the target has, or if
-``project`` does without Hopper's matrix unit on sm_90 although its tile is large enough for it.
+The stages are called with tensors of no memory, on the groups of siblings of a 7B and a 13B model; each launch is
+caught on its way, specialised as Triton would, and compiled for the target: registers, spilled bytes, shared memory,
+the matrix instructions found. The exit status is 1 if a kernel spills, wants more shared memory than the target has,
+or if ``project`` does without Hopper's matrix unit on sm_90 although its tile is large enough for it.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
@@ -23,19 +24,34 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from mixlora_kernels.backends.torch.dropout import dropped_levels
-from mixlora_kernels.backends.triton import tuning
-from mixlora_kernels.backends.triton.decode import launch_decode
-from mixlora_kernels.backends.triton.expand import launch_expand, launch_expand_backward
-from mixlora_kernels.backends.triton.project import launch_project, launch_project_backward
-from mixlora_kernels.backends.triton.route import launch_route, launch_route_backward
+from mixlora_kernels.backends.base import Factors, FrozenLinear, Group, Needs, Options
+from mixlora_kernels.backends.kernels import decode, expand, expand_backward, project, project_backward, tuning
+from mixlora_kernels.backends.kernels.launch import implementations
+from mixlora_kernels.routing import Instances, Routing
 
-WIDTHS = [(4096, 4096), (4096, 11008), (11008, 4096), (5120, 5120), (5120, 13824), (13824, 5120)]
-POOLS = [(16, 4), (32, 8)]
-OTHER_MODES = [  # dtype of x, dropout, packed
-    (torch.bfloat16, 0.0, False),
-    (torch.bfloat16, 0.05, True),
-    (torch.float32, 0.05, False),
+GROUPS = [
+    (4096, (4096, 4096, 4096)), (4096, (4096,)), (4096, (11008, 11008)), (11008, (4096,)),
+    (5120, (5120, 5120, 5120)), (5120, (5120,)), (5120, (13824, 13824)), (13824, (5120,)),
+]  # fmt: skip
+POOLS = [(16, 4), (32, 8), (64, 16), (128, 64)]
+
+
+class Mode(NamedTuple):
+    """What a call computes, as far as other kernels are compiled for it."""
+
+    dtype: torch.dtype = torch.bfloat16
+    dropout: float = 0.05
+    packed: bool = False
+    conditioning: str = "factors"
+    gate: str = "straight_through"
+
+
+MODES = [
+    Mode(),
+    Mode(dropout=0.0),
+    Mode(packed=True, conditioning="tied", gate="normalized"),
+    Mode(conditioning="published", gate="weighted"),
+    Mode(dtype=torch.float32),
 ]
 TOKENS = (16, 800)  # instances, and tokens in each
 HOPPER_ROWS = 64  # of a tile, from which on the matrix unit of sm_90 takes it
@@ -68,65 +84,80 @@ def catch_launches(architecture: str, cases: list[tuple], E: int, r: int) -> lis
     """The variants that these cases would launch on that architecture, without launching them."""
     caught = []
 
-    def record(kernel, *args, grid, warmup, **keywords):
-        caught.append(specialise(kernel, args, keywords))
+    def record(kernel, *, grid, warmup, **arguments):
+        caught.append(specialise(kernel, arguments))
 
-    with (
-        mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(tuning, "architecture", lambda device: architecture),
-    ):
-        for D, O, *mode in cases:
-            launch_everything(D, O, E, r, *mode)
+    with ExitStack() as stack:
+        enter = stack.enter_context
+        enter(mock.patch.object(JITFunction, "run", record))
+        enter(mock.patch.object(tuning, "architecture", lambda device: architecture))
+        for name, implementation in implementations.items():  # what an op does on a device; on meta it only allocates
+            enter(mock.patch.object(sys.modules[implementation.module], f"{name}_op", implementation))
+        for D, widths, mode in cases:
+            launch_everything(D, widths, E, r, mode)
     return caught
 
 
-def specialise(kernel: JITFunction, args: tuple, keywords: dict) -> Variant:
-    """As Triton's launcher does: None and 1 are constants, what 16 divides is marked so."""
-    values = dict(zip((p.name for p in kernel.params), args)) | keywords
+def specialise(kernel: JITFunction, values: dict) -> Variant:
+    """As Triton's launcher does: None and 1 are constants, what 16 divides is marked so; of a tuple, each item."""
     signature, constants, aligned = [], [], []
-    for place, parameter in enumerate(kernel.params):
-        value = values.pop(parameter.name)
-        fixed = parameter.is_constexpr or value is None
-        if fixed or (type(value) is int and value == 1 and not parameter.do_not_specialize):
-            signature.append((parameter.name, "constexpr"))
-            constants.append((parameter.name, value))
-            continue
+
+    def kind(value, parameter, path):
+        if parameter.is_constexpr or value is None or (fixed(value) and not parameter.do_not_specialize):
+            constants.append((path, value))
+            return "constexpr"
+        if isinstance(value, tuple):
+            return tuple(kind(item, parameter, (*path, i)) for i, item in enumerate(value))
         if isinstance(value, torch.Tensor):
-            kind = "*" + triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).split(".")[-1]]
-        else:
-            kind = {bool: "i1", int: "i32", float: "fp32"}[type(value)]
-        if kind.startswith("*") or (kind == "i32" and value % 16 == 0 and not parameter.do_not_specialize):
-            aligned.append(place)
-        signature.append((parameter.name, kind))
-    return Variant(kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(values.items())))
+            aligned.append(path)
+            return "*" + triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).split(".")[-1]]
+        if type(value) is int and value % 16 == 0 and not parameter.do_not_specialize:
+            aligned.append(path)
+        return {bool: "i1", int: "i32", float: "fp32"}[type(value)]
+
+    for place, parameter in enumerate(kernel.params):
+        signature.append((parameter.name, kind(values[parameter.name], parameter, (place,))))
+    names = {parameter.name for parameter in kernel.params}
+    options = sorted((name, value) for name, value in values.items() if name not in names)
+    return Variant(kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(options))
 
 
-def launch_everything(D: int, O: int, E: int, r: int, dtype: torch.dtype, dropout: float, packed: bool) -> None:
-    """One step of training and one of decoding with tensors on the meta device, kernel by kernel."""
+def fixed(value) -> bool:
+    return type(value) is int and value == 1
+
+
+def launch_everything(D: int, widths: tuple[int, ...], E: int, r: int, mode: Mode) -> None:
+    """One step of training and one of decoding of a group, with tensors on the meta device."""
     B, L = TOKENS
-    N, dropped, scale = B * L, dropped_levels(dropout), 8.0
-    real = {"device": "meta", "dtype": torch.float32}
-    x, y = torch.empty(N, D, device="meta", dtype=dtype), torch.empty(N, O, device="meta", dtype=dtype)
-    lora_A, lora_B, routers = torch.empty(E, D, **real), torch.empty(E, O, **real), torch.empty(2 * E, D, **real)
-    mask = torch.empty(N, device="meta", dtype=torch.bool)
-    cu_seqlens = torch.empty(B + 1, device="meta", dtype=torch.int64) if packed else None
-    seed = torch.empty(1, device="meta", dtype=torch.int64) if dropout else None
-    table = torch.empty(r, E, E, **real)
-    chosen = (torch.empty(B, r, device="meta", dtype=torch.int64) for _ in "ab")
+    N, tied = B * L, mode.conditioning == "tied"
 
-    u, sums = launch_project(x, lora_A, routers, cu_seqlens, mask, seed, B, L, dropped)
-    routed = launch_route(sums, table, cu_seqlens, mask, B, L, tuning.rows(N), r, "weighted")
-    gate, probs_a, probs_b, p_ifs, p_cfs, q, share = routed[2:]
-    index_a, index_b = chosen
-    launch_expand(y, None, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L)
-    du, _, dgate = launch_expand_backward(y, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, True, True)
-    dlogits, _ = launch_route_backward(
-        dgate, None, None, index_a, index_b, probs_a, probs_b, p_ifs, p_cfs, q, share, "weighted"
-    )
-    launch_project_backward(
-        x, x, du, lora_A, index_a, dlogits, routers, cu_seqlens, mask, seed, B, L, dropped, False, True
-    )
-    launch_decode(y[:1], x[:1], lora_A, lora_B, index_a, index_b, gate, scale, None, 1)
+    def empty(*shape, dtype=torch.float32):
+        return torch.empty(shape, device="meta", dtype=dtype)
+
+    x = empty(N, D, dtype=mode.dtype)
+    factors = [
+        Factors(empty(E, D), empty(E, O), empty(E, D), *((None, None) if tied else (empty(E, D), empty(r, E, D))))
+        for O in widths
+    ]
+    instances = Instances(B, L, mask=empty(N, dtype=torch.bool), share=empty(B, 1))
+    if mode.packed:
+        instances = instances._replace(
+            length=None, cu_seqlens=empty(B + 1, dtype=torch.int64), segment=empty(N, dtype=torch.int64)
+        )
+    conditioning = mode.conditioning if mode.conditioning in ("factors", "published") else None
+    options = Options(r, 8.0, mode.dropout, mode.gate, conditioning, tied, True, mode.dtype)
+    seeds = empty(len(widths), dtype=torch.int64) if mode.dropout else None
+    bases = [FrozenLinear(empty(O, D, dtype=mode.dtype), None) for O in widths]
+    group, needs = Group(x, bases, factors, None, None, seeds, instances, options), Needs(*[True] * 5)
+
+    routing, saved = project(group)
+    ys = [empty(N, O, dtype=mode.dtype) for O in widths]
+    ys, saved = expand(group, ys, [True] * len(ys), routing, saved)
+    _, dgate, carried = expand_backward(group, ys, routing, saved, needs)
+    project_backward(group, x, (dgate, None, None), routing, saved, carried, needs)
+    step = Instances(B, 1)
+    kept = Routing(*routing[:3], None, None)
+    decode(group._replace(x=x[:B], instances=step, given=kept, seeds=None, bases=[y[:B] for y in ys]))
 
 
 class Cost(NamedTuple):
@@ -137,12 +168,11 @@ class Cost(NamedTuple):
 
 
 def compile_variant(variant: Variant, target: Target) -> Cost:
-    names = [p.name for p in variant.kernel.params]
     source = ASTSource(
         fn=variant.kernel,
         signature=dict(variant.signature),
-        constexprs={(names.index(name),): value for name, value in variant.constants},
-        attrs={(place,): [["tt.divisibility", 16]] for place in variant.aligned},
+        constexprs=dict(variant.constants),
+        attrs={path: [["tt.divisibility", 16]] for path in variant.aligned},
     )
     compiled = triton.compile(source, target=target.gpu, options=dict(variant.options))
     measure = measure_hip if target.gpu.backend == "hip" else measure_cuda
@@ -174,8 +204,12 @@ def find(pattern: str, text: str) -> str:
     return " ".join(sorted(set(re.findall(pattern, text)))) or "-"
 
 
+def named_constants(variant: Variant) -> dict[str, object]:
+    return {variant.kernel.params[path[0]].name: value for path, value in variant.constants}
+
+
 def find_fault(variant: Variant, name: str, target: Target, cost: Cost) -> str | None:
-    constants = dict(variant.constants)
+    constants = named_constants(variant)
     if cost.spilled:
         return f"spills {cost.spilled} bytes"
     if cost.shared > target.shared:
@@ -190,17 +224,16 @@ def find_fault(variant: Variant, name: str, target: Target, cost: Cost) -> str |
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--quick", action="store_true", help="one layer, bfloat16, with dropout")
+    parser.add_argument("--quick", action="store_true", help="one group, bfloat16, with dropout, and two pools")
     options = parser.parse_args()
-    widths = WIDTHS[:1] if options.quick else WIDTHS
-    cases = [(D, O, torch.bfloat16, 0.05, False) for D, O in widths]
+    cases = [(D, widths, MODES[0]) for D, widths in (GROUPS[:1] if options.quick else GROUPS)]
     if not options.quick:
-        cases += [(*widths[0], *mode) for mode in OTHER_MODES]
+        cases += [(*GROUPS[0], mode) for mode in MODES[1:]]
     row = "{:24} {:7} {:>3} {:>3} {:>9} {:>8} {:>8} {:>8}  {:20} {}"
     print(row.format("kernel", "target", "E", "R", "tile", "warps", "regs", "shared", "instructions", "fault"))
     seen, faults = set(), 0
     for name in options.targets:
-        for E, r in POOLS:
+        for E, r in POOLS[:2] if options.quick else POOLS:
             for variant in catch_launches(name, cases, E, r):
                 if (name, variant) in seen:
                     continue
@@ -208,10 +241,8 @@ def main() -> int:
                 cost = compile_variant(variant, TARGETS[name])
                 fault = find_fault(variant, name, TARGETS[name], cost)
                 faults += fault is not None
-                constants, settings = dict(variant.constants), dict(variant.options)
-                tile = "x".join(
-                    str(constants[k]) for k in ("BLOCK_N", "BLOCK_D", "BLOCK_O", "BLOCK_W") if k in constants
-                )
+                constants, settings = named_constants(variant), dict(variant.options)
+                tile = "x".join(str(constants[k]) for k in ("BLOCK_N", "BLOCK_D", "BLOCK_W") if k in constants)
                 print(row.format(
                     variant.kernel.__name__.removesuffix("_kernel"), name, E, r,
                     tile, settings["num_warps"], cost.registers, cost.shared, cost.instructions, fault or "",

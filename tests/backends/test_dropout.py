@@ -3,15 +3,16 @@
 import numpy
 import pytest
 import torch
-from mixlora_kernels.backends.torch.dropout import dropped_levels, keep_scale
 
 import mixlora_kernels as mk
-from mixlora_kernels import functional
-from mixlora_kernels.routing import Instances
+from mixlora_kernels.backends import reference
+from mixlora_kernels.backends.base import Factors, Group, Needs, Options
+from mixlora_kernels.dropout import dropped_levels, keep_scale
+from mixlora_kernels.routing import Instances, Routing
 
 from ..cases import assert_same, make_input, make_layer, make_mask, relative_error, run
 
-kernels = pytest.importorskip("mixlora_kernels.backends.triton")
+KERNELS = pytest.importorskip("mixlora_kernels.backends.kernels").KERNELS
 
 CLOSE = 1e-5  # as in test_layer.py
 
@@ -54,28 +55,39 @@ def test_philox_is_the_published_one():
     ]
 
 
+def ones(N, D, p, seeds, device):
+    """A group whose x is one and whose factors have one column each, of which the first is chosen."""
+    G = len(seeds)
+    index = torch.zeros(G, 1, 1, dtype=torch.int64, device=device)
+    factors = Factors(torch.eye(D, device=device), torch.ones(D, 1, device=device), None, None, None)
+    routing = Routing(index, index, torch.ones(G, 1, 1, device=device), None, None)
+    options = Options(1, 1.0, p, "binary", None, True, False, torch.float32)
+    x = torch.ones(N, D, device=device)
+    return Group(x, [x[:, :1]] * G, [factors] * G, None, routing, seeds, Instances(1, N), options)
+
+
 @pytest.mark.parametrize("N, D", [(1, 1), (21, 77), (40, 64)])
 def test_the_mask(N, D, device):
-    """Read off u, when x is one and each factor has one column; off dlora_A and dx, when du is one."""
-    seed, p = torch.tensor([(1 << 61) + 12345], device=device), 0.4
-    mask = expected_mask(seed, N, D, p)
-    x, lora_A = torch.ones(N, D, device=device), torch.eye(D, device=device)
-    u, _, _ = kernels.project(x, lora_A, None, Instances(1, N), seed, p)
-    assert torch.equal(u.sum(0), mask.float())
-    index = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    dx, dlora_A, _ = kernels.project_backward(
-        None, x, torch.ones(N, 1, device=device), torch.ones(1, D, device=device), index, None, None, None,
-        Instances(1, N), seed, p, True, True,
-    )  # fmt: skip
-    assert torch.equal(dx, mask.float())
-    assert torch.equal(dlora_A[0], mask.sum(0).float())
+    """Read off u, when x is one and each factor has one column; off dlora_A and dx, when du and the chosen factor are
+    one. Each sibling has its own."""
+    seeds, p = torch.tensor([(1 << 61) + 12345, 7], device=device), 0.4
+    masks = [expected_mask(seed, N, D, p) for seed in seeds]
+    group = ones(N, D, p, seeds, device)
+    routing, saved = KERNELS.project(group)
+    for u, mask in zip(saved[0], masks):
+        assert torch.equal(u.sum(0), mask.float())
+    du = torch.ones(2, N, 1, device=device)
+    group = group._replace(factors=[own._replace(lora_A=torch.ones_like(own.lora_A)) for own in group.factors])
+    needs = Needs(x=True, lora_A=True, lora_B=False, routers=False, gate=False)
+    found = KERNELS.project_backward(group, None, (None,) * 3, routing, saved, (du,), needs)
+    assert torch.equal(found.x, sum(mask.float() for mask in masks))
+    for dlora_A, mask in zip(found.lora_A, masks):
+        assert torch.equal(dlora_A[0], mask.sum(0).float())
 
 
 def test_the_layer_with_its_mask(monkeypatch, device):
     """The whole layer against the reference, which is given the mask of the kernels."""
-    monkeypatch.setattr(
-        functional.block_dropout, "keep_mask", lambda seed, x, p: expected_mask(seed, *x.shape, p)
-    )  # fmt: skip
+    monkeypatch.setattr(reference, "keep_mask", lambda seed, x, p: expected_mask(seed, *x.shape, p))
     results = []
     for backend in ("triton", "reference"):
         layer = make_layer(40, 37, dtype=torch.float32, backend=backend, dropout=0.4).to(device)
@@ -97,8 +109,8 @@ def test_the_share_that_is_dropped(device):
     """Within five standard deviations of a binomial, over the whole and over every residue of the column modulo 8,
     since one draw serves eight elements."""
     N, D, p = 256, 64, 0.05
-    seed, x, lora_A = torch.tensor([7], device=device), torch.ones(N, D, device=device), torch.eye(D, device=device)
-    mask = kernels.project(x, lora_A, None, Instances(1, N), seed, p)[0].sum(0).double()
+    _, saved = KERNELS.project(ones(N, D, p, torch.tensor([7], device=device), device))
+    mask = saved[0][0].sum(0).double()
     deviation = (p * (1 - p)) ** 0.5
     for part in (mask, *(mask[:, i::8] for i in range(8))):
         assert abs(part.mean().item() - (1 - p)) < 5 * deviation / part.numel() ** 0.5

@@ -80,6 +80,72 @@ def expand_collect_kernel(
             tl.store(dots + (piece.to(tl.int64) * tl.num_programs(0) + chunk) * R + slots, product, mask=slots < R)
 
 
+@triton.jit
+def find_planes(sibling, widths, G: tl.constexpr, BLOCK: tl.constexpr):
+    """The sibling's first piece, and the one after its last."""
+    first, last, blocks = 0, 0, 0
+    for g in tl.static_range(G):
+        first = tl.where(sibling == g, blocks, first)
+        blocks += tl.cdiv(widths[g], BLOCK)
+        last = tl.where(sibling == g, blocks, last)
+    return first, last
+
+
+@triton.jit
+def gather_pool(
+    parts, owner, index, gate, scale, dlora_B, block, B, L, widths, total, chunks,
+    G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, E_PAD: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A block of columns of one sibling's dlora_B."""
+    g, before, offset = find_piece(block, widths, G, BLOCK_D)
+    W = choose(widths, g, G)
+    d = (block - before) * BLOCK_D + tl.arange(0, BLOCK_D)
+    start = g.to(tl.int64) * B * R
+    acc = gather_by_factor(
+        parts + offset, total, owner, index + start, gate + start, scale, chunks, L, d, d < W,
+        R, E_PAD, CHUNK, BLOCK_K, BLOCK_D,
+    )  # fmt: skip
+    e = tl.arange(0, E_PAD)
+    place = choose(dlora_B, g, G) + e[:, None] * W + d[None, :]
+    tl.store(place, acc, mask=(e < E)[:, None] & (d < W)[None, :])
+
+
+@triton.jit
+def gather_planes(
+    planes, du, g, block, N, widths, G: tl.constexpr, R: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr
+):
+    """A block of one sibling's du."""
+    first, last = find_planes(g, widths, G, BLOCK_W)
+    at = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < N * R
+    sums = tl.zeros([BLOCK], tl.float32)
+    place = planes + first.to(tl.int64) * N * R + at
+    for _ in range(first, last):
+        sums += tl.load(place, mask=inside, other=0.0)
+        place += N * R
+    tl.store(du + g.to(tl.int64) * N * R + at, sums, mask=inside)
+
+
+@triton.jit
+def gather_dots(
+    dots, dgate, g, b, cu_seqlens, B, L, widths, chunks,
+    G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, B_PAD: tl.constexpr,
+    CHUNK: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dgate of one instance of a sibling."""
+    slots = tl.arange(0, R_PAD)
+    plane, last = find_planes(g, widths, G, BLOCK_W)
+    first, count, _length = find_tiles(b, cu_seqlens, B, L, CHUNK, B_PAD)
+    sums = tl.zeros([BLOCK_K, R_PAD], tl.float32)
+    for start in range(0, (last - plane) * count, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        row = (plane + k // count).to(tl.int64) * chunks + first + k % count
+        there = (k < (last - plane) * count)[:, None] & (slots < R)[None, :]
+        sums += tl.load(dots + row[:, None] * R + slots[None, :], mask=there, other=0.0)
+    tl.store(dgate + (g * B + b).to(tl.int64) * R + slots, tl.sum(sums, 0), mask=slots < R)
+
+
 @triton.jit(do_not_specialize=["scale", "B", "L", "N", "chunks", "columns", "blocks"])
 def expand_gather_kernel(
     planes, parts, dots, owner, index, gate, scale, cu_seqlens, du, dlora_B, dgate, B, L, N, widths, total, chunks,
@@ -91,52 +157,19 @@ def expand_gather_kernel(
     role = tl.program_id(0)
     if role < columns:
         if parts is not None:
-            g, before, offset = find_piece(role, widths, G, BLOCK_D)
-            W = choose(widths, g, G)
-            d = (role - before) * BLOCK_D + tl.arange(0, BLOCK_D)
-            start = g.to(tl.int64) * B * R
-            acc = gather_by_factor(
-                parts + offset, total, owner, index + start, gate + start, scale, chunks, L, d, d < W,
-                R, E_PAD, CHUNK, BLOCK_K, BLOCK_D,
+            gather_pool(
+                parts, owner, index, gate, scale, dlora_B, role, B, L, widths, total, chunks,
+                G, E, R, E_PAD, CHUNK, BLOCK_K, BLOCK_D,
             )  # fmt: skip
-            e = tl.arange(0, E_PAD)
-            tl.store(choose(dlora_B, g, G) + e[:, None] * W + d[None, :], acc, mask=(e < E)[:, None] & (d < W)[None, :])
     elif role < columns + blocks * G:
-        g = (role - columns) // blocks
-        first, last = find_planes(g, widths, G, BLOCK_W)
-        at = ((role - columns) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = at < N * R
-        sums = tl.zeros([BLOCK], tl.float32)
-        place = planes + first.to(tl.int64) * N * R + at
-        for _ in range(first, last):
-            sums += tl.load(place, mask=inside, other=0.0)
-            place += N * R
-        tl.store(du + g.to(tl.int64) * N * R + at, sums, mask=inside)
+        own = role - columns
+        gather_planes(planes, du, own // blocks, own % blocks, N, widths, G, R, BLOCK_W, BLOCK)
     elif dots is not None:
-        role -= columns + blocks * G
-        g, b = role // B, role % B
-        slots = tl.arange(0, R_PAD)
-        before, last = find_planes(g, widths, G, BLOCK_W)
-        pieces = last - before
-        first, count, _length = find_tiles(b, cu_seqlens, B, L, CHUNK, B_PAD)
-        sums = tl.zeros([BLOCK_K, R_PAD], tl.float32)
-        for start in range(0, pieces * count, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            row = (before + k // count).to(tl.int64) * chunks + first + k % count
-            there = (k < pieces * count)[:, None] & (slots < R)[None, :]
-            sums += tl.load(dots + row[:, None] * R + slots[None, :], mask=there, other=0.0)
-        tl.store(dgate + role.to(tl.int64) * R + slots, tl.sum(sums, 0), mask=slots < R)
-
-
-@triton.jit
-def find_planes(sibling, widths, G: tl.constexpr, BLOCK: tl.constexpr):
-    """The sibling's first piece, and the one after its last."""
-    first, last, blocks = 0, 0, 0
-    for g in tl.static_range(G):
-        first = tl.where(sibling == g, blocks, first)
-        blocks += tl.cdiv(widths[g], BLOCK)
-        last = tl.where(sibling == g, blocks, last)
-    return first, last
+        own = role - columns - blocks * G
+        gather_dots(
+            dots, dgate, own // B, own % B, cu_seqlens, B, L, widths, chunks,
+            G, R, R_PAD, B_PAD, CHUNK, BLOCK_W, BLOCK_K,
+        )  # fmt: skip
 
 
 def allocate_expand_backward(

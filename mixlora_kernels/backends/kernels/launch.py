@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 library = torch.library.Library("mixlora_kernels", "FRAGMENT")
+implementations: dict[str, Callable] = {}  # of the ops, by name; benchmarks/compile_report.py calls them directly
 
 
 def launch(kernel, grid: tuple[int, ...], device: torch.device, **arguments) -> None:
@@ -43,8 +44,11 @@ def register(name: str, fill: Callable, allocate: Callable, mutates: Sequence[st
         fill(outputs, *arguments)
         return outputs
 
+    op.module = fill.__module__
+    implementations[name] = op
     schema = torch.library.infer_schema(allocate, mutates_args=mutates)
-    name = library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-    for key in ("CPU", "CUDA", "Meta"):
-        library.impl(name, op if key != "Meta" else allocate, key)
+    library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    for key in ("CPU", "CUDA"):
+        library.impl(name, op, key)
+    torch.library.register_fake(f"mixlora_kernels::{name}", allocate, lib=library)
     return getattr(torch.ops.mixlora_kernels, name).default

@@ -71,7 +71,7 @@ def rows(tokens: int) -> int:
 
 def siblings(pool: int) -> int:
     """How many siblings one program of ``project`` or ``walk`` serves: their sums all stay in registers."""
-    return max(1, 128 // pool)
+    return max(1, 64 // pool)
 
 
 def project(arch: str, tokens: int, width: int, pool: int, itemsize: int) -> Tile:
@@ -128,11 +128,12 @@ def hands_on(slots: int, itemsize: int, columns: int, span: int) -> float:
 def walk(arch: str, tokens: int, width: int, slots: int, itemsize: int, drops: bool) -> Tile:
     if arch == "interpreter":
         return Tile(rows(tokens), 32, 2 * rows(tokens), 4, 1)
-    columns = min(128 // itemsize, 4096 // slots)
-    span = rows(tokens)  # as long as the device stays full
+    columns, block = 128 // itemsize, rows(tokens)
+    span = block  # as long as the device stays full
     while span < 512 and triton.cdiv(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
-    return Tile(rows(tokens), columns, span, 4, 2)
+    # The draws of dropout take the registers that a larger tile, or a second one on its way, would need.
+    return Tile(min(block, 32), columns, span, 8, 1) if drops else Tile(block, columns, span, 8, 2)
 
 
 def gather(arch: str, pool: int) -> Tile:
