@@ -120,6 +120,10 @@ OF_SUITES = {
     "stages": """\
 A stage's bytes are the activations it reads and writes, and nothing else. Its share is that of a plain copy's bytes \
 a second, in the same round.""",
+    "decoder": """\
+A LLaMA's decoder through `get_peft_model`, given hidden states that require a gradient, with a loss; on one thread of \
+a CPU. `mixlora` computes layers that read the same x together, `mixlora_single` each by itself; `mixlora_tied` is the \
+preset `tied()`.""",
     "decode": """\
 The routing is kept. On a GPU a step is the replay of a CUDA graph. "A layer of n" is the mean of n projections, all \
 of several blocks, run one after another.""",

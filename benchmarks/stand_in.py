@@ -4,6 +4,7 @@ Everything up to the launch then runs as it does on a GPU: the package's Python,
 of the compiled kernel. ``install`` lasts for the process.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,7 +16,8 @@ from accesses import find_accesses
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver as drivers
 
-from mixlora_kernels import backends, frozen, routing
+from mixlora_kernels import routing
+from mixlora_kernels.backends import select
 
 CAPABILITY = (9, 0)  # an H100's and an H200's
 SHARED = 232_448  # bytes of shared memory that one program may have there
@@ -38,7 +40,7 @@ class Utilities:
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
         """Module and function, registers, spilled registers, threads."""
-        return None, None, 0, 0, THREADS
+        return object(), object(), 0, 0, THREADS  # a module of None would be loaded again at every launch
 
 
 class Driver:
@@ -113,19 +115,19 @@ def install() -> Driver:
         raise RuntimeError("TRITON_INTERPRET must not be set: what is examined is the way to a launch")
     driver = Driver()
     drivers.set_active(driver)
-    find_obstacle = backends.select.find_obstacle
-    torch.cuda.get_device_capability = lambda device=None: CAPABILITY
-    _replace(backends.select, "find_obstacle", lambda kind, index, dtype: find_obstacle("cuda", 0, dtype))
-    for module in (routing, frozen, backends.eager.project):
-        _replace(module, "can_look", lambda tensor: False)
-    from mixlora_kernels.backends.kernels import tuning
+    from mixlora_kernels.backends.kernels import tuning  # with Triton's driver in place
 
+    find_obstacle = select.find_obstacle
+    torch.cuda.get_device_capability = lambda device=None: CAPABILITY
+    _replace(select, "find_obstacle", lambda kind, index, dtype: find_obstacle("cuda", 0, dtype))
+    _replace(routing, "can_look", lambda tensor: False)
     _replace(tuning, "architecture", cache(lambda device: "sm_{}{}".format(*CAPABILITY)))
     return driver
 
 
 def _replace(module, name: str, value) -> None:
-    """Loudly, should the name have gone elsewhere."""
-    if not hasattr(module, name):
-        raise AttributeError(f"{module.__name__} has no {name} any more, which is replaced here")
-    setattr(module, name, value)
+    """In the module and wherever the package has imported it from there; an AttributeError where it is no more."""
+    old = getattr(module, name)
+    for other in [found for key, found in sys.modules.items() if key.startswith("mixlora_kernels")]:
+        for key in [key for key, found in vars(other).items() if found is old]:
+            setattr(other, key, value)

@@ -8,7 +8,7 @@ import torch
 from measure import paired_ratio
 from problem import Case, dtype_name
 from report import bar, judge
-from suites import BOTH, DECODE, PAPER_DROPOUT, POOLS, SMALL, Setting, step_case
+from suites import BOTH, DECODE, DECODERS, PAPER_DROPOUT, POOLS, SMALL, Setting, step_case
 
 TRAINING = "forward+backward"
 
@@ -20,7 +20,7 @@ def summarise(rows: Sequence[dict], setting: Setting) -> list[dict]:
     if setting.gpu or setting.quick:
         bars = [*gpu_bars(rows, setting), *bars]
     if not setting.gpu:
-        bars = [*layer_bars(rows, setting), *bars]
+        bars = [*layer_bars(rows, setting), *decoder_bars(rows), *bars]
     return [judge(bar) | ({"met": None} if setting.quick else {}) for bar in bars]
 
 
@@ -85,6 +85,18 @@ def layer_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
         row = find(rows, suite, case, "mixlora", which)
         if row is not None and row[f"ratio_to_{other}"] is not None:
             yield bar(f"{suite}, {case.name}, {which}: time / {other}", row[f"ratio_to_{other}"], limit)
+
+
+def decoder_bars(rows: Sequence[dict]) -> Iterator[dict]:
+    """Time of a whole decoder relative to the frozen one and to LoRA's, for the paper's form and for tied pairs."""
+    limits = dict(zip((case.hidden for case in DECODERS), ((1.06, 0.88), (1.015, 0.95))))
+    for row in rows:
+        ours = row["suite"] == "decoder" and row["implementation"] in ("mixlora", "mixlora_tied")
+        if ours and row["pass"] == TRAINING and row["dtype"] == "float32":
+            for other, limit in zip(("base", "peft_lora"), limits.get(row["hidden"], (1.06, 0.88))):
+                if row[f"ratio_to_{other}"] is not None:
+                    claim = f"{row['case']}, {TRAINING}: {row['implementation']} / {other}"
+                    yield bar(claim, row[f"ratio_to_{other}"], limit)
 
 
 def scaling_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:

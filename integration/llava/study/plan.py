@@ -52,7 +52,7 @@ FULL = (
     Wave(("related",), ("specialists_r4", "fixed"), (1, 2, 3)),
 )
 QUICK = (Wave(("conflict8",), ("untuned", "lora_r4", "paper", "tied_normalized"), (1,)),)
-QUICK_STEPS = {"conflict8": 60}
+QUICK_STEPS = {"conflict8": 150}
 
 Found = Mapping[Run, float]  # accuracy on the choosing split of the runs that are done
 
