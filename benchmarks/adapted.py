@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 
 import torch
-from implementations import adapt
+from implementations import adapt, configure
 from llava import PROJECTIONS
 from peft import LoraConfig, get_peft_model
 from problem import draw_factors
@@ -16,8 +17,8 @@ import mixlora_kernels as mk
 def adapt_model(name: str, model: nn.Module, config: mk.MixLoRAConfig, seed: int, exact: bool = False) -> nn.Module:
     """The model, which is frozen and changed in place, with adapters of which none is zero.
 
-    ``peft_lora`` and ``mixlora`` come as their users have them, through ``get_peft_model``; of the others each
-    projection is replaced. ``base`` has no adapters.
+    ``peft_lora`` and the forms of ``mixlora`` come as their users have them, through ``get_peft_model``; of the others
+    each projection is replaced. ``base`` has no adapters.
 
     Args:
         exact: the same function through the package's reference, to compare with; ``peft_lora`` has no other.
@@ -32,17 +33,18 @@ def adapt_model(name: str, model: nn.Module, config: mk.MixLoRAConfig, seed: int
             init_lora_weights=False,
         )  # fmt: skip
         return get_peft_model(model, lora, autocast_adapter_dtype=name == "peft_lora")
-    if name == "mixlora" and not exact:
+    config = configure(name, config) if exact or name.startswith("mixlora") else config
+    if name.startswith("mixlora") and not exact:
         from mixlora_kernels.peft import ConditionalMixLoRAConfig  # only here: the layers do without peft's inside
+        from mixlora_kernels.peft.side_information import find_side_information
 
-        settings = {"r": config.r, "num_factors": config.num_factors, "dropout": config.dropout}
-        model = get_peft_model(model, ConditionalMixLoRAConfig(**settings))
+        targets = {"target_modules": projection_names(model)}
+        model = get_peft_model(model, ConditionalMixLoRAConfig(**asdict(config), **targets))
+        find_side_information(model).shares = not name.endswith("_single")
         for number, (parent, leaf) in enumerate(projections(model)):
             layer = getattr(parent, leaf)
             layer.mixlora_adapter["default"].load_state_dict(factors_of(layer.base_layer, number, config, seed))
         return model
-    if name == "published" and exact:
-        config = mk.MixLoRAConfig.published(r=config.r, num_factors=config.num_factors, dropout=config.dropout)
     for number, (parent, leaf) in enumerate(projections(model)):
         linear = getattr(parent, leaf)
         layer = adapt("mixlora" if exact else name, linear, config, factors_of(linear, number, config, seed))
@@ -50,6 +52,13 @@ def adapt_model(name: str, model: nn.Module, config: mk.MixLoRAConfig, seed: int
             layer.backend = "reference"
         setattr(parent, leaf, layer if name == "published" else Remembering(layer))
     return model
+
+
+def use_backend(model: nn.Module, name: str) -> None:
+    """Of all the adapters in the model."""
+    for module in model.modules():
+        if isinstance(module, mk.MixLoRAAdapter):
+            module.backend = name
 
 
 def factors_of(linear: nn.Linear, number: int, config: mk.MixLoRAConfig, seed: int) -> dict[str, Tensor]:
@@ -67,8 +76,8 @@ def projections(model: nn.Module) -> list[tuple[nn.Module, str]]:
 def projection_names(model: nn.Module) -> str:
     """An expression for the decoder's linear layers; a vision tower uses the same names for its own."""
     decoder = model.get_decoder()
-    path = next(name for name, module in model.named_modules() if module is decoder)
-    return rf"{re.escape(path)}\.layers\.\d+\.\w+\.({'|'.join(PROJECTIONS)})"
+    path = next(f"{name}." if name else "" for name, module in model.named_modules() if module is decoder)
+    return rf"{re.escape(path)}layers\.\d+\.\w+\.({'|'.join(PROJECTIONS)})"
 
 
 def trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -7,7 +7,12 @@ eager                 MixLoRA by gathering each instance's factors, two batched 
 compiled              torch.compile of ``eager``
 published             the released algorithm: a dense update for each instance, routers without gradient
 mixlora               mixlora_kernels.MixLoRALinear
-mixlora_torch         the same without the C kernels, backend="torch"
+
+And of whole models alone, through PEFT:
+
+mixlora_single        ``mixlora`` with every layer computed by itself, whoever else reads its x
+mixlora_tied          the preset ``MixLoRAConfig.tied()``: pairs of factors chosen as one
+mixlora_tied_single   both
 """
 
 from collections.abc import Callable, Iterator
@@ -20,9 +25,8 @@ from problem import Problem
 from torch import Tensor, nn
 
 import mixlora_kernels as mk
-from mixlora_kernels import backends
 
-NAMES = ("base", "peft_lora", "peft_lora_base_dtype", "eager", "compiled", "published", "mixlora", "mixlora_torch")
+NAMES = ("base", "peft_lora", "peft_lora_base_dtype", "eager", "compiled", "published", "mixlora")
 
 
 class Implementation(NamedTuple):
@@ -106,10 +110,18 @@ class Published(nn.Module):
         return self.base_layer(x) + F.dropout(x, self.p, self.training) @ update * self.scaling
 
 
+def configure(name: str, config: mk.MixLoRAConfig) -> mk.MixLoRAConfig:
+    """What the implementation of that name computes where a case says ``config``."""
+    settings = {"r": config.r, "num_factors": config.num_factors, "dropout": config.dropout}
+    if name == "published":
+        return mk.MixLoRAConfig.published(**settings)
+    return mk.MixLoRAConfig.tied(**settings) if name.startswith("mixlora_tied") else config
+
+
 def adapt(name: str, base: nn.Module, config: mk.MixLoRAConfig, factors: dict[str, Tensor]) -> nn.Module:
     """The frozen layer with a MixLoRA adapter, its parameters copies of the factors."""
     if name.startswith("mixlora"):
-        layer = mk.MixLoRALinear.from_linear(base, config, backend="torch" if name == "mixlora_torch" else None)
+        layer = mk.MixLoRALinear.from_linear(base, config)
         layer.adapter.load_state_dict(factors)
         return layer
     return {"eager": Eager, "compiled": Eager, "published": Published}[name](base, config, factors)
@@ -119,11 +131,8 @@ def build(name: str, problem: Problem) -> Implementation:
     """The implementation of that name on the problem's frozen layer, with a copy of its factors.
 
     Raises:
-        Unavailable: there is no compiler for ``compiled``; ``mixlora_torch`` is what ``mixlora`` is already.
+        Unavailable: there is no compiler for ``compiled``.
     """
-    x, E, dropout = problem.x, problem.case.E, problem.case.dropout
-    if name == "mixlora_torch" and backends.select(None, x, E, dropout > 0) is not backends.native:
-        raise Unavailable("mixlora does without the C kernels here")
     if name == "base":
         return Implementation(problem.linear, problem.linear)
     if name.startswith("peft_lora"):

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-from mixlora_kernels.backends import find_library_obstacle
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("mixlora_kernels", "torch", "triton", "transformers", "peft", "numpy")
 
@@ -59,8 +57,6 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # Triton is not there on every system
             continue
-    if find_library_obstacle() is None and "mixlora_kernels" in found:
-        found["mixlora_kernels"] += " with its C kernels"
     return found
 
 

@@ -81,6 +81,19 @@ def summary_table(bars: Iterable[dict]) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths)).rstrip() for line in lines)
 
 
+def judge(bar: dict) -> dict:
+    """The bar with whether it is met, and its numbers as text."""
+    at_least, form = bar.pop("at_least"), bar.pop("form")
+    met = bar["measured"] >= bar["bar"] if at_least else bar["measured"] <= bar["bar"]
+    texts = {"measured_text": form.format(bar["measured"])}
+    texts["bar_text"] = ("≥ " if at_least else "≤ ") + form.format(bar["bar"])
+    return bar | {"met": bool(met)} | texts
+
+
+def bar(claim: str, measured: float, limit: float, form: str = "{:.3f}", at_least: bool = False) -> dict:
+    return {"claim": claim, "measured": measured, "bar": limit, "form": form, "at_least": at_least}
+
+
 def verdict(bar: dict) -> str:
     return {True: "yes", False: "no", None: "–"}[bar["met"]]
 
@@ -107,6 +120,10 @@ OF_SUITES = {
     "stages": """\
 A stage's bytes are the activations it reads and writes, and nothing else. Its share is that of a plain copy's bytes \
 a second, in the same round.""",
+    "decoder": """\
+A LLaMA's decoder through `get_peft_model`, given hidden states that require a gradient, with a loss; on one thread of \
+a CPU. `mixlora` computes layers that read the same x together, `mixlora_single` each by itself; `mixlora_tied` is the \
+preset `tied()`.""",
     "decode": """\
 The routing is kept. On a GPU a step is the replay of a CUDA graph. "A layer of n" is the mean of n projections, all \
 of several blocks, run one after another.""",

@@ -41,7 +41,8 @@ class Runner:
 
         A candidate whose result is wrong, or that breaks off, is not timed and counts among the failures.
         """
-        began = time.perf_counter()
+        began, threads = time.perf_counter(), torch.get_num_threads()
+        torch.set_num_threads(group.threads or threads)
         try:
             candidates = group.build(self.report)
             candidates = [candidate for candidate in candidates if self.examine(candidate)]
@@ -56,6 +57,7 @@ class Runner:
             return []
         finally:
             candidates = None
+            torch.set_num_threads(threads)
             if self.device.type == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()

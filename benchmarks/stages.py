@@ -12,7 +12,7 @@ from measure import Candidate
 from problem import Case
 
 from mixlora_kernels import backends
-from mixlora_kernels.backends.torch.dropout import dropped_levels
+from mixlora_kernels.dropout import dropped_levels
 from mixlora_kernels.routing import Instances
 
 COPIED = 1 << 30  # bytes

@@ -14,7 +14,7 @@ from model import SMALL_MODEL, ModelCase, build_models
 from problem import Case, Problem
 from training import SMALL_DECODER, TrainingCase, build_steps
 
-NAMES = ("stages", "layer", "scaling", "decode", "memory", "model", "training")
+NAMES = ("stages", "layer", "decoder", "scaling", "decode", "memory", "model", "training")
 BOTH = (torch.float32, torch.bfloat16)
 
 SMALL = Case(8, 64, 512, 512)
@@ -25,6 +25,11 @@ POOLS = ((16, 4), (32, 8))  # E, r
 # The few that the claims are about, for cases where all of them would take too long.
 FEW = ("base", "peft_lora", "mixlora")
 WHOLE_MODELS = ("base", "peft_lora", "eager", "published", "mixlora")
+DECODER_NAMES = ("base", "peft_lora", "mixlora_single", "mixlora", "mixlora_tied")
+DECODERS = tuple(
+    TrainingCase(B, L, hidden, hidden * 43 // 16, layers, hidden // 64, 64, checkpointing=False, updates=False)
+    for B, L, hidden, layers in ((8, 64, 512, 2), (2, 128, 2048, 1))
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class Group:
         rounds: see ``measure.interleave``; 0: nothing is timed.
         weight: its share in the time there is, about the seconds it takes: on two cores, or on one GPU.
         note: what the rows must not be read without.
+        threads: on a CPU, if not as many as there are.
     """
 
     suite: str
@@ -92,12 +98,13 @@ class Group:
     rounds: int
     weight: float
     note: str | None = None
+    threads: int | None = None
 
 
 def groups(suite: str, setting: Setting) -> Iterator[Group]:
     """The groups of one suite."""
-    named = {"stages": stages, "layer": layer, "scaling": scaling, "decode": decode, "memory": memory}
-    return (named | {"model": model, "training": training})[suite](setting)
+    named = (stages, layer, decoder, scaling, decode, memory, model, training)
+    return next(found for found in named if found.__name__ == suite)(setting)
 
 
 def stages(setting: Setting) -> Iterator[Group]:
@@ -131,8 +138,7 @@ def layer(setting: Setting) -> Iterator[Group]:
     """Forward, and forward+backward, of one layer."""
     all_fit = setting.quick or setting.gpu
     for case in setting.each_dtype(setting.square, BOTH):
-        names = applicable(case, "mixlora_torch") if case.dtype == torch.float32 else applicable(case)
-        yield one(setting, "layer", case, names, rounds=5, weight=24 if case.dtype == torch.float32 else 32)
+        yield one(setting, "layer", case, applicable(case), rounds=5, weight=24 if case.dtype == torch.float32 else 32)
     for case in setting.each_dtype(replace(setting.square, dropout=PAPER_DROPOUT), BOTH):
         yield one(setting, "layer", case, applicable(case) if all_fit else FEW, rounds=5, weight=12)
     dropout = PAPER_DROPOUT if setting.gpu else 0.0
@@ -143,7 +149,16 @@ def layer(setting: Setting) -> Iterator[Group]:
         for case in setting.each_dtype(replace(setting.square, dropout=PAPER_DROPOUT, E=32, r=8)):
             yield one(setting, "layer", case, applicable(case), rounds=5, weight=5)
     for case in setting.each_dtype(SMALL, BOTH[:1]):
-        yield one(setting, "layer", case, applicable(case, "compiled", "mixlora_torch"), rounds=20, weight=15)
+        yield one(setting, "layer", case, applicable(case, "compiled"), rounds=20, weight=15)
+
+
+def decoder(setting: Setting) -> Iterator[Group]:
+    """Forward, and forward+backward, of a whole decoder through PEFT, where siblings share; on one thread of a CPU."""
+    for start in DECODERS[:1] if setting.quick else DECODERS:
+        for dtype in setting.dtypes or (torch.float32,):
+            case = replace(start, dtype=dtype, **(SMALL_DECODER if setting.quick else {}))
+            build = partial(build_steps, case, DECODER_NAMES, setting.device, setting.seed)
+            yield Group("decoder", case.name, build, rounds=5, weight=1 if setting.quick else 16, threads=1)
 
 
 def scaling(setting: Setting) -> Iterator[Group]:
@@ -221,9 +236,8 @@ def left_out(suite: str, reason: str) -> Group:
 
 
 def applicable(case: Case, *asked_for: str) -> list[str]:
-    """All implementations, but two only if asked for: ``compiled``, because compiling takes longer than most
-    measurements, and ``mixlora_torch``, which differs from ``mixlora`` in float32 on a CPU alone."""
-    left_out = {"compiled", "mixlora_torch"} - set(asked_for)
+    """All implementations, but ``compiled`` only if asked for: compiling takes longer than most measurements."""
+    left_out = {"compiled"} - set(asked_for)
     if case.dtype == torch.float32:
         left_out.add("peft_lora_base_dtype")  # the same as peft_lora
     return [name for name in implementations.NAMES if name not in left_out]

@@ -7,7 +7,8 @@ from statistics import median
 import torch
 from measure import paired_ratio
 from problem import Case, dtype_name
-from suites import BOTH, DECODE, PAPER_DROPOUT, POOLS, SMALL, Setting, step_case
+from report import bar, judge
+from suites import BOTH, DECODE, DECODERS, PAPER_DROPOUT, POOLS, SMALL, Setting, step_case
 
 TRAINING = "forward+backward"
 
@@ -19,18 +20,8 @@ def summarise(rows: Sequence[dict], setting: Setting) -> list[dict]:
     if setting.gpu or setting.quick:
         bars = [*gpu_bars(rows, setting), *bars]
     if not setting.gpu:
-        bars = [*layer_bars(rows, setting), *bars]
-    for bar in bars:
-        at_least, form = bar.pop("at_least"), bar.pop("form")
-        met = bar["measured"] >= bar["bar"] if at_least else bar["measured"] <= bar["bar"]
-        bar["met"] = None if setting.quick else bool(met)
-        bar["measured_text"] = form.format(bar["measured"])
-        bar["bar_text"] = ("≥ " if at_least else "≤ ") + form.format(bar["bar"])
-    return bars
-
-
-def bar(claim: str, measured: float, limit: float, form: str = "{:.3f}", at_least: bool = False) -> dict:
-    return {"claim": claim, "measured": measured, "bar": limit, "form": form, "at_least": at_least}
+        bars = [*layer_bars(rows, setting), *decoder_bars(rows), *bars]
+    return [judge(bar) | ({"met": None} if setting.quick else {}) for bar in bars]
 
 
 def find(rows: Sequence[dict], suite: str, case: Case, implementation: str, which: str) -> dict | None:
@@ -94,6 +85,18 @@ def layer_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
         row = find(rows, suite, case, "mixlora", which)
         if row is not None and row[f"ratio_to_{other}"] is not None:
             yield bar(f"{suite}, {case.name}, {which}: time / {other}", row[f"ratio_to_{other}"], limit)
+
+
+def decoder_bars(rows: Sequence[dict]) -> Iterator[dict]:
+    """Time of a whole decoder relative to the frozen one and to LoRA's, for the paper's form and for tied pairs."""
+    limits = dict(zip((case.hidden for case in DECODERS), ((1.06, 0.88), (1.015, 0.95))))
+    for row in rows:
+        ours = row["suite"] == "decoder" and row["implementation"] in ("mixlora", "mixlora_tied")
+        if ours and row["pass"] == TRAINING and row["dtype"] == "float32":
+            for other, limit in zip(("base", "peft_lora"), limits.get(row["hidden"], (1.06, 0.88))):
+                if row[f"ratio_to_{other}"] is not None:
+                    claim = f"{row['case']}, {TRAINING}: {row['implementation']} / {other}"
+                    yield bar(claim, row[f"ratio_to_{other}"], limit)
 
 
 def scaling_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:

@@ -28,7 +28,8 @@ SMALL_DECODER = {
 
 @dataclass(frozen=True)
 class TrainingCase:
-    """B instances of L tokens through a decoder, LLaVA-7B's unless told otherwise."""
+    """B instances of L tokens through a decoder, LLaVA-7B's unless told otherwise; ``updates``: AdamW's step is part
+    of it."""
 
     B: int = 16
     L: int = 800
@@ -38,6 +39,7 @@ class TrainingCase:
     heads: int = 32
     vocabulary: int = 32064
     checkpointing: bool = True
+    updates: bool = True
     dropout: float = 0.0
     dtype: torch.dtype = torch.bfloat16
     E: int = 16
@@ -59,13 +61,14 @@ class TrainingCase:
     @property
     def fields(self) -> dict:
         shape = {"B": self.B, "L": self.L, "d_in": None, "d_out": None, "E": self.E, "r": self.r}
-        told = {"dropout": self.dropout, "checkpointing": self.checkpointing}
+        told = {"dropout": self.dropout, "checkpointing": self.checkpointing, "hidden": self.hidden}
         return {"case": self.name, "dtype": dtype_name(self.dtype)} | shape | told
 
     @property
     def cut(self) -> "TrainingCase":
         """The same widths, in a size that can be computed in float64, and without what is drawn."""
-        return replace(self, B=2, L=min(self.L, 64), layers=2, vocabulary=min(self.vocabulary, 256), dropout=0.0)
+        small = {"L": min(self.L, 64), "layers": min(self.layers, 2), "vocabulary": min(self.vocabulary, 256)}
+        return replace(self, B=2, dropout=0.0, **small)
 
 
 def build_decoder(case: TrainingCase, device: torch.device, dtype: torch.dtype, seed: int) -> LlamaForCausalLM:
@@ -112,7 +115,9 @@ class TrainingStep(Candidate):
         self.parameters = [parameter for _, parameter in trained(model)]
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=fused) if self.parameters else None
-        self.phases = {"forward": self.forward, "forward+backward": self.backward, "training step": self.update}
+        self.phases = {"forward": self.forward, "forward+backward": self.backward}
+        if case.updates:
+            self.phases["training step"] = self.update
         self.inputs: dict[str, Tensor] = {}
         self.loss = None
 

@@ -7,8 +7,10 @@ from .config import MixLoRAConfig
 from .linear import MixLoRALinear
 from .op import mixlora, mixlora_siblings
 from .routing import Routing, RoutingContext
+from .versions import UntestedVersionWarning, __version__, warn_of_untested
 
-__version__ = "0.1.0"
+warn_of_untested("torch", "triton")
+
 __all__ = [
     "Factors",
     "FrozenLinear",
@@ -17,6 +19,8 @@ __all__ = [
     "MixLoRALinear",
     "Routing",
     "RoutingContext",
+    "UntestedVersionWarning",
+    "__version__",
     "mixlora",
     "mixlora_siblings",
     "reference",

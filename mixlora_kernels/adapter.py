@@ -39,21 +39,26 @@ class MixLoRAAdapter(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.config = in_features, out_features, config
         self.backend = backend
-        E, options = config.num_factors, {"device": device, "dtype": dtype or torch.float32}
+        options = {"device": device, "dtype": dtype or torch.float32}
+        for name, shape in self.shapes(in_features, out_features, config).items():
+            parameter = None if shape is None else nn.Parameter(torch.empty(shape, **options))
+            if name.startswith("router") and parameter is not None:
+                parameter.requires_grad_(config.gate != "binary")
+            self.register_parameter(name, parameter)
+        self.reset_parameters()
+
+    @staticmethod
+    def shapes(in_features: int, out_features: int, config: MixLoRAConfig) -> dict[str, tuple[int, ...] | None]:
+        """The shape of each parameter, by name; None where the configuration has no such parameter."""
+        E = config.num_factors
         d_route = in_features if config.task_dim is None else config.task_dim
-        shapes = {
+        return {
             "lora_A": (E, in_features),
             "lora_B": (E, out_features),
             "router_A": (E, d_route) if config.has_routers else None,
             "router_B": (E, d_route) if config.has_routers and config.chooses_b else None,
             "router_AB": (config.r, E, in_features) if config.has_conditioning else None,
         }
-        for name, shape in shapes.items():
-            parameter = None if shape is None else nn.Parameter(torch.empty(shape, **options))
-            if name.startswith("router") and parameter is not None:
-                parameter.requires_grad_(config.gate != "binary")
-            self.register_parameter(name, parameter)
-        self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -41,7 +41,7 @@ def _check_base(x: Tensor, base: Tensor | FrozenLinear, d_in: int, d_out: int) -
 
 
 def check_routing(routing: Routing, config: MixLoRAConfig, siblings: int, count: int) -> None:
-    """Raise a TypeError or ValueError unless a given routing [G, B, ...] is of G siblings, B instances and r factors."""
+    """Raise a TypeError or ValueError unless a given routing [G, B, ...] is of G siblings and B instances."""
     before, sizes = ("", ()) if siblings == 1 else ("G, ", (siblings,))
     chosen = f"[{before}B, r]", (*sizes, count, config.r)
     pool = f"[{before}B, E]", (*sizes, count, config.num_factors)

@@ -1,7 +1,9 @@
 """MixLoRAConfig: what one adapter computes."""
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
+
+from .fields import check_fields
 
 Routing = Literal["instance", "task", "random"]
 Conditioning = Literal["factors", "none", "published", "tied"]
@@ -39,7 +41,8 @@ class MixLoRAConfig:
         task_dim: width of the task embedding; needed by, and only by, ``routing="task"``.
 
     Raises:
-        ValueError: a value out of range, an unknown choice, or settings that contradict one another.
+        ValueError: a value of another type (a bool is no number, and a number is finite) or out of range, an unknown
+            choice, or settings that contradict one another.
     """
 
     r: int = 4
@@ -54,19 +57,14 @@ class MixLoRAConfig:
     task_dim: int | None = None
 
     def __post_init__(self):
+        check_fields(self)
         for name in ("r", "num_factors"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {getattr(self, name)!r}")
         if self.r > self.num_factors:
             raise ValueError(f"r must not exceed num_factors, got r={self.r} and num_factors={self.num_factors}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
-        choices = {"routing": Routing, "conditioning": Conditioning, "gate": Gate, "pool": Pool, "decode": Decode}
-        for name, literal in choices.items():
-            value = getattr(self, name)
-            if value not in get_args(literal):
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(literal)))}, got {value!r}")
         if (self.routing == "task") != (self.task_dim is not None):
             raise ValueError(
                 "task_dim, the width of the task embedding, must be given with routing='task' and only then, "

@@ -14,7 +14,9 @@ BLOCK_N, BLOCK_D = 320, 256  # a few MiB of float32 at a time, whatever the size
 
 def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """W x + bias, bit for bit as ``nn.Linear`` has it: [N, d_in] -> [N, d_out]."""
-    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    if weight.dtype is not x.dtype:
+        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return F.linear(x, weight, bias)
 
 
 def frozen_product_backward(dy: Tensor, weight: Tensor, dx: Tensor | None = None) -> Tensor:
@@ -33,7 +35,8 @@ def frozen_product_backward(dy: Tensor, weight: Tensor, dx: Tensor | None = None
                 product = dy[rows : rows + BLOCK_N].float() @ single
                 block.copy_(product if dx is None else product.add_(block))
         return out
-    weight = weight.to(dy.dtype)
+    if weight.dtype is not dy.dtype:
+        weight = weight.to(dy.dtype)
     return dy @ weight if dx is None else dx.addmm_(dy, weight)
 
 

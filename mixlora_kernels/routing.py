@@ -46,8 +46,8 @@ class Instances(NamedTuple):
         cu_seqlens, segment: for packed tokens, where each instance begins [B + 1] and which instance each
             token belongs to [N], int64; else None.
         mask: [N] bool, the tokens that are pooled; None means all.
-        share: what one pooled token counts in its instance's mean, 1 / pooled tokens: one number, or [B, 1] in the
-            precision of routing; None where no mean is taken.
+        shares: what one pooled token counts in its instance's mean, 1 / pooled tokens, [B, 1] in the precision of
+            routing; None where all tokens of rows are pooled, or no mean is taken.
     """
 
     count: int
@@ -55,18 +55,12 @@ class Instances(NamedTuple):
     cu_seqlens: Tensor | None = None
     segment: Tensor | None = None
     mask: Tensor | None = None
-    share: Tensor | float | None = None
+    shares: Tensor | None = None
 
-    def part(self) -> tuple["Instances", tuple[Tensor | None, ...]]:
-        """Without tensors, and the ``PARTS`` tensors, as an autograd node keeps them."""
-        number = None if isinstance(self.share, Tensor) else self.share
-        tensors = (self.cu_seqlens, self.segment, self.mask, self.share if number is None else None)
-        return Instances(self.count, self.length, share=number), tensors
-
-    def join(self, tensors) -> "Instances":
-        """The adjoint of ``part``."""
-        *tensors, share = tensors
-        return Instances(self.count, self.length, *tensors, self.share if share is None else share)
+    @property
+    def share(self) -> Tensor | float:
+        """What one pooled token counts in its instance's mean: [B, 1], or one number."""
+        return 1.0 / (self.length or 1) if self.shares is None else self.shares
 
     def by_token(self, values: Tensor) -> Tensor:
         """View [N, K] so that ``expand``'s results fit it."""
@@ -88,9 +82,6 @@ class Instances(NamedTuple):
             return values.sum(dim=1, dtype=dtype)
         total = values.new_zeros(self.count, values.shape[-1], dtype=dtype)
         return total.index_add_(0, self.segment, values.to(dtype))
-
-
-PARTS = 4  # tensors of an Instances
 
 
 class RoutingContext(NamedTuple):
@@ -140,16 +131,16 @@ def find_instances(x: Tensor, context: RoutingContext, pooled: bool) -> Instance
     if not pooled:
         return instances
     _check_pooled(instances)
-    return instances._replace(share=_find_share(instances, torch.promote_types(x.dtype, torch.float32)))
+    return instances._replace(shares=_find_shares(instances, torch.promote_types(x.dtype, torch.float32)))
 
 
-def _find_share(instances: Instances, dtype: torch.dtype) -> Tensor | float:
+def _find_shares(instances: Instances, dtype: torch.dtype) -> Tensor | None:
     """An instance without a pooled token (refused on the CPU; on a device, where looking would stall it, it gets this
     far) has a mean of 0."""
     if instances.mask is not None:
         pooled = instances.sum(instances.by_token(instances.mask.unsqueeze(-1)), dtype)
     elif instances.length is not None:
-        return 1.0 / instances.length if instances.length else 0.0
+        return None
     else:
         pooled = instances.cu_seqlens.diff().unsqueeze(-1).to(dtype)
     return 1.0 / pooled.clamp(min=1)

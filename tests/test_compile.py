@@ -8,6 +8,8 @@ from mixlora_kernels.backends.eager import dropout
 
 from .cases import assert_same, make_input, make_layer, make_mask, make_task, needs_compiler, run
 
+pytestmark = pytest.mark.slow
+
 CASES = {
     "plain": ({}, lambda: None),
     "mask": ({}, lambda: mk.RoutingContext(mask=make_mask(4, 6))),

@@ -1,5 +1,7 @@
 """What is refused, in which words, and that a refused call changes nothing."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,20 @@ Context = mk.RoutingContext
 @pytest.mark.parametrize("settings, message", [
     ({"r": 17}, "r must not exceed num_factors, got r=17 and num_factors=16"),
     ({"r": 0}, "r must be an integer of at least 1, got 0"),
-    ({"r": 2.0}, "r must be an integer of at least 1, got 2.0"),
+    ({"r": 2.0}, "r must be an integer, got 2.0"),
+    ({"r": True}, "r must be an integer, got True"),
+    ({"num_factors": "16"}, "num_factors must be an integer, got '16'"),
+    ({"alpha": math.nan}, "alpha must be a finite number or None, got nan"),
+    ({"alpha": -math.inf}, "alpha must be a finite number or None, got -inf"),
+    ({"alpha": 10**400}, "alpha must be a finite number or None, got 1000"),
+    ({"alpha": "32"}, "alpha must be a finite number or None, got '32'"),
+    ({"alpha": False}, "alpha must be a finite number or None, got False"),
+    ({"dropout": "0.1"}, "dropout must be a finite number, got '0.1'"),
+    ({"dropout": math.nan}, "dropout must be a finite number, got nan"),
+    ({"dropout": None}, "dropout must be a finite number, got None"),
+    ({"routing": ["task"]}, "routing must be one of 'instance', 'task', 'random', got ['task']"),
+    ({"routing": "task", "task_dim": True}, "task_dim must be an integer or None, got True"),
+    ({"routing": "task", "task_dim": 4.0}, "task_dim must be an integer or None, got 4.0"),
     ({"num_factors": -1}, "num_factors must be an integer of at least 1, got -1"),
     ({"dropout": 1.0}, "dropout must be at least 0 and below 1, got 1.0"),
     ({"dropout": -0.1}, "dropout must be at least 0 and below 1, got -0.1"),

@@ -2,7 +2,10 @@
 
 from typing import NamedTuple
 
+from .text import is_text, shown
+
 IMAGE = "<image>"
+MAX_TEXT = 1_000_000  # characters of a conversation; the longest context of a model holds fewer
 
 
 class BadRecord(ValueError):
@@ -63,31 +66,26 @@ def render(turns: list[Turn], template: Template, end: str) -> tuple[str, list[t
     return text, spans
 
 
-def read_turns(conversations: list[dict], has_image: bool) -> list[Turn]:
+def read_turns(conversations: object, has_image: bool) -> list[Turn]:
     """Questions and answers from LLaVA's ``[{from: human | gpt, value}, ...]``.
 
     An answer before the first question is left out, as in LLaVA. The image comes before the question that mentions it,
     or before the first.
 
     Raises:
-        BadRecord: an unknown speaker, speakers that do not take turns, an empty or missing answer, or a mention of an
-            image in an answer, more than once, or without an image.
+        BadRecord: it is not a list of messages; an unknown speaker, speakers that do not take turns, an empty or
+            missing answer, texts of more than ``MAX_TEXT`` characters, or a mention of an image in an answer, more than
+            once, or without an image.
     """
-    if not isinstance(conversations, list) or not conversations:
-        raise BadRecord("no conversation")
-    for message in conversations:
-        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
-            raise BadRecord("a message without a text")
-        if message.get("from") not in ("human", "gpt"):
-            raise BadRecord(f"unknown speaker {message.get('from')!r}")
-    if conversations[0]["from"] == "gpt":
-        conversations = conversations[1:]
-    speakers = [message["from"] for message in conversations]
+    messages = _messages(conversations)
+    if messages[0]["from"] == "gpt":
+        messages = messages[1:]
+    speakers = [message["from"] for message in messages]
     if len(speakers) % 2 or not speakers:
         raise BadRecord("no answer")
     if speakers != ["human", "gpt"] * (len(speakers) // 2):
         raise BadRecord("speakers do not take turns")
-    texts = [message["value"].strip() for message in conversations]
+    texts = [message["value"].strip() for message in messages]
     turns = [Turn(question, answer) for question, answer in zip(texts[::2], texts[1::2])]
     if not all(answer for _, answer in turns):
         raise BadRecord("empty answer")
@@ -99,7 +97,30 @@ def read_turns(conversations: list[dict], has_image: bool) -> list[Turn]:
     if has_image:
         place = mentions.index(1) if sum(mentions) else 0
         turns[place] = Turn(place_image(turns[place].question), turns[place].answer)
+        if turns[place].question.count(IMAGE) > 1:  # what stood around the one that was taken out
+            raise BadRecord(f"{IMAGE} in an answer or more than once")
     return turns
+
+
+def _messages(conversations: object) -> list[dict[str, str]]:
+    """The conversation, once it is known to be a list of messages, each with a speaker and a text."""
+    if not isinstance(conversations, list) or not conversations:
+        raise BadRecord("no conversation")
+    characters = 0
+    for message in conversations:
+        if not isinstance(message, dict) or not isinstance(message.get("value"), str):
+            raise BadRecord("a message without a text")
+        if not is_text(message["value"]):
+            raise BadRecord("a message that is not Unicode")
+        characters += len(message["value"])
+        speaker = message.get("from")
+        if not isinstance(speaker, str):
+            raise BadRecord("a message without a speaker")
+        if speaker not in ("human", "gpt"):
+            raise BadRecord(f"unknown speaker {shown(speaker)!r}")
+    if characters > MAX_TEXT:
+        raise BadRecord(f"more than {MAX_TEXT} characters")
+    return conversations
 
 
 def place_image(question: str) -> str:

@@ -1,31 +1,23 @@
 """LLaVA's JSON and image folder as a data set: records are checked once, and read when they are trained on."""
 
-import json
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .conversation import IMAGE, TEMPLATES, BadRecord, Turn, read_turns, render
-from .images import BadImage, check_image, find_image, load_image
+from .conversation import IMAGE, TEMPLATES, BadRecord, Turn, render
+from .images import BadImage, load_image
+from .records import Record, name_of, read_entries, read_record
 
 IGNORED = -100
+NAMED = 20  # ids that a message names for each reason; all of them are in ``Conversations.problems``
+IN_A_ROW = 100  # records that go bad one after the other during the training, before it is taken for an accident
 logger = logging.getLogger(__name__)
-
-
-class Record(NamedTuple):
-    """One conversation. ``task`` is Vision-Flan's ``task_name``, ``image`` a file or None."""
-
-    id: str
-    task: str | None
-    image: Path | None
-    turns: list[Turn]
 
 
 class Encoder:
@@ -67,8 +59,11 @@ class Encoder:
                 labels[position] = ids[position]
         if all(label == IGNORED for label in labels):
             raise BadRecord(f"no answer left after {self.max_length} tokens")
-        if any(IMAGE in question for question, _ in turns) and self.image_id not in ids:
+        asked = sum(question.count(IMAGE) for question, _ in turns)
+        if ids.count(self.image_id) < asked:
             raise BadRecord(f"no image left after {self.max_length} tokens")
+        if ids.count(self.image_id) > asked:
+            raise BadRecord("a text that the tokenizer takes for an image")
         return ids, labels
 
     def length(self, record: Record, size: tuple[int, int] | None) -> int:
@@ -110,13 +105,24 @@ class Encoder:
 class Conversations(Dataset):
     """The records of a file that can be trained on.
 
+    A record whose image goes bad later is replaced by the next one that can be used, so that a run goes on; its id is
+    logged, and counted in ``problems`` of the process that met it.
+
     Attributes:
         records, lengths: the good ones, and their tokens.
         problems: ids of the bad ones by reason.
     """
 
-    def __init__(self, records: list[Record], lengths: list[int], encoder: Encoder, problems: dict[str, list[str]]):
-        self.records, self.lengths, self.encoder, self.problems = records, lengths, encoder, problems
+    def __init__(
+        self,
+        records: list[Record],
+        lengths: list[int],
+        encoder: Encoder,
+        problems: dict[str, list[str]],
+        strict: bool = False,
+    ):
+        self.records, self.lengths, self.encoder, self.strict = records, lengths, encoder, strict
+        self.problems = problems
         tasks = sorted({record.task for record in records if record.task is not None})
         self.task_ids = {task: number for number, task in enumerate(tasks)}
 
@@ -136,32 +142,24 @@ class Conversations(Dataset):
         Args:
             images: the folder that the records' images lie in.
             strict: whether a bad record is an error.
-            decode: whether every image's pixels are read now. Otherwise its header only, and a truncated image stops
-                the training that meets it.
+            decode: whether every image's pixels are read now. Otherwise its header only, and a truncated image is met
+                in the training.
             limit: read no more records than that.
 
         Raises:
             ValueError: the file is not a list of records; none is left; or, with ``strict``, there are bad ones.
         """
-        try:
-            raw = json.loads(Path(file).read_text(encoding="utf-8"))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not JSON: {error}") from error
-        if not isinstance(raw, list):
-            raise ValueError(f"{file} must hold a list of records, got {type(raw).__name__}")
-        raw = raw[:limit]
+        entries = read_entries(file, limit)
 
-        def look(numbered: tuple[int, dict]):
-            number, entry = numbered
-            name = str(entry.get("id", f"#{number}")) if isinstance(entry, dict) else f"#{number}"
+        def look(numbered: tuple[int, object]):
             try:
-                return read_record(name, entry, images, decode)
+                return read_record(*numbered, images, decode)
             except (BadRecord, BadImage) as error:
-                return name, error
+                return name_of(*numbered), error
 
         records, lengths, problems = [], [], defaultdict(list)
         with ThreadPoolExecutor() as pool:  # decoding releases the interpreter's lock
-            for record, found in pool.map(look, enumerate(raw), chunksize=64):
+            for record, found in pool.map(look, enumerate(entries), chunksize=64):
                 if not isinstance(found, Exception):
                     try:
                         lengths.append(encoder.length(record, found))
@@ -169,46 +167,57 @@ class Conversations(Dataset):
                         continue
                     except BadRecord as error:
                         record, found = record.id, error
-                problems[found.why if isinstance(found, BadImage) else str(found)].append(record)
+                problems[_why(found)].append(record)
         if problems:
-            report = "; ".join(f"{reason}: {len(ids)} ({', '.join(ids)})" for reason, ids in problems.items())
-            message = f"{file}: {len(raw) - len(records)} of {len(raw)} records cannot be used. {report}"
+            message = f"{file}: {len(entries) - len(records)} of {len(entries)} records cannot be used. "
+            message += describe_problems(problems)
             if strict:
                 raise ValueError(message)
             logger.warning(message)
         if not records:
             raise ValueError(f"{file} has no record that can be used")
-        return cls(records, lengths, encoder, dict(problems))
+        if again := [name for name, count in Counter(record.id for record in records).items() if count > 1]:
+            logger.warning("%s: %d ids name several records, all of which are used: %s", file, len(again), _some(again))
+        return cls(records, lengths, encoder, dict(problems), strict)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        record = self.records[index]
-        try:
-            item = self.encoder(record)
-        except BadImage as error:
-            raise BadImage(f"record {record.id}: {error}") from error
-        return item | {"task": self.task_ids.get(record.task, -1)}
+        """The record's item; or, where its image has gone bad, the next one's.
+
+        Raises:
+            ValueError: with ``strict``, its image has gone bad; or so have those of ``IN_A_ROW`` records.
+        """
+        for step in range(min(IN_A_ROW, len(self))):
+            record = self.records[(index + step) % len(self)]
+            try:
+                return self.encoder(record) | {"task": self.task_ids.get(record.task, -1)}
+            except BadImage as error:
+                if self.strict:
+                    raise ValueError(f"record {record.id}: {error}") from error
+                known = self.problems.setdefault(error.why, [])
+                if record.id not in known:
+                    known.append(record.id)
+                    logger.warning("record %s is left out, the next one takes its place: %s", record.id, error)
+                last = error
+        raise ValueError(
+            f"record {record.id} and {step} before it cannot be used ({last}): is the image folder still there?"
+        )
 
 
-def read_record(name: str, entry: dict, images: str | Path, decode: bool) -> tuple[Record, tuple[int, int] | None]:
-    """A record, and its image's width and height.
+def describe_problems(problems: dict[str, list[str]]) -> str:
+    """How many records were left out for which reason, and the ids of the first ``NAMED`` of each."""
+    return "; ".join(f"{reason}: {len(names)} ({_some(names)})" for reason, names in problems.items())
 
-    Raises:
-        BadRecord, BadImage: it cannot be used.
-    """
-    if not isinstance(entry, dict):
-        raise BadRecord("not a record")
-    image = entry.get("image")
-    if image is not None and not isinstance(image, str):
-        raise BadRecord("image is not the name of a file")
-    turns = read_turns(entry.get("conversations"), image is not None)
-    size = None
-    if image is not None:
-        image = find_image(images, image)
-        size = check_image(image, decode)
-    return Record(name, entry.get("task_name"), image, turns), size
+
+def _some(names: list[str]) -> str:
+    more = f", and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more
+
+
+def _why(error: Exception) -> str:
+    return error.why if isinstance(error, BadImage) else str(error)
 
 
 class Collator:

@@ -3,7 +3,7 @@
     python -m integration.llava.evaluate --model MODEL [--adapter DIR] --questions DIR --images DIR --output DIR
 
 Questions are JSONL files, one per task, with ``unique_id, image_path, prompt, target``. A run that was stopped goes on
-where it stopped.
+where it stopped. Every answer says which model and adapter gave it, and another's answers are not gone on with.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from . import scores
 from .conversation import TEMPLATES
+from .digest import model_digest
 from .generate import answer, build_prompt
 from .images import BadImage, find_image, load_image
 from .judge import EXACT, load_judge
@@ -24,6 +25,7 @@ from .tasks import embed_tasks, read_definitions
 
 logger = logging.getLogger(__name__)
 FIELDS = ("unique_id", "image_path", "prompt", "target")
+DIGEST = "model_digest"  # in an answer's metadata: which model and adapter gave it, see ``digest``
 
 
 def question_files(place: Path) -> list[Path]:
@@ -72,6 +74,7 @@ def predict(
     template: str = "v1",
     model_id: str = "",
     embedding: Tensor | None = None,
+    digest: str | None = None,
     **options,
 ) -> list[dict]:
     """Answer questions, and write each answer as a line of ``output`` when its batch is done.
@@ -83,19 +86,19 @@ def predict(
         output: a JSONL file. The answers that it holds already are kept.
         batch_size: 1 is used for adapters that average over padding, whose answers depend on it.
         embedding: the task's, for ``routing="task"``.
+        digest: the model's ``model_digest``, where it is known already; it is kept in every answer's ``metadata``.
         options: see ``generate.answer``.
 
     Returns:
         All rows: ``question_id, prompt, predict, target, image_path, answer_id, model_id, metadata``.
 
     Raises:
-        ValueError: the file holds answers to other questions.
+        ValueError: the file holds answers to other questions, or of another model or adapter.
     """
     output = Path(output)
     rows = _finished(output)
-    answered = [row["question_id"] for row in rows]
-    if answered != [question["unique_id"] for question in questions[: len(rows)]]:
-        raise ValueError(f"{output} holds answers to other questions")
+    digest = digest or model_digest(model)
+    _check_answers(output, rows, questions, template, digest)
     if _averages_padding(model) and batch_size > 1:
         logger.warning("pool='all' averages over padding: questions are answered one by one")
         batch_size = 1
@@ -106,11 +109,25 @@ def predict(
                 model, processor, questions[start : start + batch_size], Path(images), template, embedding, options
             )
             for row in new:
+                row["metadata"][DIGEST] = digest
                 row |= {"answer_id": uuid.uuid4().hex, "model_id": model_id}
                 stream.write(json.dumps(row) + "\n")
             stream.flush()
             rows += new
     return rows
+
+
+def _check_answers(output: Path, rows: list[dict], questions: list[dict], template: str, digest: str) -> None:
+    """Refuse to go on with answers that this model would not have given to these questions."""
+    asked = [(q["unique_id"], build_prompt(q["prompt"], template), q["target"]) for q in questions[: len(rows)]]
+    if [(row["question_id"], row["prompt"], row["target"]) for row in rows] != asked:
+        raise ValueError(f"{output} holds answers to other questions: give another output, or delete it")
+    if others := {row["metadata"].get(DIGEST) for row in rows} - {digest}:
+        names = ", ".join(sorted({row["model_id"] for row in rows} - {""})) or "unnamed"
+        whose = "an unknown model" if others == {None} else f"another model or adapter ({names}; digest {others.pop()})"
+        raise ValueError(
+            f"{output} holds answers of {whose}, this one's digest is {digest}: give another output, or delete it"
+        )
 
 
 def _answer_batch(model, processor, questions, folder, template, embedding, options) -> list[dict]:
@@ -182,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.adapter:
         model, saved = load_adapter(model, options.adapter)
         embeddings = embeddings or saved
+    digest = model_digest(model)
     for file in files:
         if embeddings is not None and file.stem not in embeddings:
             parser.error(f"the task {file.stem} has no embedding: give --task-definitions")
@@ -189,6 +207,7 @@ def main(arguments: list[str] | None = None) -> None:
             model, processor, read_questions(file), options.images, options.output / file.name,
             batch_size=options.batch_size, template=options.template, max_new_tokens=options.max_new_tokens,
             model_id=str(options.adapter or options.model), embedding=embeddings and embeddings[file.stem],
+            digest=digest,
         )  # fmt: skip
     report = scores.score_folder(options.output, load_judge(options.judge, options.device))
     (options.output / "scores.json").write_text(json.dumps(report, indent=2), encoding="utf-8")

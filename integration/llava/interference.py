@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -170,27 +171,41 @@ def sample_batches(
 def plot(results: dict[str, dict], file: str | Path, key: str | None = None) -> None:
     """Heat maps as in Figures 2 and 7: task i in rows, task j in columns, blue where j harms i.
 
+    All panels have one scale. It reaches to the 95th percentile of the scores off the diagonal, so that one outlier
+    does not wash out the rest; what is beyond has the scale's last colour.
+
     Args:
         results: of ``measure``, by the name of the adapter.
         key: "layer.block" for one layer's; None for the mean over all.
     """
+    scores = {
+        (name, pool): torch.tensor(result["mean"][pool] if key is None else result["groups"][f"{key}.{pool}"])
+        for name, result in results.items()
+        for pool in "AB"
+    }
+    limit = colour_limit(list(scores.values()))
     figure = Figure(figsize=(4.2 * 2, 3.8 * len(results)), layout="constrained")
     panels = figure.subplots(len(results), 2, squeeze=False)
-    for row, (name, result) in zip(panels, results.items()):
-        for panel, pool in zip(row, "AB"):
-            score = torch.tensor(result["mean"][pool] if key is None else result["groups"][f"{key}.{pool}"])
-            limit = max(1.0, score.abs().max().item())
-            image = panel.imshow(score, cmap="coolwarm", vmin=-limit, vmax=limit)
-            labels = range(len(result["tasks"]))
-            panel.set_xticks(labels, result["tasks"], rotation=45, ha="right", fontsize=7)
-            panel.set_yticks(labels, result["tasks"], fontsize=7)
-            panel.set_xlabel("task j, whose step it is", fontsize=8)
-            panel.set_ylabel("task i, whose loss it is", fontsize=8)
-            panel.set_title(f"{name}: lora_{pool}" + (f", layer {key}" if key else ""), fontsize=9)
-            for i, j in torch.cartesian_prod(torch.tensor(labels), torch.tensor(labels)).tolist():
-                panel.text(j, i, f"{score[i, j]:.2f}", ha="center", va="center", fontsize=6)
-            figure.colorbar(image, ax=panel, shrink=0.8)
+    for panel, ((name, pool), score) in zip(panels.flat, scores.items()):
+        tasks = results[name]["tasks"]
+        image = panel.imshow(score, cmap="coolwarm", vmin=-limit, vmax=limit)
+        panel.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=7)
+        panel.set_yticks(range(len(tasks)), tasks, fontsize=7)
+        panel.set_xlabel("task j, whose step it is", fontsize=8)
+        panel.set_ylabel("task i, whose loss it is", fontsize=8)
+        panel.set_title(f"{name}: lora_{pool}" + (f", layer {key}" if key else ""), fontsize=9)
+        for (i, j), value in np.ndenumerate(score.numpy()):
+            dark = i == j or abs(value) > 0.7 * limit
+            panel.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=6, color="white" if dark else "black")
+    figure.colorbar(image, ax=panels, shrink=0.6, extend="both", label="red helps, blue harms")
     figure.savefig(file, dpi=120)
+
+
+def colour_limit(scores: list[Tensor]) -> float:
+    """Where the scale of several heat maps ends: the 95th percentile of the scores' sizes off the diagonals."""
+    sizes = torch.cat([score[~torch.eye(len(score), dtype=torch.bool)].abs() for score in scores])
+    sizes = sizes[sizes.isfinite()]  # a task without a gradient has no scores
+    return max(torch.quantile(sizes, 0.95).item(), 1e-6) if len(sizes) else 1.0
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mixlora_kernels.peft.targets import is_linear
+from mixlora_kernels.peft.linears import is_linear
 
 
 class Parts(NamedTuple):

@@ -65,6 +65,11 @@ class Selections(NamedTuple):
         """The decoder's layers that chose, in order."""
         return sorted({self._place(name)[0] for name, _ in self.chosen})
 
+    @property
+    def tied(self) -> bool:
+        """Whether B's choices are A's throughout."""
+        return all(np.array_equal(self.chosen[name, "B"], index) for (name, pool), index in self.chosen.items())
+
     def usage(self) -> dict[str, dict[str, list[int]]]:
         """By "layer's name.pool" and task, how many instances chose each factor, [E]."""
         tasks = np.array(self.tasks)
@@ -178,7 +183,8 @@ def write(selections: Selections, folder: str | Path, layers: list[int] | None =
     arrays = {f"{name}.{pool}": index for (name, pool), index in selections.chosen.items()}
     np.savez_compressed(folder / "selection.npz", tasks=np.array(selections.tasks), **arrays)
     (folder / "usage.json").write_text(json.dumps(selections.usage()), encoding="utf-8")
-    maps = [embed(selections, layer, "mlp", pool, seed) for pool in "AB" for layer in layers]
+    pools = "A" if selections.tied else "AB"  # the same maps twice would show nothing
+    maps = [embed(selections, layer, "mlp", pool, seed) for pool in pools for layer in layers]
     (folder / "tsne.json").write_text(json.dumps(maps), encoding="utf-8")
     plot_maps(selections, maps, folder / "tsne.png")
     plot_usage(selections, folder / "usage.png", "mlp.down_proj")

@@ -1,17 +1,20 @@
-"""What a training run is: one YAML file."""
+"""What a training run is: one YAML file, whose values pydantic checks by their types and ranges."""
 
 import dataclasses
-from dataclasses import dataclass, field
+import typing
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
-import yaml
 from peft import LoraConfig, PeftConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from transformers import TrainingArguments
+from typing_extensions import NotRequired, TypedDict
 
 from mixlora_kernels import MixLoRAConfig
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
 from .conversation import TEMPLATES
+from .yaml_file import read_yaml
 
 # The one switch: what the paper compares, in Tables 1 and 2 and Figure 4.
 METHODS = {
@@ -22,15 +25,38 @@ METHODS = {
     "mixlora_task_unconditional": {"routing": "task", "conditioning": "none"},
     "mixlora_random": {"routing": "random"},
 }
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+# No conversions: a text is not taken for a number, nor a number for a yes or no.
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+# ``train`` itself sets these of the TrainingArguments, and ``Settings`` has its own fields for those of MixLoRAConfig.
+FIXED = {"output_dir", "remove_unused_columns", "label_names"}
+OWN = {"r", "num_factors", "alpha", "dropout", "routing", "task_dim"}
 
 
-@dataclass
-class Settings:
+def some_fields(kind: type, without: set[str]) -> Any:
+    """The type of a dictionary of some of a dataclass's fields, each of the type that the dataclass gives it."""
+    hints = typing.get_type_hints(kind)
+    names = [entry.name for entry in dataclasses.fields(kind) if entry.init and entry.name not in without]
+    made = TypedDict(kind.__name__, {name: hints[name] for name in names}, total=False)
+    made.__pydantic_config__ = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
+    return made
+
+
+class Parts(TypedDict):
+    """A LLaVA v1 before instruction tuning; see ``model.load_llava``."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    language: str
+    vision: str
+    projector: NotRequired[str]
+
+
+class Settings(BaseModel):
     """A training run.
 
     Args:
-        model: see ``model.load_llava``.
+        model: a folder or hub name, or a LLaVA's parts; see ``model.load_llava``.
         data, images: a file of records and the folder of their images; see ``data``.
         output: where checkpoints and the trained adapter go.
         method: ``"lora"``, ``"mixlora"`` and its variants; see ``METHODS``.
@@ -38,12 +64,12 @@ class Settings:
         num_factors: E.
         alpha: None means 2 E, or 2 r for LoRA, as in the paper.
         dropout: of the input of ``lora_A``.
-        mixlora: further fields of ``MixLoRAConfig``, such as ``gate``, ``pool``, ``decode``.
+        mixlora: further fields of ``MixLoRAConfig``: ``conditioning``, ``gate``, ``pool``, ``decode``.
         train_projector: whether the projector is trained in full.
         template: of the conversation; see ``conversation.TEMPLATES``.
         max_length: tokens of text, the image counted as one.
         check_images: ``"decode"`` every image before the training, or read its ``"header"`` only.
-        strict: whether bad records stop the run.
+        strict: whether a bad record stops the run.
         limit: use the file's first records only.
         task_definitions: a JSON file of a text per ``task_name``, for ``routing="task"``.
         dtype: of the frozen model.
@@ -52,76 +78,60 @@ class Settings:
         training: fields of transformers' ``TrainingArguments``.
 
     Raises:
-        ValueError: an unknown field or value.
+        pydantic.ValidationError: a ValueError that names each field that is missing, unknown, or has a value of another
+            type or out of range.
     """
 
-    model: str | dict
-    data: str
-    images: str
-    output: str
-    method: str = "mixlora"
-    r: int = 4
-    num_factors: int = 16
-    alpha: float | None = None
-    dropout: float = 0.05
-    mixlora: dict = field(default_factory=dict)
-    train_projector: bool = True
-    template: str = "v1"
-    max_length: int = 1792
-    check_images: str = "decode"
-    strict: bool = False
-    limit: int | None = None
-    task_definitions: str | None = None
-    dtype: str = "auto"
-    device_tflops: float | None = None
-    training: dict = field(default_factory=dict)
+    model_config = STRICT
 
-    def __post_init__(self):
-        choices = {"method": METHODS, "check_images": ("decode", "header"), "template": TEMPLATES, "dtype": DTYPES}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+    model: Annotated[str, Field(min_length=1)] | Parts
+    data: str = Field(min_length=1)
+    images: str = Field(min_length=1)
+    output: str = Field(min_length=1)
+    method: Literal[tuple(METHODS)] = "mixlora"
+    r: int = Field(4, ge=1)
+    num_factors: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    mixlora: some_fields(MixLoRAConfig, OWN) = {}
+    train_projector: bool = True
+    template: Literal[tuple(TEMPLATES)] = "v1"
+    max_length: int = Field(1792, ge=1)
+    check_images: Literal["decode", "header"] = "decode"
+    strict: bool = False
+    limit: int | None = Field(None, ge=1)
+    task_definitions: str | None = Field(None, min_length=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device_tflops: float | None = Field(None, gt=0)
+    training: some_fields(TrainingArguments, FIXED) = {}
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Settings":
         if (self.routing == "task") != (self.task_definitions is not None):
             raise ValueError(
                 "task_definitions must be given with a method that routes by task and only then, got "
                 f"method={self.method!r} and task_definitions={self.task_definitions!r}"
             )
-        if unknown := sorted(set(self.mixlora) - {entry.name for entry in dataclasses.fields(MixLoRAConfig)}):
-            raise ValueError(f"mixlora has fields that MixLoRAConfig does not have: {unknown}")
-        arguments = {entry.name: entry.default for entry in dataclasses.fields(TrainingArguments)}
-        if unknown := sorted(set(self.training) - arguments.keys()):
-            raise ValueError(f"training has fields that TrainingArguments does not have: {unknown}")
-        if "output_dir" in self.training:
-            raise ValueError("give output, not training.output_dir")
-        self.training = dict(self.training)
-        for name, value in self.training.items():
-            if isinstance(value, str) and isinstance(
-                arguments[name], (int, float)
-            ):  # what YAML makes of 4e-5, without a dot
-                try:
-                    self.training[name] = float(value)
-                except ValueError:
-                    raise ValueError(f"training.{name} must be a number, got {value!r}") from None
+        self.adapter(task_dim=1)  # refuses what contradicts itself, such as r > num_factors
+        return self
 
     @classmethod
     def read(cls, file: str | Path, **changes) -> "Settings":
         """Read a YAML file; ``changes`` that are not None take the place of what it says.
 
         Paths in the file are relative to the working directory.
+
+        Raises:
+            ValueError: it cannot be read as YAML; or some fields are wrong, all of which the message names.
         """
+        given = read_yaml(file) | {name: value for name, value in changes.items() if value is not None}
         try:
-            given = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not YAML: {error}") from error
-        if not isinstance(given, dict):
-            raise ValueError(f"{file} must hold fields and values")
-        given |= {name: value for name, value in changes.items() if value is not None}
-        known = {entry.name: entry for entry in dataclasses.fields(cls)}
-        if unknown := sorted(set(given) - set(known)):
-            raise ValueError(f"{file} has unknown fields {unknown}; known are {', '.join(known)}")
-        if missing := [name for name in ("model", "data", "images", "output") if name not in given]:
-            raise ValueError(f"{file} lacks {missing}")
-        return cls(**given)
+            return cls.model_validate(given)
+        except ValidationError as error:
+            faults = error.errors(include_url=False)
+            unknown = any(fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1 for fault in faults)
+            known = f". Known fields are {', '.join(cls.model_fields)}" if unknown else ""
+            raise ValueError(f"{file}: {'; '.join(map(_fault, faults))}{known}") from error
 
     @property
     def routing(self) -> str | None:
@@ -142,3 +152,10 @@ class Settings:
             task_type="CAUSAL_LM",
             **(METHODS[self.method] | self.mixlora),
         )
+
+
+def _fault(error: Any) -> str:
+    """One of pydantic's findings in a line: the field, its message, and what the field got."""
+    place = ".".join(map(str, error["loc"]))
+    got = "" if error["type"] in ("missing", "value_error") else f", got {error['input']!r}"
+    return f"{place}: {error['msg']}{got}" if place else error["msg"]

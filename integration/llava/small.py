@@ -34,19 +34,21 @@ def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def small_llava(
-    texts: list[str], *, image: int = 16, patch: int = 8, width: int = 96, layers: int = 2, seed: int = 0
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    texts: list[str], *, image: int = 16, patch: int = 8, width: int = 96, layers: int = 2, seed: int = 0,
+    vision_width: int | None = None,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:  # fmt: skip
     """A LLaVA with random weights, and its processor.
 
     Args:
         texts: what it has to be able to read and say.
         image, patch: pixels of an image's side, and of a patch's.
-        width: of the text decoder's hidden states; the vision tower has two thirds of it.
+        width: of the text decoder's hidden states.
         layers: of the text decoder.
+        vision_width: of the vision tower's hidden states, by default two thirds of ``width``.
     """
     tokenizer = word_tokenizer(texts)
     torch.manual_seed(seed)
-    vision_width = width * 2 // 3
+    vision_width = vision_width or width * 2 // 3
     vision = CLIPVisionConfig(
         hidden_size=vision_width, intermediate_size=2 * vision_width, num_hidden_layers=2, num_attention_heads=4,
         image_size=image, patch_size=patch, projection_dim=vision_width,

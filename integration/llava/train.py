@@ -6,7 +6,6 @@ A run that was stopped, however rudely, goes on from its last whole checkpoint a
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from .tasks import embed_tasks, read_definitions
 
 logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"
+BAD_RECORDS = "bad_records.json"
 LATER = {"strict", "device_tflops"}  # may differ where a run goes on: they do not bear on the result
 
 
@@ -105,10 +105,13 @@ def train(settings: Settings, fresh: bool = False, callbacks: Sequence[TrainerCa
     )
     if trainer.is_world_process_zero():
         announce(patched, dataset, settings, trainer, collator)
+        write_problems(dataset, output)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_model(str(output))
-    if trainer.is_world_process_zero() and embeddings is not None:
-        save_file(embeddings, output / TASKS)
+    if trainer.is_world_process_zero():
+        write_problems(dataset, output)  # again: images may have gone bad since
+        if embeddings is not None:
+            save_file(embeddings, output / TASKS)
     losses = {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
     return {"loss": losses, "bad_records": dataset.problems, "steps": trainer.state.global_step}
 
@@ -180,6 +183,11 @@ def read_data(settings: Settings, processor) -> Conversations:
     )
 
 
+def write_problems(dataset: Conversations, output: Path) -> None:
+    """Leave the ids of the records that were left out, by reason, in the output folder."""
+    (output / BAD_RECORDS).write_text(json.dumps(dataset.problems, indent=1), encoding="utf-8")
+
+
 def training_arguments(settings: Settings) -> TrainingArguments:
     # The collator makes its batch of more than the model's arguments; unknown columns must reach it.
     fixed = {"output_dir": settings.output, "remove_unused_columns": False, "label_names": ["labels"]}
@@ -203,7 +211,7 @@ def last_checkpoint(output: Path) -> Path | None:
 def remember(settings: Settings, output: Path, resumes: bool) -> None:
     """Keep the settings beside the checkpoints, and compare them where a run goes on."""
     file = output / SETTINGS
-    now = json.loads(json.dumps(dataclasses.asdict(settings)))
+    now = settings.model_dump(mode="json")
     if resumes and file.is_file():
         before = json.loads(file.read_text(encoding="utf-8"))
         changed = [name for name in now if now[name] != before.get(name) and name not in LATER]
@@ -224,7 +232,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--fresh", action="store_true", help="refuse to go on with a run that is there")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO)
-    settings = Settings.read(options.config, method=options.method, output=options.output, strict=options.strict)
+    try:
+        settings = Settings.read(options.config, method=options.method, output=options.output, strict=options.strict)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     if options.dry_run:
         print(dry_run(settings))
         return

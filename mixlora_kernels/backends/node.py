@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ..frozen import frozen_product, frozen_product_backward
-from ..routing import PARTS, Instances, Routing
+from ..routing import Instances, Routing
 from .base import Factors, FrozenLinear, Group, Needs, Options, Stages
 
-OWN = 8  # tensors that each sibling brings: y or weight and bias, and five factors
+OWN = 8  # tensors that each sibling brings: y, or weight and bias; and five factors
+KEPT = 6  # those of them that the backward reads again: neither y nor the bias
 
 
 def apply(stages: Stages, group: Group) -> tuple[Sequence[Tensor], Routing]:
@@ -64,9 +65,9 @@ class Node(torch.autograd.Function):
         ctx.stages, ctx.options, ctx.routed, ctx.device_type = stages, options, given is None, x.device.type
         ctx.shapes = [y.shape for y in ys]
         learned = any(ctx.needs_input_grad[9 + i] for i in range(len(own)) if i % OWN in (3, 5, 6, 7))
-        kept = [tensor for i, tensor in enumerate(own) if i % OWN not in (0, 2)]  # neither y nor the bias is read again
-        ctx.instances, parts = instances.part()
-        ctx.save_for_backward(x if learned else None, read, seeds, *parts, *routing, *kept, *saved)
+        kept = [tensor for i, tensor in enumerate(own) if i % OWN not in (0, 2)]
+        ctx.count, ctx.length = instances[:2]
+        ctx.save_for_backward(x if learned else None, read, seeds, *instances[2:], *routing, *kept, *saved)
         if given is not None:
             return ys[0] if len(ys) == 1 else tuple(ys)
         index_a, index_b, gate, probs_a, _ = routing
@@ -84,11 +85,12 @@ class Node(torch.autograd.Function):
     def gradients(ctx, *grads):
         options, stages, G = ctx.options, ctx.stages, len(ctx.shapes)
         x, read, seeds, *tensors = ctx.saved_tensors
-        parts, routing, kept, saved = _cut(tensors, PARTS, 5, G * 6)
-        routing, rows = Routing(*routing), [kept[i : i + 6] for i in range(0, len(kept), 6)]
+        divided, routing, kept, saved = _cut(tensors, len(Instances._fields) - 2, len(Routing._fields), G * KEPT)
+        routing, rows = Routing(*routing), [kept[i : i + KEPT] for i in range(0, len(kept), KEPT)]
         bases, factors = [FrozenLinear(row[0], None) for row in rows], [Factors(*row[1:]) for row in rows]
         given = None if ctx.routed else routing
-        group = Group(x, bases, factors, read, given, seeds, ctx.instances.join(parts), options)
+        instances = Instances(ctx.count, ctx.length, *divided)
+        group = Group(x, bases, factors, read, given, seeds, instances, options)
         dys, (dgate, dprobs_a, dprobs_b) = list(grads[:G]), _drouting(grads[G:], ctx.routed, options.tied)
 
         # A sibling whose y nobody used has no gradient; neither have its factors, unless its probabilities were used.
@@ -116,7 +118,7 @@ class Node(torch.autograd.Function):
             gradients = Factors(found.lora_A[g], dlora_B[g], found.router_A[g], found.router_B[g], found.router_AB[g])
             given += (dys[g] if want[0] and not unused[g] else None, None, None)
             given += (
-                d.to(factor.dtype) if want[3 + i] and d is not None and not unused[g] else None
+                _as(d, factor.dtype) if want[3 + i] and d is not None and not unused[g] else None
                 for i, (d, factor) in enumerate(zip(gradients, factors[g]))
             )
         dx = found.x if need_x else None
@@ -140,6 +142,10 @@ def autocasts(device_type: str) -> bool:
 def _split(own: Sequence[Tensor | None]) -> tuple[list[FrozenLinear | Tensor], list[Factors]]:
     rows = [own[i : i + OWN] for i in range(0, len(own), OWN)]
     return [FrozenLinear(*row[1:3]) if row[0] is None else row[0] for row in rows], [Factors(*row[3:]) for row in rows]
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def _cut(tensors: Sequence[Tensor | None], *lengths: int) -> list[Sequence[Tensor | None]]:

@@ -8,6 +8,7 @@
 The import has to come before ``PeftModel.from_pretrained`` meets a saved adapter of this kind.
 """
 
+from ..versions import warn_of_untested
 from .config import PEFT_TYPE, ConditionalMixLoRAConfig
 from .layer import MixLoRALayer
 from .model import ConditionalMixLoRAModel
@@ -15,6 +16,7 @@ from .registration import check_hooks, register
 from .report import plot_routing, routing_report
 from .side_information import task_embedding
 
+warn_of_untested("transformers", "peft", "accelerate", "trl")
 check_hooks()
 register(PEFT_TYPE, ConditionalMixLoRAConfig, ConditionalMixLoRAModel)
 

@@ -70,10 +70,10 @@ def find_past(named: Mapping, new_tokens: int | None) -> Past:
 def unseen_cache_error(evidence: str) -> ValueError:
     """The error for a forward that continues a sequence of which the method cannot find the cache."""
     return ValueError(
-        f"{evidence}, so the forward continues a sequence, but no cache is among the decoder's arguments: MixLoRA cannot "
-        f"find the routing of the prompt. transformers {transformers.__version__} may hand the cache over in a way that "
-        "this version of mixlora_kernels does not know: install a version of transformers that it was tested with. In "
-        "a loop of your own, pass the cache of the first forward to the next"
+        f"{evidence}, so the forward continues a sequence, but the decoder was handed no cache with tokens in it, and "
+        f"MixLoRA cannot find the prompt's routing. transformers {transformers.__version__} may hand the cache over in "
+        "a way that this version of mixlora_kernels does not know: install a version of transformers that it was "
+        "tested with. In a loop of your own, pass the cache of the first forward on to the next"
     )
 
 

@@ -1,13 +1,17 @@
 """ConditionalMixLoRAConfig: MixLoRAConfig with the fields that peft asks of a method."""
 
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from packaging.version import InvalidVersion, Version
 from peft import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
 
+from .. import __version__
 from ..config import MixLoRAConfig, Pool
-from .files import check_weights_file
+from .card import write_card
 from .registration import add_peft_type
 
 # "MIXLORA" belongs to the other method of that name, a mixture of whole LoRA experts.
@@ -32,9 +36,12 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
         modules_to_save: modules to train in full and to save with the adapter, such as LLaVA's
             ``["multi_modal_projector"]``.
         init_weights: False starts ``lora_B`` at random instead of zero (for tests).
+        mixlora_kernels_version: the version of this package that wrote the adapter; filled in by itself. A newer one
+            than is installed is warned of: it may have settings that are not known here.
 
     Raises:
-        ValueError: as ``MixLoRAConfig``, and where a regular expression comes with ``layers_to_transform``.
+        ValueError: as ``MixLoRAConfig``, for fields of peft too; where a regular expression comes with
+            ``layers_to_transform``, or is none.
     """
 
     pool: Pool = "prompt"
@@ -44,15 +51,20 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_weights: bool = True
+    mixlora_kernels_version: str | None = None
 
     def __post_init__(self):
         PeftConfig.__post_init__(self)
         MixLoRAConfig.__post_init__(self)
         self.peft_type = PEFT_TYPE
+        self.mixlora_kernels_version = self.mixlora_kernels_version or __version__
+        _warn_of_newer(self.mixlora_kernels_version)
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+            elif isinstance(value, str):
+                _check_expression(name, value)
         if isinstance(self.target_modules, str) and (
             self.layers_to_transform is not None or self.layers_pattern is not None
         ):
@@ -63,18 +75,42 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern says where layers_to_transform counts, which is not given")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in peft; what is written now is written by this version."""
+        return {**super().to_dict(), "mixlora_kernels_version": __version__}
+
+    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+        """As in peft, with a model card, ``README.md``, beside the configuration."""
+        super().save_pretrained(save_directory, **kwargs)
+        write_card(Path(save_directory), self)
+
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
-        """As in peft; where the weights lie beside the configuration, they are looked at first, so that a broken
-        file is refused before a model is touched.
-
-        Raises:
-            ValueError: ``adapter_model.safetensors`` is truncated, corrupt, or something else, such as a pickle.
-        """
+        """As in peft. Where it was read from is remembered, so that the weights beside it can be looked at before a
+        model is changed for them (see ``loading``)."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
-        file = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if file.is_file():  # else it is on the hub, or saved in another format: peft's business
-            check_weights_file(file)
-        # Read when weights that do not fit are refused: what was injected for them alone is then taken out again.
-        config._awaits_weights = True
+        config._read_from = str(pretrained_model_name_or_path), {**kwargs, "subfolder": subfolder}
         return config
+
+
+def _check_expression(name: str, expression: str) -> None:
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise ValueError(f"{name} is no regular expression ({error}), got {expression!r}") from error
+
+
+def _warn_of_newer(version: str) -> None:
+    try:
+        newer = Version(version) > Version(__version__)
+    except InvalidVersion as error:
+        raise ValueError(
+            f"mixlora_kernels_version must be a version such as {__version__!r}, got {version!r}"
+        ) from error
+    if newer:
+        warnings.warn(
+            f"this adapter was made by mixlora_kernels {version}, and {__version__} is installed: settings that only "
+            "the newer one knows are left out, so that the adapter may compute something else than it was trained to. "
+            "Install the newer version",
+            stacklevel=2,
+        )

@@ -2,7 +2,6 @@
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,6 +9,7 @@ from torch import Tensor
 from ..config import MixLoRAConfig
 from ..routing import Instances, Routing, RoutingContext, find_instances
 from .cache import Past, unknown_cache_error, unseen_cache_error
+from .recorded import Recorded, join
 from .siblings import Sharing
 from .tokens import (
     IGNORED,
@@ -28,36 +28,6 @@ WITHOUT_LABELS = (
     "sequence, the answer included, while generation routes by the prompt. Let the trainer pass labels to the model "
     "(label smoothing and loss functions of your own take them out), or set pool='sequence' if nothing is generated"
 )
-
-
-class Recorded(NamedTuple):
-    """What a layer chose: its routing, or that of its group [G, B, ...] and the layer's place g there."""
-
-    routing: Routing
-    g: int | None
-
-    def single(self) -> Routing:
-        """The layer's own, [B, ...]."""
-        return self.routing if self.g is None else self.routing.member(self.g)
-
-
-def join(found: Sequence[Recorded]) -> Routing:
-    """The routing of one layer [B, ...], or of several as a group's [G, B, ...]."""
-    routing, G = found[0].routing, len(found)
-    if G == 1:
-        return found[0].single()
-    if all(one.routing is routing and one.g == g for g, one in enumerate(found)) and len(routing.index_a) == G:
-        return routing
-    return Routing(*map(torch.stack, zip(*(one.single() for one in found))))
-
-
-def detach(routings: dict[tuple[str, str], Recorded]) -> dict[tuple[str, str], Recorded]:
-    """The same without their graphs; that of a group is detached once."""
-    plain = {}
-    for routing, _ in routings.values():
-        if id(routing) not in plain:
-            plain[id(routing)] = routing.detach() if routing.gate.requires_grad else routing
-    return {place: Recorded(plain[id(routing)], g) for place, (routing, g) in routings.items()}
 
 
 class Call:
@@ -126,7 +96,7 @@ class Forward:
         if rows is not None:
             return x, context
         pools = context.routing is None and config.routing == "instance"
-        place = (context.mask is None, context.cu_seqlens is None, pools, config.pool, x.shape[:-1], x.dtype, x.device)
+        place = (_kind(config), self._is_encoded(x), pools, x.shape[:-1], x.dtype, x.device)
         instances = self._instances.get(place)
         if instances is None:
             instances = self._instances[place] = find_instances(x, context, pools)
@@ -154,8 +124,8 @@ class Forward:
             if context.mask is None and context.cu_seqlens is None:
                 return rows_as_instances(x), context if rows is None else _of_rows(context, rows)
             raise ValueError(
-                f"{keys[0]} sees an input of shape {tuple(x.shape)}, the forward's tokens are {(B, self.L)}: which of them "
-                "belong to an instance cannot be told, so leave this layer out of target_modules"
+                f"{keys[0]} sees an input of shape {tuple(x.shape)}, the forward's tokens are {(B, self.L)}: which of "
+                "them belong to an instance cannot be told, so leave this layer out of target_modules"
             )
         if rows is not None:
             context = _of_rows(context, rows)
@@ -178,7 +148,7 @@ class Forward:
     # One context per kind of adapter, shared by all layers.
 
     def _context(self, config: MixLoRAConfig) -> RoutingContext:
-        kind = (config.routing, config.pool, config.decode)
+        kind = _kind(config)
         context = self._contexts.get(kind)
         if context is None:
             context = self._contexts[kind] = self._find_context(config)
@@ -293,15 +263,18 @@ class Forward:
 
     def _check_chunks(self) -> None:
         """Refuse further prompt tokens behind a prompt of which nothing was decoded yet."""
-        kept, verifies = (
-            self.past.kept,
-            self.keep == self.L,
-        )  # an assistant's candidates: all of their logits are wanted
+        kept = self.past.kept
+        verifies = self.keep == self.L  # an assistant's candidates: every one of their logits is wanted
         if kept is not None and self.cached <= kept.length and not verifies:
             raise ValueError(
                 f"{self.L} tokens follow {self.cached} cached ones, of which no token was decoded: a prompt prefilled "
                 "in chunks cannot be routed as one instance. Prefill it at once (prefill_chunk_size=None)"
             )
+
+
+def _kind(config: MixLoRAConfig) -> tuple[str, str, str]:
+    """What of an adapter's settings bears on its context."""
+    return config.routing, config.pool, config.decode
 
 
 def rows_as_instances(x: Tensor) -> Tensor:

@@ -5,16 +5,23 @@ from functools import partial
 from threading import get_ident
 from typing import ClassVar
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .before import Before
 from .config import ConditionalMixLoRAConfig
-from .files import LOADING, check_fits, load_strictly
+from .expected import tensors_in_place, tensors_to_come
+from .files import check_fits, check_weights, describe, without_prefix
 from .layer import MergingError, MixLoRALayer
+from .linears import linear_sizes
+from .loading import Load, running_load
+from .registration import LOADING
 from .report import routing_report
 from .side_information import SideInformation, find_side_information
-from .targets import check_targets, decoder_linears
+from .strict import load_strictly
+from .targets import check_targets, choose_targets
 
 
 class ConditionalMixLoRAModel(BaseTuner):
@@ -25,46 +32,52 @@ class ConditionalMixLoRAModel(BaseTuner):
 
     prefix = "mixlora_"
     tuner_layer_cls = MixLoRALayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # see decoder_linears
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # see choose_targets
+    _before: Before | None = None  # the model before the adapter that is being injected or loaded
+    _loading: str | None = None  # that adapter's name
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """As in peft, after a check of all targets: what cannot be adapted is refused before anything is replaced.
+        """As in peft, after a check of all that is known: the targets, and the weights where an adapter is loaded.
 
         Raises:
-            ValueError: a target that the model does not have, or that is no linear layer.
+            ValueError: a target that the model does not have, or that is no linear layer; or weights that are not
+                what the configuration makes of this model. The model is as it was.
         """
         config = self.peft_config[adapter_name]
-        if config.target_modules is None:
-            config.target_modules = decoder_linears(model, config)
-            config.layers_to_transform = config.layers_pattern = None  # the expression holds their choice
-        state_dict = kwargs.get("state_dict")
-        if state_dict is None:
-            check_targets(model, config, self._check_target_module_exists)
+        load = running_load(getattr(config, "_read_from", None))
+        self._before = Before(model)
         self.side = side_information(model)
-        layer = next((module for module in model.modules() if isinstance(module, MixLoRALayer)), None)
-        self._active_before = None if layer is None else layer.active_adapters
-        self._trained_before = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        self.side.install(model)
-        if hasattr(model, LOADING):
-            setattr(model, LOADING, partial(load_strictly, getattr(type(model), LOADING), self, adapter_name))
+        try:
+            choose_targets(model, config)
+            expected = {}
+            if kwargs.get("state_dict") is None:  # else peft reads the targets from its keys
+                check_targets(model, config, self._check_target_module_exists)
+                expected = tensors_to_come(model, config, self._check_target_module_exists)
+            if load is not None:
+                check_load(load, expected, adapter_name)
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self.side.install(model)
+        except Exception:
+            self.withdraw(adapter_name)
+            raise
+        if load is None:
+            self.forget()
+            return
+        self._loading = adapter_name
+        if load.loader.owner is not PeftModel:
+            setattr(model, LOADING, partial(load_strictly, getattr(type(model), LOADING), self, adapter_name, expected))
 
     def withdraw(self, adapter_name: str) -> None:
-        """Take out an adapter that was injected for weights which turned out not to fit: the model is as before."""
-        if self._active_before is None:
-            modules = dict(self.model.named_modules())
-            self.unload()
-            for name, module in modules.items():  # unload() leaves the copy that was to be trained
-                if isinstance(module, AuxiliaryTrainingWrapper):
-                    self.model.set_submodule(name, module.original_module)
-            if hasattr(self.model, LOADING):
-                self.model._hf_peft_config_loaded = False
-        else:
-            self.delete_adapter(adapter_name)
-            self.set_adapter(self._active_before)
-        trained = {id(parameter) for parameter in self._trained_before}
-        for parameter in self.model.parameters():
-            parameter.requires_grad_(id(parameter) in trained)
+        """Take out an adapter that was injected, perhaps in part, and put the model back as it was before."""
+        self.peft_config.pop(adapter_name, None)
+        self._before.restore()
+        if self._before.first:
+            self.side.remove()
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing is being loaded (any more): what the model was before is of no use now."""
+        self._loading = self._before = None
 
     def _create_and_replace(
         self, peft_config: ConditionalMixLoRAConfig, adapter_name, target, target_name, parent, current_key, **_
@@ -72,8 +85,7 @@ class ConditionalMixLoRAModel(BaseTuner):
         if isinstance(target, MixLoRALayer):
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
             return
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        layer = MixLoRALayer(target, *_get_in_out_features(base), current_key, self.side)
+        layer = MixLoRALayer(target, *linear_sizes(target), current_key, self.side)
         layer.train(target.training)
         layer._active_adapter = [adapter_name]
         layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
@@ -131,19 +143,33 @@ class ConditionalMixLoRAModel(BaseTuner):
         """As in peft, and refuse weights that do not fit the adapter, which peft loads as far as they go.
 
         Raises:
-            ValueError: keys or shapes differ. An adapter that was injected for these weights alone is taken out.
+            ValueError: names, shapes or dtypes differ, or values are not finite. An adapter that was injected for
+                these weights alone is taken out.
         """
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        marker = f".{cls.prefix}adapter."
-        expected = {key: value for key, value in model.state_dict().items() if f"{marker}{adapter_name}." in key}
+        tuner = model.base_model if isinstance(model, PeftModel) else None
         try:
-            check_fits(expected, {key: value for key, value in state_dict.items() if marker in key}, adapter_name)
+            check_fits(tensors_in_place(model, adapter_name), describe(state_dict), adapter_name)
         except ValueError:
-            if getattr(config, "_awaits_weights", False):
-                model.base_model.withdraw(adapter_name)
+            if tuner is not None and tuner._loading == adapter_name:
+                tuner.withdraw(adapter_name)
             raise
-        config._awaits_weights = False
+        if tuner is not None:
+            tuner.forget()
         return state_dict
+
+
+def check_load(load: Load, expected: dict, adapter_name: str) -> None:
+    """Look at the weights that are going to be loaded.
+
+    Raises:
+        ValueError: there are none, or they do not fit.
+    """
+    if load.tensors is not None:
+        given = without_prefix(describe(load.tensors), load.loader.prefix)
+        check_fits(expected, given, adapter_name, names_may_change=True)
+    elif load.folder is not None:
+        check_weights(load.find_weights(), expected, adapter_name, load.loader.prefix)
 
 
 def side_information(model: nn.Module) -> SideInformation:
@@ -154,9 +180,10 @@ def side_information(model: nn.Module) -> SideInformation:
         return SideInformation()
 
 
-def _pass_adapter_names(_module, args, kwargs, adapter_names, thread):
+def _pass_adapter_names(_module, args, kwargs=None, *, adapter_names, thread):
+    # Another thread's forward has other rows. It may meet the hook half registered, and then calls it without kwargs.
     if get_ident() != thread:
-        return None  # another thread's forward, which has other rows
+        return None
     return args, {**kwargs, "adapter_names": adapter_names}
 
 

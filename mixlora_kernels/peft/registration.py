@@ -5,24 +5,33 @@ import importlib.metadata
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, register_peft_method
+from peft.utils.other import AuxiliaryTrainingWrapper
 from transformers import PreTrainedModel
 
-from .files import LOADING
+from .loading import missing_parameters
 
-# What the checks of loaded weights are hung on. A version without one of these would skip the check without a word.
-HOOKS = ((BaseTuner, "_remap_adapter_state_dict_for_load"), (PreTrainedModel, LOADING))
+LOADING = "_load_pretrained_model"  # of a transformers model: what its load_adapter() loads weights by
+
+# What the checks of loaded weights are hung on. A version without one of these would skip them without a word.
+HOOKS = (
+    (BaseTuner, "_remap_adapter_state_dict_for_load"),
+    (BaseTuner, "_check_target_module_exists"),
+    (AuxiliaryTrainingWrapper, "adapter_state_dict_load_map"),
+    (PreTrainedModel, LOADING),
+)
 
 
 def check_hooks() -> None:
-    """Raise an ImportError where the installed peft or transformers lacks what incomplete weights are refused by."""
-    for owner, name in HOOKS:
-        if not hasattr(owner, name):
-            package = owner.__module__.partition(".")[0]
-            version = importlib.metadata.version(package)
-            raise ImportError(
-                f"mixlora_kernels.peft does not know {package} {version}: without {owner.__name__}.{name}, incomplete "
-                "weights would be loaded silently. See constraints.txt for the versions that were tested"
-            )
+    """Raise an ImportError where the installed peft or transformers lacks what weights are checked by."""
+    lacking = [(owner, name) for owner, name in HOOKS if not hasattr(owner, name)]
+    lacking += [(owner, f"{name}({parameter})") for owner, name, parameter in missing_parameters()]
+    for owner, name in lacking:
+        package = owner.__module__.partition(".")[0]
+        version = importlib.metadata.version(package)
+        raise ImportError(
+            f"mixlora_kernels.peft does not know {package} {version}: without {owner.__name__}.{name}, weights would "
+            "be loaded unchecked. See constraints.txt for the versions that were tested"
+        )
 
 
 def add_peft_type(name: str) -> PeftType:

@@ -1,15 +1,24 @@
 """A second look at routing: what the last forward chose, and how narrowly."""
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from ..routing import Routing
 from .side_information import find_side_information
+from .targets import left_alone
 
 NEAR = 2**-7  # how far bfloat16 may round a probability: a choice won by less can turn out otherwise there
 
 
-def routing_report(model: nn.Module, near: float = NEAR) -> dict[str, dict[str, dict]]:
+class RoutingReport(dict):
+    """By adapter and layer, see ``routing_report``; and ``left_alone``, the experts that no adapter was put into, by
+    name, each with what it is."""
+
+    left_alone: dict[str, str]
+
+
+def routing_report(model: nn.Module, near: float = NEAR) -> RoutingReport:
     """How the adapters of each layer routed the last forward.
 
     Args:
@@ -20,7 +29,8 @@ def routing_report(model: nn.Module, near: float = NEAR) -> dict[str, dict[str, 
     Returns:
         By adapter and layer: ``instances``; and for each of the pools A and B ``usage_a`` [E], the number of
         instances that chose each factor, ``near_ties_a``, the share of instances at a near-tie at the border of the
-        r chosen, ``entropy_a``, the mean entropy of the probabilities in nats (at most ln E); likewise ``_b``.
+        r chosen, ``entropy_a``, the mean entropy of the probabilities in nats (at most ln E); likewise ``_b``. Its
+        attribute ``left_alone`` names the experts of a mixture of experts that no adapter was put into.
 
     Raises:
         ValueError: the model has no MixLoRA layers, or made no forward yet.
@@ -28,7 +38,8 @@ def routing_report(model: nn.Module, near: float = NEAR) -> dict[str, dict[str, 
     last = find_side_information(model).last
     if not last:
         raise ValueError("nothing to report: the adapted model made no forward yet")
-    report: dict[str, dict[str, dict]] = {}
+    report = RoutingReport()
+    report.left_alone = left_alone(model.get_base_model() if isinstance(model, PeftModel) else model)
     for (key, adapter), routing in last.items():
         report.setdefault(adapter, {})[key] = _summary(routing, near)
     return report

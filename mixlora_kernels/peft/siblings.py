@@ -1,13 +1,16 @@
 """Siblings: layers of one parent that read the same x are computed together, the first for all.
 
-A model calls q_proj, k_proj and v_proj one after the other. Which layers are siblings is observed, not told by names: in
-a forward, those with one parent that were called in succession with the same tensor. From the next forward on, the first
-of them computes all, and each of the others takes what was left for it, if it is called with the very same x, unchanged,
-in the same modes. Otherwise it computes alone, which gives the same bits. Nothing that was left outlives the forward.
+A model calls q_proj, k_proj and v_proj one after the other. The first of them computes all, and each of the others
+takes what was left for it, if it is called with the very same x, unchanged, in the same modes. Otherwise it computes
+alone, which gives the same bits. Nothing that was left outlives the forward.
+
+Which layers are siblings is observed: those of one parent that a forward calls in succession with one tensor. For the
+names of ``USUAL`` it is expected before the first forward, so that a run that is resumed has the bits of one that was
+not; what is expected or observed and does not hold in a forward is dropped after it.
 """
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,6 +25,15 @@ if TYPE_CHECKING:
     from .layer import MixLoRALayer
 
 
+USUAL = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("gate_proj", "up_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("wi_0", "wi_1"),
+)
+
+
 class Family:
     """The siblings that were observed, in the order of their calls. A copy of a layer observes its own."""
 
@@ -33,6 +45,19 @@ class Family:
 
     def __reduce__(self):
         return Family, ()
+
+
+def expect_families(layers: "Iterable[MixLoRALayer]") -> None:
+    """Make siblings of the layers that have a parent in common and the names of ``USUAL``."""
+    by_parent: dict[str, dict[str, MixLoRALayer]] = {}
+    for layer in layers:
+        by_parent.setdefault(layer.parent, {})[layer.key.rpartition(".")[2]] = layer
+    for children in by_parent.values():
+        for names in USUAL:
+            family = Family([children[name] for name in names if name in children])
+            if len({layer.in_features for layer in family.layers}) == 1 < len(family.layers):
+                for layer in family.layers:
+                    layer.family = family
 
 
 class Left(NamedTuple):
@@ -49,6 +74,7 @@ class Sharing:
 
     def __init__(self):
         self._left: dict[str, Left] = {}
+        self._refused: set[str] = set()  # layers that were called otherwise than what was left for them
         self._run: list[MixLoRALayer] = []  # the last layers called in succession with one x
         self._x = None
         self._observed: list[list[MixLoRALayer]] = []
@@ -61,8 +87,10 @@ class Sharing:
         if torch.compiler.is_compiling():
             return None
         left = self._left.pop(layer.key, None)
-        if left is not None and left.x is x and left.version == x._version and left.modes == _modes(layer, name):
-            return left.y
+        if left is not None:
+            if left.x is x and left.version == x._version and left.modes == _modes(layer, name):
+                return left.y
+            self._refused.add(layer.key)
         members = self._find_members(layer, name, x)
         if not members:
             self._observe(layer, x)
@@ -95,7 +123,7 @@ class Sharing:
 
     def end(self) -> None:
         """Drop what was left at the end of the forward, and hand the layers what was observed of them."""
-        idle = set(self._left)
+        idle = self._refused.union(self._left)
         self._left.clear()
         for members in self._led.values():
             if any(member.key in idle for member in members):
@@ -106,6 +134,7 @@ class Sharing:
         for run in self._observed:
             self._hand(run)
         self._run, self._x, self._observed, self._over = [], None, [], True
+        self._refused.clear()
 
     @staticmethod
     def _hand(layers: "Sequence[MixLoRALayer]") -> None:
@@ -124,7 +153,8 @@ class Sharing:
             self._run, self._x = [layer], weakref.ref(x)
 
     def _find_members(self, layer: "MixLoRALayer", name: str, x: Tensor) -> "Sequence[MixLoRALayer]":
-        """Those that the layer computes with itself. A recomputation saves what its forward saved, so it has the same."""
+        """Those that the layer computes with itself. A recomputation has to save what its forward saved, so it has the
+        same."""
         members = self._led.get(layer.key, ()) if self._over else layer.family.layers
         if not members or members[0] is not layer or type(x) is not Tensor or x.is_inference():
             return ()
@@ -134,9 +164,10 @@ class Sharing:
 
 def _modes(layer: "MixLoRALayer", name: str) -> tuple:
     """What the layers of a group must have in common, and a layer with the one that computed its result."""
-    adapter = layer.mixlora_adapter._modules.get(name)
+    adapters = layer.mixlora_adapter._modules
+    adapter = adapters.get(name)
     return (
-        layer._active_adapter,
+        [active for active in layer._active_adapter if active in adapters],
         layer._disable_adapters,
         layer.training,
         id(layer.configs.get(name)),

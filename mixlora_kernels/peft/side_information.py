@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..routing import Routing
 from .cache import KeptRouting, find_cache, find_past
-from .forward import Call, Forward, Recorded, detach
+from .forward import Call, Forward
+from .recorded import Recorded, detach
+from .siblings import expect_families
 
 # Where transformers and torch keep the function that checkpoints a layer.
 CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -48,12 +50,17 @@ class SideInformation:
 
     It holds no module, so that a layer can be copied without the model, and a model with its own copy of this. What
     runs is not copied.
+
+    Attributes:
+        shares: whether layers that read the same x are computed together; False: each by itself, with the same bits.
     """
 
     def __init__(self):
+        self.shares = True
         self._last: dict[tuple[str, str], Recorded] = {}
         self.decoder_paths: tuple[str, ...] = ()
         self._generates = True
+        self._expects_families = False
         self._handles: list = []
         self._each_thread = EachThread()
 
@@ -77,10 +84,12 @@ class SideInformation:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
+        self._expects_families = False  # a copy's layers have no families yet
         self._each_thread = EachThread()
 
     def install(self, model: nn.Module) -> None:
         """Hook the model and its decoder; once, however often it is called."""
+        self._expects_families = False
         if self._handles:
             return
         decoders = find_decoders(model)
@@ -147,6 +156,9 @@ class SideInformation:
         if call is None:  # called without the whole model
             call = Call(task=running.task[0], task_mask=running.task[1], generates=self._generates)
         past = find_past(named, None if shape is None else shape[1])
+        if not self._expects_families:
+            expect_families(layer for layer in module.modules() if vars(layer).get("side") is self)
+            self._expects_families = True
         running.forward = Forward(shape, named, call, module.training, past)
         if module.training and torch.is_grad_enabled():
             self._guard_checkpoints(module)
@@ -166,9 +178,8 @@ class SideInformation:
             return
         cache = forward.past.cache
         if cache is None:  # the decoder may have made one
-            cache = find_cache(
-                output.values() if isinstance(output, dict) else output if isinstance(output, tuple) else ()
-            )
+            parts = output if isinstance(output, tuple) else output.values() if isinstance(output, dict) else ()
+            cache = find_cache(parts)
         if cache is not None:
             prompt = forward.L - max(forward.keep - 1, 0)
             setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward.routings))

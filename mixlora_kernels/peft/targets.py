@@ -1,21 +1,78 @@
 """Which layers to adapt: the default choice, and a check of everybody's."""
 
 import re
+import warnings
+from collections import Counter
 from collections.abc import Callable
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from .config import ConditionalMixLoRAConfig
+from .linears import expert_modules, expert_routers, is_linear, outside_adapters
 from .side_information import find_decoders
+
+
+def choose_targets(model: nn.Module, config: ConditionalMixLoRAConfig) -> None:
+    """Put in the place of no ``target_modules``, or of ``"all-linear"``, what they stand for in this model.
+
+    Warns of experts that are left alone.
+
+    Raises:
+        ValueError: as ``decoder_linears``.
+    """
+    if config.target_modules is None:
+        config.target_modules = decoder_linears(model, config)
+        config.layers_to_transform = config.layers_pattern = None  # the expression holds their choice
+    elif is_all_linear(config.target_modules):
+        config.target_modules = all_linears(model)
+    else:
+        return
+    if beside := left_alone(model):
+        kinds = Counter((re.sub(r"(?<=\.)\d+(?=\.)", "*", name), what) for name, what in beside.items())
+        named = "; ".join(f"{name} ({count}): {what}" for (name, what), count in kinds.items())
+        warnings.warn(
+            f"{len(beside)} mixtures of experts and the routers that choose among their experts stay as they are, "
+            f"because an adapter cannot stand in for their experts ({named}); the other linear layers are adapted",
+            stacklevel=2,
+        )
+
+
+def is_all_linear(targets) -> bool:
+    return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def left_alone(model: nn.Module) -> dict[str, str]:
+    """The experts of the text decoder that no adapter was put into, by name, each with what it is."""
+    decoders = set(find_decoders(model))
+    paths = [name for name, module in model.named_modules() if module in decoders]
+    return {
+        name: what
+        for name, what in expert_modules(model).items()
+        if any(not path or name.startswith(f"{path}.") for path in paths)
+        and not any(isinstance(module, BaseTunerLayer) for module in model.get_submodule(name).modules())
+    }
+
+
+def all_linears(model: nn.Module) -> set[str]:
+    """The names of all linear layers but the head's, routers and what lies inside of experts."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    experts = expert_modules(model)
+    routers = expert_routers(model, experts)
+    return {
+        name
+        for name, module in outside_adapters(model)
+        if name and is_linear(module) and module is not head and name not in routers
+        if not name.startswith(tuple(f"{place}." for place in experts) or "\0")
+    }
 
 
 def decoder_linears(model: nn.Module, config: ConditionalMixLoRAConfig) -> str:
     """An expression for every linear layer inside the text decoder's layers (an encoder's, of a model without one).
 
-    The decoder is found by its place in the model: vision towers use the same names for their layers.
+    The decoder is found by its place in the model: vision towers use the same names for their layers. Mixtures of
+    experts keep their experts and routers as they are.
 
     Raises:
         ValueError: the model has no ``get_decoder``, or no list of layers there, or the layers wanted do not exist.
@@ -34,19 +91,23 @@ def decoder_linears(model: nn.Module, config: ConditionalMixLoRAConfig) -> str:
         raise ValueError(f"Please specify `target_modules`: {type(decoder).__name__} has no list of layers, so {ask}")
     indices = config.layers_to_transform
     indices = [indices] if isinstance(indices, int) else indices
-    inside = {}  # what stands below a layer, by whether it is linear
-    for name, module in _outside_adapters(decoder):
+    experts = expert_modules(decoder)
+    routers = expert_routers(decoder, experts)
+    inside = {}  # what stands below a layer, by whether it is a linear layer to adapt
+    for name, module in outside_adapters(decoder):
         head = next((head for head in lists if name.startswith(f"{head}.")), name)
         index, _, rest = name[len(head) + 1 :].partition(".")
         if rest and (not indices or int(index) in indices):
-            inside.setdefault(is_linear(module), set()).add(rest)
-    if not inside.get(True):
+            apart = name in routers or name.startswith(tuple(f"{place}." for place in experts) or "\0")
+            inside.setdefault(is_linear(module) and not apart, set()).add(rest)
+    chosen = inside.get(True, set()) - inside.get(False, set())
+    if not chosen:
         raise ValueError(
             f"no linear layers in {type(decoder).__name__}.{'|'.join(lists)}"
             + (f" with layers_to_transform={config.layers_to_transform}" if indices else "")
         )
     which = "|".join(map(str, sorted(indices))) if indices else r"\d+"
-    places = "|".join(map(re.escape, sorted(inside[True])))
+    places = "|".join(map(re.escape, sorted(chosen)))
     prefix = re.escape(path) + r"\." if path else ""
     return rf"{prefix}({'|'.join(map(re.escape, lists))})\.({which})\.({places})"
 
@@ -61,11 +122,9 @@ def _lists_of_layers(decoder: nn.Module) -> list[str]:
 def check_targets(model: nn.Module, config: ConditionalMixLoRAConfig, matches: Callable) -> None:
     """Raise a ValueError for names that no module has, and for targets that are not linear layers."""
     targets = config.target_modules
-    if targets == DUMMY_TARGET_MODULES or (
-        isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-    ):
+    if targets == DUMMY_TARGET_MODULES:
         return
-    modules = _outside_adapters(model)
+    modules = outside_adapters(model)
     if not isinstance(targets, str):
         unknown = sorted(
             target for target in targets if not any(f".{name}".endswith(f".{target}") for name, _ in modules if name)
@@ -77,24 +136,3 @@ def check_targets(model: nn.Module, config: ConditionalMixLoRAConfig, matches: C
             raise ValueError(
                 f"Target module {name} is not supported: MixLoRA adapts linear layers, got {type(module).__name__}"
             )
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module maps [..., d_in] to [..., d_out]: ``nn.Linear``, its quantised kin, GPT-2's ``Conv1D``."""
-    if isinstance(module, BaseTunerLayer):
-        module = module.get_base_layer()
-    if isinstance(module, (nn.Linear, Conv1D)):
-        return True
-    has_sizes = all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
-    return has_sizes and "Linear" in type(module).__name__
-
-
-def _outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules by name, without what lies inside of adapted layers."""
-    found, inside = [], ()
-    for name, module in model.named_modules():
-        if not name.startswith(inside or ("\0",)):
-            found.append((name, module))
-            if isinstance(module, BaseTunerLayer):
-                inside = (*inside, name + ".")
-    return found

@@ -10,6 +10,8 @@ import training
 from problem import Case
 from rounds import finish
 
+pytestmark = pytest.mark.slow
+
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 

@@ -22,6 +22,8 @@ from rounds import Runner
 
 import mixlora_kernels as mk
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 TRAINING = "forward+backward"
@@ -53,10 +55,11 @@ def results(quick) -> dict:
 def test_every_suite_and_implementation_has_rows(quick, results):
     rows = results["rows"]
     assert {row["suite"] for row in rows} == set(suites.NAMES) and results["failures"] == []
-    # Two need a compiler, at the measurement or at installation; where there was none the run says so.
-    absent = {name for name in ("compiled", "mixlora_torch") if f"{name} left out" in quick[1]}
-    expected = set(implementations.NAMES) - absent
+    # One needs a compiler; where there was none the run says so.
+    absent = {"compiled"} if "compiled left out" in quick[1] else set()
+    expected = {*implementations.NAMES, *suites.DECODER_NAMES} - absent
     assert {row["implementation"] for row in rows} == expected | {"copy", "product"}
+    assert {row["implementation"] for row in rows if row["suite"] == "decoder"} == set(suites.DECODER_NAMES)
     for suite in ("layer", "decode", "memory", "model", "training"):
         found = {row["implementation"] for row in rows if row["suite"] == suite}
         assert found >= {"base", "peft_lora", "eager", "published", "mixlora"}
@@ -88,7 +91,7 @@ def test_rows_are_complete(results):
 def test_the_backward_is_what_the_whole_takes_beyond_the_forward(results):
     rows = {(row["suite"], row["case"], row["implementation"], row["pass"]): row for row in results["rows"]}
     apart = [place for place in rows if place[-1] == "backward"]
-    assert {place[0] for place in apart} == {"layer", "scaling", "training"}
+    assert {place[0] for place in apart} == {"layer", "decoder", "scaling", "training"}
     for *place, _ in apart:
         forward, whole, backward = (rows[(*place, which)]["rounds_ms"] for which in ("forward", TRAINING, "backward"))
         assert backward == [None if a is None else b - a for a, b in zip(forward, whole)]
@@ -107,7 +110,7 @@ def test_summary_and_machine(results):
     assert results["arguments"]["quick"] is True
     assert all(bar["met"] is None and math.isfinite(bar["measured"]) for bar in results["summary"])
     # Each claim of the summary found its rows, but those about stages, whose times mean nothing here.
-    assert len(results["summary"]) == 17 + 2 + 8 + 1
+    assert len(results["summary"]) == 17 + 2 + 8 + 1 + 4
 
 
 def test_report_and_plots(quick):
@@ -129,7 +132,7 @@ def test_an_unknown_suite_is_refused():
     command = [sys.executable, "benchmarks/run.py", "--suite", "layers"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2 and "stages, layer, scaling, decode, memory, model, training" in done.stderr
+    assert done.returncode == 2 and "stages, layer, decoder, scaling, decode, memory, model, training" in done.stderr
 
 
 def test_paired_ratio_is_of_each_round():

@@ -188,3 +188,12 @@ def test_tasks_that_choose_apart_lie_apart(tmp_path):
         assert (tmp_path / name).stat().st_size > 500
     kept = np.load(tmp_path / "selection.npz")
     assert np.array_equal(kept["model.layers.0.mlp.down_proj.A"], found.chosen["model.layers.0.mlp.down_proj", "A"])
+
+
+def test_heat_maps_have_one_scale_that_an_outlier_does_not_set():
+    quiet, loud = torch.full((6, 6), 0.1).fill_diagonal_(1.0), torch.full((6, 6), -0.2).fill_diagonal_(1.0)
+    loud[0, 1] = -50.0
+    assert interference.colour_limit([quiet, loud]) == pytest.approx(0.2)  # of 60 scores, 59 are at most 0.2
+    lost = torch.full((2, 2), float("nan"))  # tasks without a gradient
+    assert interference.colour_limit([quiet, lost]) == pytest.approx(0.1)
+    assert interference.colour_limit([lost]) == 1.0

@@ -151,7 +151,7 @@ def test_images_become_rgb(images, name):
     ("name", "why"),
     [
         ("cut.jpg", "truncated"), ("cut.png", "truncated"), ("text.png", "not an image"), ("empty.png", "not an image"),
-        ("huge.png", "12000 x 12000 pixels are more than 100000000"), ("float.tiff", "floating point"),
+        ("huge.png", r"more than 89000000 pixels \(12000 x 12000\)"), ("float.tiff", "floating point"),
         ("none.png", "no such image"),
     ],
 )  # fmt: skip
@@ -180,12 +180,6 @@ def test_bad_records_are_reported_by_id_and_refused_when_strict(images, processo
     assert "4 of 5 records cannot be used" in caplog.text and "gone" in caplog.text
     with pytest.raises(ValueError, match="4 of 5 records"):
         Conversations.read(file, images, Encoder(processor), strict=True)
-
-
-def test_a_truncated_image_found_late_is_named_with_its_record(images, processor):
-    data = Conversations.read(write(images, [record("r7", "cut.png")]), images, Encoder(processor), decode=False)
-    with pytest.raises(BadImage, match=r"record r7: .*cut\.png: truncated"):
-        data[0]
 
 
 def test_items_and_batches(images, processor):

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from PIL import Image
 
 from integration.llava import chat, convert, digits, evaluate, generate, scores, selection, small
+from integration.llava.digest import model_digest
 from integration.llava.images import load_image
 from integration.llava.judge import LanguageModelJudge, exact, judge_prompt, read_verdict
 from integration.llava.model import load_adapter, load_llava
@@ -75,6 +76,53 @@ def test_a_stopped_run_goes_on(folder, adapted, tmp_path):
     assert [row["predict"] for row in again] == [row["predict"] for row in whole]
     with pytest.raises(ValueError, match="answers to other questions"):
         evaluate.predict(*adapted, questions[1:], images, out, template="bare")
+
+
+def test_answers_of_another_model_are_not_gone_on_with(folder, adapted, tmp_path):
+    """One weight, one setting of the adapter, the adapter switched off, another prompt: each is another's answers."""
+    model, processor = adapted
+    questions = evaluate.read_questions(folder / "data/eval/pope_pop.jsonl")
+    out, options = tmp_path / "pope_pop.jsonl", {"template": "bare", "max_new_tokens": 2, "batch_size": 5}
+    rows = evaluate.predict(model, processor, questions, folder / "data/images", out, model_id="first", **options)
+    assert {row["metadata"]["model_digest"] for row in rows} == {model_digest(model)}
+    lines = out.read_text().splitlines(keepends=True)
+
+    def go_on(expected: str | None, **other):
+        out.write_text("".join(lines[:5]))
+        if expected is None:
+            evaluate.predict(model, processor, questions, folder / "data/images", out, **options | other)
+            assert len(out.read_text().splitlines()) == len(lines)
+            return
+        with pytest.raises(ValueError, match=expected):
+            evaluate.predict(model, processor, questions, folder / "data/images", out, **options | other)
+        assert out.read_text() == "".join(lines[:5])
+
+    go_on(None)
+    weight = next(parameter for name, parameter in model.named_parameters() if name.endswith("router_B"))
+    with torch.no_grad():
+        weight[0, 0] += 1e-6
+    go_on(r"another model or adapter \(first; digest")
+    with torch.no_grad():
+        weight[0, 0] -= 1e-6
+    model, _ = load_adapter(load_llava(folder / "base")[0], folder / "adapter")  # the same again, from its files
+    go_on(None)
+    model.peft_config["default"].decode = "token"
+    go_on("another model or adapter")
+    model.peft_config["default"].decode = "prompt"
+    with model.disable_adapter():
+        go_on("another model or adapter")
+    go_on("other questions", template="v1")
+    lines[0] = lines[0].replace(', "model_digest": "' + model_digest(model) + '"', "")
+    go_on("answers of another model|an unknown model")
+
+
+def test_a_digest_knows_dtypes_and_needs_values(folder):
+    model, _ = load_llava(folder / "base")
+    before = model_digest(model)
+    assert model_digest(load_llava(folder / "base")[0]) == before
+    assert model_digest(load_llava(folder / "base", torch.bfloat16)[0]) != before
+    with pytest.raises(ValueError, match="on the meta device"):
+        model_digest(model.to("meta"))
 
 
 def test_a_bad_image_is_counted_as_wrong(folder, adapted, tmp_path):

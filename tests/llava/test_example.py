@@ -6,6 +6,8 @@ import pytest
 
 from integration.llava import digits, example
 
+pytestmark = pytest.mark.slow
+
 
 def test_example_keeps_its_promises(tmp_path):
     figures = example.main(["--output", str(tmp_path), "--quick"])
@@ -17,6 +19,6 @@ def test_example_keeps_its_promises(tmp_path):
     for name in ("samples.png", "loss.png", "interference.png", "selection/tsne.png", "selection/usage.png"):
         assert f"]({name})" in report and (tmp_path / name).stat().st_size > 5000
     scores = json.loads((tmp_path / "predictions/mixlora/scores.json").read_text())
-    assert set(scores["tasks"]) == {*digits.TASKS, "pope_pop"} and "f1" in scores["tasks"]["pope_pop"]["pope"]
+    assert set(scores["tasks"]) == set(digits.TASKS)
     with pytest.raises(SystemExit):
         example.main(["--output", str(tmp_path), "--quick"])

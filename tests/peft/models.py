@@ -4,13 +4,21 @@ import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
+import peft
+import pytest
 import torch
 import transformers as hf
+from packaging.version import Version
 from peft import get_peft_model
 from torch import nn
 
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
+# transformers' own add_adapter and load_adapter refuse any method of an older peft, plain LoRA as well.
+needs_transformers_adapters = pytest.mark.skipif(
+    Version(hf.__version__) >= Version("5.24") and Version(peft.__version__) < Version("0.22"),
+    reason=f"add_adapter of transformers {hf.__version__} asks for peft 0.22, here is {peft.__version__}",
+)
 VOCABULARY, IMAGE_TOKEN, HIDDEN = 96, 95, 32
 TEXT = {
     "vocab_size": VOCABULARY,

@@ -7,6 +7,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ..cases import needs_compiler
 from .models import TEXT, adapt, gradients, pad, prompts, relative
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5  # float32, and a compiled graph sums in another order
 
 

@@ -17,6 +17,8 @@ from safetensors.torch import load
 
 from .models import adapt, build, gradients, pad, prompts, trained
 
+pytestmark = pytest.mark.slow
+
 WORLD = 2
 # In float32: the two halves' gradients are averaged in another order than one process adds them up.
 TOLERANCE = 1e-6

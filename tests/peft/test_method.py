@@ -14,7 +14,7 @@ from torch import nn
 from mixlora_kernels import MixLoRAConfig
 from mixlora_kernels.peft import ConditionalMixLoRAConfig, ConditionalMixLoRAModel, MixLoRALayer
 
-from .models import FAMILIES, adapt, build, gradients, pad, prompts, trained
+from .models import FAMILIES, adapt, build, gradients, needs_transformers_adapters, pad, prompts, trained
 
 ROUTERS = ("router_A", "router_B", "router_AB")
 
@@ -177,6 +177,7 @@ def test_adapter_holds_only_its_own_parameters(tmp_path):
     assert len(saved) == layers * 7 * 5
 
 
+@needs_transformers_adapters
 def test_transformers_loads_it(tmp_path):
     base = build()
     model = adapt(base)
@@ -191,6 +192,7 @@ def test_transformers_loads_it(tmp_path):
     assert torch.equal(logits_of(other), logits_of(base))
 
 
+@needs_transformers_adapters
 def test_transformers_adds_and_saves_it(tmp_path):
     base = build()
     model = copy.deepcopy(base)

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import mixlora_kernels.adapter
+from mixlora_kernels.peft import siblings
 
 from .models import adapt, build
 
@@ -31,27 +32,33 @@ def test_no_more_than_pefts_own_lora_layer(monkeypatch):
         "lora": get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=targets, lora_dropout=0.05)).train(),
         "mixlora": adapt(base, target_modules=targets).train(),
     }
-    results = {}
-    operation = mixlora_kernels.adapter.mixlora
+    results, adapted = {}, set()
 
-    def remembered(x, base, factors, *args, **kwargs):
-        key = id(factors.lora_A)
-        if key not in results:
-            results[key] = operation(x, base, factors, *args, **kwargs)
-        return results[key]
+    def remember(operation, list_factors):
+        def remembered(x, base, factors, *args, **kwargs):
+            keys = tuple(id(one.lora_A) for one in list_factors(factors))
+            if keys not in results:
+                results[keys] = operation(x, base, factors, *args, **kwargs)
+                adapted.update(keys)
+            return results[keys]
 
-    monkeypatch.setattr(mixlora_kernels.adapter, "mixlora", remembered)
+        return remembered
+
+    monkeypatch.setattr(
+        mixlora_kernels.adapter, "mixlora", remember(mixlora_kernels.adapter.mixlora, lambda one: [one])
+    )
+    monkeypatch.setattr(siblings, "mixlora_siblings", remember(siblings.mixlora_siblings, list))
     batch = {"input_ids": torch.randint(3, 90, (2, 4)), "attention_mask": torch.ones(2, 4), "use_cache": False}
     times = dict.fromkeys(models, float("inf"))
     for _ in range(40):
         for name, model in models.items():
             times[name] = min(times[name], _time(lambda model=model: model(**batch)))
-    assert len(results) == 14  # every layer, and no other
+    assert len(adapted) == 14 and len(results) == 8  # every layer, and no other; siblings together
     # The remembered output also spares the frozen product, which the base model has: count it for MixLoRA.
     x, frozen = torch.randn(2, 4, 32), base.model.layers[0].self_attn.q_proj
     product = min(_time(lambda: frozen(x)) for _ in range(200))
-    lora = (times["lora"] - times["base"]) / len(results)
-    ours = (times["mixlora"] - times["base"]) / len(results) + product
+    lora = (times["lora"] - times["base"]) / len(adapted)
+    ours = (times["mixlora"] - times["base"]) / len(adapted) + product
     assert ours <= lora, f"{ours * 1e6:.1f} us a layer, LoRA {lora * 1e6:.1f} us"
 
 

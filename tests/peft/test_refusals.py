@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load, save_file
 from torch import nn
 
 from mixlora_kernels.peft import ConditionalMixLoRAConfig, routing_report, task_embedding
 from mixlora_kernels.peft.registration import HOOKS, check_hooks
 
-from .models import adapt, build, prompts
+from .models import adapt, build, needs_transformers_adapters, prompts
 
 IDS = torch.stack([tokens[:6] for tokens in prompts(2)])
 WEIGHTS = "adapter_model.safetensors"
@@ -225,10 +225,6 @@ def test_packing_that_contradicts_itself(told, message):
 
 def test_labels():
     model = adapt(build(), pool="prompt").train()
-    with pytest.raises(ValueError, match="needs labels"):
-        model(input_ids=IDS)
-    with pytest.raises(ValueError, match="pooled token"):
-        model(input_ids=IDS, labels=IDS)  # no prompt at all
     with pytest.raises(ValueError, match="labels must have the shape"):
         model(input_ids=IDS, labels=IDS[:, :3])
 
@@ -240,8 +236,7 @@ def test_a_prompt_in_chunks():
     cache = model(input_ids=IDS[:, :3], use_cache=True).past_key_values
     with pytest.raises(ValueError, match="prefilled in chunks"):
         model(input_ids=IDS[:, 3:], past_key_values=cache)
-    injected = model.unload()
-    injected.add_adapter(ConditionalMixLoRAConfig(r=1, num_factors=2))
+    injected = inject_adapter_in_model(ConditionalMixLoRAConfig(r=1, num_factors=2), model.unload())
     with pytest.raises(ValueError, match="prefilled in chunks"):
         injected.generate(input_ids=IDS, max_new_tokens=2, prefill_chunk_size=3)
 
@@ -289,6 +284,7 @@ def test_a_report_before_a_forward():
         routing_report(build())
 
 
+@needs_transformers_adapters
 @pytest.mark.parametrize("how", ["truncated", "corrupt", "pickle", "missing", "unknown", "shapes"])
 def test_transformers_own_loading(saved, how, tmp_path_factory):
     """Its log would report tensors that are missing or of another shape, and the model would go on without them."""

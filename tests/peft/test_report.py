@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mixlora_kernels.peft import plot_routing, routing_report
-from mixlora_kernels.peft.forward import Recorded
+from mixlora_kernels.peft.recorded import Recorded
 from mixlora_kernels.peft.report import NEAR
 
 from .models import adapt, build, pad, prompts

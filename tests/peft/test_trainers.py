@@ -1,7 +1,7 @@
 """The training loops of transformers and TRL around an adapted model."""
 
 import copy
-from contextlib import nullcontext
+import warnings
 
 import pytest
 import torch
@@ -117,7 +117,9 @@ def sft(folder, rows, **options):
 def test_trl(tmp_path, options):
     """Instances are told apart as TRL collates them, by a mask or by positions."""
     rows = [{"input_ids": row["input_ids"].tolist()} for row in examples()]
-    with pytest.warns() if options else nullcontext():  # TRL warns that only flash attention separates packed rows
+    with warnings.catch_warnings():
+        # From 1.1 on TRL warns that only flash attention separates packed rows. Here positions do.
+        warnings.simplefilter("ignore")
         trainer, seen = sft(tmp_path, rows, **options)
     start = adapt(build(), init_weights=True)
     assert trainer.model.peft_config["default"].peft_type == "CONDITIONAL_MIXLORA"

@@ -47,8 +47,8 @@ def _weigh(values: Tensor, group: Group, routing: Routing) -> Tensor:
     instance."""
     G, B, R = routing.gate.shape
     weight = (routing.gate * group.options.scale).transpose(0, 1).reshape(B, G * R)
-    weighed = group.instances.by_token(values) * group.instances.expand(weight)
-    return weighed.view(len(values), G * R).to(values.dtype)
+    weighed = (group.instances.by_token(values) * group.instances.expand(weight)).view(values.shape)
+    return weighed if weighed.dtype is values.dtype else weighed.to(values.dtype)
 
 
 def _choice(group: Group, routing: Routing, g: int) -> Choice:

@@ -49,14 +49,20 @@ class Choice(NamedTuple):
 def choose(pools: Sequence[Tensor], index: Tensor, instances: Instances, dtype: torch.dtype) -> Choice:
     """The choice ``index`` [G, B, R] among the pools [E, W] of G siblings, for products in ``dtype``."""
     G, B, R = index.shape
-    pool = (pools[0] if G == 1 else torch.cat(tuple(pools))).to(dtype)
-    if G > 1:
-        index = index + torch.arange(0, len(pool), len(pool) // G, device=index.device)[:, None, None]
-    columns = index.transpose(0, 1).reshape(B, G * R)
-    length = instances.length
-    # A graph being compiled would be compiled again for either way.
-    gathers = length is not None and not torch.compiler.is_compiling() and length >= TOKENS * R
-    return Choice(pool, columns, instances, gathers)
+    if G == 1:
+        pool, columns = pools[0], index[0]
+    else:
+        pool = torch.cat(tuple(pools))
+        first = torch.arange(0, pool.shape[0], pool.shape[0] // G, device=index.device)
+        columns = (index + first[:, None, None]).transpose(0, 1).reshape(B, G * R)
+    # A GPU multiplies with the whole pool in the same time; a graph being compiled would be compiled for either way.
+    gathers = (
+        not torch.compiler.is_compiling()
+        and index.device.type == "cpu"
+        and instances.length is not None
+        and instances.length >= TOKENS * R
+    )
+    return Choice(pool if pool.dtype is dtype else pool.to(dtype), columns, instances, gathers)
 
 
 def products(m: Tensor, choice: Choice) -> Tensor:
@@ -88,6 +94,5 @@ def collect(s: Tensor, m: Tensor, choice: Choice) -> Tensor:
     if not choice.gathers:
         return choice.place(s).T @ m
     parts = torch.bmm(choice.batched(s).mT, choice.batched(m)).flatten(0, 1)  # [B * K, W]
-    # A product with indicators in the place of a scattered sum, whose order is not fixed on a GPU.
-    rows = torch.arange(len(choice.pool), device=m.device)
-    return (rows[:, None] == choice.columns.flatten()).to(parts.dtype) @ parts
+    total = torch.zeros(choice.pool.shape, dtype=torch.promote_types(parts.dtype, torch.float32), device=parts.device)
+    return total.index_add_(0, choice.columns.flatten(), parts.to(total.dtype))  # in a fixed order on a CPU

@@ -31,25 +31,39 @@ def route(read: Tensor, factors: Sequence[Factors], options: Options) -> tuple[R
     Returns:
         The routing, its tensors [G, B, ...]; and for the backward p_IFS and p_CFS [G, B, E] and q [G, R, E, B].
     """
-    G, r = len(factors), options.r
-    # One product for each router: the bits of a product depend on the number of its columns.
-    routers = join_routers(factors, options)
-    logits = torch.bmm(read.expand(len(routers), -1, -1), routers.mT)  # [G or 2 * G, B, E]
-    probs_a = torch.softmax(logits[:G], -1)  # Equation 6
-    index_a = top_r(probs_a, r)
-    if options.tied:
-        gate = _gate(options.gate, (probs_a, index_a))
-        return Routing(index_a, index_a, gate, probs_a, probs_a), (None, None, None)
-    probs_b = p_ifs = torch.softmax(logits[G:], -1)
-    p_cfs = q = None
+    logits = torch.stack([router_logits(read, router) for router in list_routers(factors, options)])
+    logits_a, logits_b = logits[: len(factors)], None if options.tied else logits[len(factors) :]
+    table = None
     if options.conditioning is not None:
-        table = torch.stack([condition_table(own, options) for own in factors])
+        table = torch.stack([condition_table(*_conditional(own, options), options.conditioning) for own in factors])
+    return choose_factors(logits_a, logits_b, table, options.r, options.gate)
+
+
+def router_logits(read: Tensor, router: Tensor) -> Tensor:
+    """read [B, d_route] · router [E, d_route]ᵀ, a product by itself with the factors in its rows: the bits of a product
+    depend on the number of its columns and on a column's place, and equal rows of a router are to give equal logits."""
+    return (router.to(read.dtype) @ read.T).T
+
+
+def choose_factors(
+    logits_a: Tensor, logits_b: Tensor | None, table: Tensor | None, r: int, gate: str
+) -> tuple[Routing, Saved]:
+    """Equations 6 to 8 from the routers' logits [G, B, E], B's None where pairs are tied, and T [G, R, E, E], None
+    without conditioning. Returns what ``route`` does."""
+    probs_a = torch.softmax(logits_a, -1)  # Equation 6
+    index_a = top_r(probs_a, r)
+    if logits_b is None:
+        weight = _gate(gate, (probs_a, index_a))
+        return Routing(index_a, index_a, weight, probs_a, probs_a), (None, None, None)
+    probs_b = p_ifs = torch.softmax(logits_b, -1)
+    p_cfs = q = None
+    if table is not None:
         q = torch.softmax(table.gather(3, _columns(index_a, table.shape[2])), 2)  # Equation 7: [G, R, E, B]
         p_cfs = torch.softmax(q.sum(1).transpose(1, 2), -1)
         probs_b = p_ifs + p_cfs  # Equation 8
     index_b = top_r(probs_b, r)
-    gate = _gate(options.gate, (probs_a, index_a), (probs_b, index_b))
-    return Routing(index_a, index_b, gate, probs_a, probs_b), (p_ifs, p_cfs, q)
+    weight = _gate(gate, (probs_a, index_a), (probs_b, index_b))
+    return Routing(index_a, index_b, weight, probs_a, probs_b), (p_ifs, p_cfs, q)
 
 
 def route_backward(
@@ -80,34 +94,43 @@ def route_backward(
             dq = _softmax_backward(dprobs[1], p_cfs, -1, p_cfs.dtype)  # [G, B, E], the same for every slot
             dc = _softmax_backward(dq.transpose(1, 2).unsqueeze(1).expand_as(q), q, 2, q.dtype)  # [G, R, E, B]
             dtable = dc.new_zeros(*q.shape[:3], q.shape[2]).scatter_add_(3, _columns(index_a, q.shape[2]), dc)
-            tables = zip(*(condition_table_backward(*pair, options) for pair in zip(dtable, factors)))
+            tables = zip(
+                *[
+                    condition_table_backward(d, *_conditional(own, options), options.conditioning)
+                    for d, own in zip(dtable, factors)
+                ]
+            )
     stacked = (dlogits[0] if options.tied else torch.cat(dlogits)).transpose(0, 1).flatten(1)  # [B, (2 *) G * E]
     drouters = (stacked.T @ read).chunk(len(dlogits) * G)
-    dread = stacked @ join_routers(factors, options).flatten(0, 1)
+    dread = stacked @ torch.cat(list_routers(factors, options)).to(stacked.dtype)
     dlora_A, drouter_AB = tables
     return dread, dlora_A, drouters[:G], (nothing if options.tied else drouters[G:]), drouter_AB
 
 
-def join_routers(factors: Sequence[Factors], options: Options) -> Tensor:
-    """The siblings' routers, A's first: [2 * G, E, d_route], or [G, E, d_route] where pairs are tied."""
+def list_routers(factors: Sequence[Factors], options: Options) -> list[Tensor]:
+    """The siblings' routers [E, d_route], A's first, then, unless pairs are tied, B's."""
     routers = [own.router_A for own in factors]
-    if not options.tied:
-        routers += [own.router_B for own in factors]
-    return (routers[0].unsqueeze(0) if len(routers) == 1 else torch.stack(routers)).to(options.precise)
+    return routers if options.tied else routers + [own.router_B for own in factors]
 
 
-def condition_table(factors: Factors, options: Options) -> Tensor:
-    """T [R, E, E]: what is said of each factor of B (second) by each factor of A in slot i (third)."""
-    lora_A, router_AB = factors.lora_A.to(options.precise), factors.router_AB.to(options.precise)
-    if options.conditioning == "published":
+def _conditional(factors: Factors, options: Options) -> tuple[Tensor, Tensor]:
+    """What T is made of, in the precision of routing."""
+    return factors.lora_A.to(options.precise), factors.router_AB.to(options.precise)
+
+
+def condition_table(lora_A: Tensor, router_AB: Tensor, conditioning: str) -> Tensor:
+    """T [R, E, E]: what is said of each factor of B (second) by each factor of A in slot i (third), from lora_A [E, D]
+    and router_AB [R, E, D] in the precision of routing."""
+    if conditioning == "published":
         return router_AB.sum(-1)[:, :, None] * lora_A.sum(-1)
     return (router_AB.flatten(0, 1) @ lora_A.T).view(router_AB.shape[0], -1, lora_A.shape[0])
 
 
-def condition_table_backward(dtable: Tensor, factors: Factors, options: Options) -> tuple[Tensor, Tensor]:
+def condition_table_backward(
+    dtable: Tensor, lora_A: Tensor, router_AB: Tensor, conditioning: str
+) -> tuple[Tensor, Tensor]:
     """The gradients of ``lora_A`` and ``router_AB`` from that of T."""
-    lora_A, router_AB = factors.lora_A.to(options.precise), factors.router_AB.to(options.precise)
-    if options.conditioning == "published":
+    if conditioning == "published":
         dlora_A = (dtable * router_AB.sum(-1)[:, :, None]).sum((0, 1))[:, None].expand_as(lora_A)
         return dlora_A, (dtable * lora_A.sum(-1)).sum(-1)[..., None].expand_as(router_AB)
     dtable = dtable.flatten(0, 1)  # [R * E, E]

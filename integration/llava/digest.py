@@ -1,0 +1,60 @@
+"""A digest of a model with its adapters: two that answer differently have two."""
+
+import dataclasses
+import hashlib
+import json
+
+import torch
+from torch import nn
+
+# What a configuration says about where a model lies and who wrote it, not about what it computes.
+ABOUT = {
+    "_name_or_path", "name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "auto_mapping", "architectures",
+}  # fmt: skip
+
+
+def model_digest(model: nn.Module) -> str:
+    """Of all weights, by name, dtype, shape and value; of the model's and the adapters' configurations; and of which
+    adapters are at work. 32 hexadecimal digits. Reading 14 GB of weights takes some ten seconds.
+
+    Raises:
+        ValueError: a weight is on the meta device, without a value.
+    """
+    total = hashlib.sha256(json.dumps(_settings(model), sort_keys=True, default=_plain).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not isinstance(tensor, torch.Tensor):  # some modules keep settings of their own in their state
+            total.update(f"{name} {tensor}".encode())
+            continue
+        if tensor.is_meta:
+            raise ValueError(f"{name} is on the meta device and has no value: load the model before it is asked")
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return total.hexdigest()[:32]
+
+
+def _settings(model: nn.Module) -> dict:
+    adapters = getattr(model, "peft_config", {})
+    return {
+        "model": _essential(model.config.to_dict()) if hasattr(model, "config") else None,
+        "adapters": {name: _essential(_as_dict(config)) for name, config in adapters.items()},
+        "active": list(getattr(model, "active_adapters", [])) if adapters else [],
+        "disabled": any(getattr(module, "disable_adapters", None) is True for module in model.modules()),
+    }
+
+
+def _as_dict(config) -> dict:
+    return dataclasses.asdict(config) if dataclasses.is_dataclass(config) else dict(config)
+
+
+def _essential(value):
+    if isinstance(value, dict):
+        return {str(key): _essential(item) for key, item in value.items() if key not in ABOUT}
+    if isinstance(value, set | frozenset):
+        return sorted(map(str, value))
+    return [_essential(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _plain(value) -> str:
+    """For what JSON does not know, such as dtypes and enums."""
+    return str(value)

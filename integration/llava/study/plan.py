@@ -1,0 +1,124 @@
+"""Which runs there are, and in which order: what matters most comes first.
+
+The learning rate of every method and suite is searched in the same way: three rates, a factor of two apart, with seed
+0; while the best is the first or the last of those tried, the next one beyond it, at most twice on either side. The
+rate with the highest accuracy on the choosing split is taken, the lower one where two are equal. What is reported are
+other seeds, on other pictures.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from .methods import METHODS
+from .tuning import SEARCHED, Run
+
+STEPS = {"conflict8": 400, "many": 400, "related": 200, "conflict32": 800}
+BEYOND = 2  # rates that a search may go beyond the first three, on either side
+HEADLINE = (
+    "untuned", "lora_r4", "lora_r16", "lora_r24", "paper", "normalized", "tied", "tied_normalized",
+    "tied_normalized_prompt",
+)  # fmt: skip
+DETAILED = 1  # the seed whose runs record interference and single choices
+
+
+class Wave(NamedTuple):
+    """Runs of one importance: every method on every suite, its rate searched, with these seeds."""
+
+    suites: tuple[str, ...]
+    methods: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+FULL = (
+    Wave(("conflict8",), ("untuned", "lora_r4", "lora_r16", "lora_r24", "paper", "tied_normalized"), (1, 2, 3)),
+    Wave(("many",), ("untuned", "lora_r4", "lora_r24", "paper", "tied_normalized"), (1, 2, 3)),
+    Wave(("conflict8",), ("tied_normalized_prompt", "normalized", "tied"), (1, 2, 3)),
+    Wave(("many",), ("lora_r16", "tied_normalized_prompt", "normalized", "tied"), (1, 2, 3)),
+    Wave(("conflict8",), ("fixed", "lora_r62", "random"), (1, 2, 3)),
+    Wave(("related",), HEADLINE, (1, 2, 3)),
+    Wave(("conflict8",), ("lora_r4_longer", "lora_r16_longer", "paper_longer", "tied_normalized_longer"), (1, 2, 3)),
+    Wave(("conflict8", "many"), HEADLINE, (4, 5)),
+    Wave(("conflict8",), ("lora_r4_scaling8", "paper_scaling2", "unconditional", "released", "task"), (1, 2, 3)),
+    Wave(("many",), ("fixed", "lora_r62", "random", "unconditional"), (1, 2, 3)),
+    Wave(("conflict32",), HEADLINE, (1, 2, 3)),
+    Wave(("conflict8",), ("lora_r4", "tied_normalized"), (11, 12, 13, 14, 15)),  # a second time, to confirm the first
+    Wave(("conflict8",), ("specialists_r4", "paper_prompt", "lora_r2", "lora_r8", "lora_r32"), (1, 2, 3)),
+    Wave(("conflict8",), ("paper_e16_r2", "paper_e32_r2", "paper_e32_r4", "paper_e16_r8", "paper_e32_r8"), (1, 2, 3)),
+    Wave(("many",), ("lora_r4_scaling8", "paper_scaling2", "released", "task", "paper_prompt"), (1, 2, 3)),
+    Wave(("related", "conflict32"), HEADLINE, (4, 5)),
+    Wave(("many",), ("lora_r2", "lora_r8", "lora_r32", "paper_e16_r2", "paper_e32_r2", "paper_e32_r4"), (1, 2, 3)),
+    Wave(("many",), ("paper_e16_r8", "paper_e32_r8", "lora_r4_longer", "lora_r16_longer"), (1, 2, 3)),
+    Wave(("many",), ("paper_longer", "tied_normalized_longer"), (1, 2, 3)),
+    Wave(("related",), ("specialists_r4", "fixed"), (1, 2, 3)),
+)
+QUICK = (Wave(("conflict8",), ("untuned", "lora_r4", "paper", "tied_normalized"), (1,)),)
+QUICK_STEPS = {"conflict8": 150}
+
+Found = Mapping[Run, float]  # accuracy on the choosing split of the runs that are done
+
+
+def steps(suite: str, method: str, given: Mapping[str, int] = STEPS) -> int:
+    return given[suite] * METHODS[method].longer
+
+
+def search(suite: str, method: str, found: Found, given: Mapping[str, int] = STEPS) -> tuple[list[Run], float | None]:
+    """The runs of a search that are known so far, and the rate that it ends with; None while runs are missing."""
+    first = METHODS[method].rate
+
+    def at(place: int) -> Run:
+        return Run(suite, method, first * 2.0**place, SEARCHED, steps(suite, method, given))
+
+    if METHODS[method].kind == "untuned":
+        return [], first
+    low, high = -1, 1
+    while True:
+        places = range(low, high + 1)
+        runs = [at(place) for place in places]
+        if any(run not in found for run in runs):
+            return runs, None
+        best = max(places, key=lambda place: (found[at(place)], -place))
+        if best == low > -1 - BEYOND:
+            low -= 1
+        elif best == high < 1 + BEYOND:
+            high += 1
+        else:
+            return runs, at(best).rate
+
+
+def chosen(suite: str, method: str, found: Found, given: Mapping[str, int] = STEPS) -> float | None:
+    """The learning rate of a method on a suite; None while its search is not done."""
+    return search(suite, method, found, given)[1]
+
+
+def ordered(found: Found, waves: tuple[Wave, ...] = FULL, given: Mapping[str, int] = STEPS) -> Iterator[Run]:
+    """All runs that are known so far, done or not, the most important first; some come twice.
+
+    A run is known once the rate that it needs has been chosen.
+    """
+    for wave in waves:
+        for suite in wave.suites:
+            for method in wave.methods:
+                runs, rate = search(suite, method, found, given)
+                yield from runs
+                if rate is not None:
+                    for seed in wave.seeds:
+                        yield Run(suite, method, rate, seed, steps(suite, method, given), seed == DETAILED)
+
+
+def least(waves: tuple[Wave, ...] = FULL) -> dict[Wave, int]:
+    """How many runs each wave adds at least, where no search goes beyond its three rates."""
+    known: set = set()
+    counts = {}
+    for wave in waves:
+        new = {
+            (suite, method, *which)
+            for suite in wave.suites
+            for method in wave.methods
+            for which in [
+                *([("search", n) for n in range(3)] if METHODS[method].kind != "untuned" else []),
+                *[("seed", seed) for seed in wave.seeds],
+            ]
+        } - known
+        known |= new
+        counts[wave] = len(new)
+    return counts

@@ -1,0 +1,106 @@
+"""What is a linear layer, and what of a mixture of experts stands beside the linear layers and is left alone."""
+
+import copy
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+# Libraries whose subclasses of nn.Linear are linear layers with quantised weights. Their kernels run on devices of
+# their own, and some rewrite the weight when they first run, so they are not tried out.
+QUANTISING = ("bitsandbytes", "torchao", "gptqmodel", "hqq", "aqlm", "eetq", "optimum", "transformers.integrations")
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module maps [..., d_in] to [..., d_out]: ``nn.Linear``, its quantised kin, GPT-2's ``Conv1D``.
+
+    A subclass of ``nn.Linear`` with a forward of its own is tried out: a mixture of experts has routers among them,
+    which return several tensors, and grouped layers, which take other shapes.
+    """
+    if isinstance(module, BaseTunerLayer):
+        module = module.get_base_layer()
+    if isinstance(module, nn.Linear):
+        library = f"{type(module).__module__}."
+        return (
+            type(module).forward is nn.Linear.forward
+            or library.startswith(tuple(f"{name}." for name in QUANTISING))
+            or _maps_as_linear(module)
+        )
+    if isinstance(module, Conv1D):
+        return True
+    sizes = (("in_features", "out_features"), ("infeatures", "outfeatures"))
+    has_sizes = any(all(isinstance(getattr(module, name, None), int) for name in pair) for pair in sizes)
+    return has_sizes and "Linear" in type(module).__name__
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """d_in and d_out of a linear layer, also of one that has adapters."""
+    return _get_in_out_features(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+
+
+def _maps_as_linear(module: nn.Linear) -> bool:
+    """Run the forward on the meta device, where nothing is computed: only the shapes are found out."""
+    stand_in = copy.copy(module)
+    stand_in._parameters = {
+        name: None if value is None else nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
+        for name, value in module._parameters.items()
+    }
+    x = torch.empty(2, 3, module.in_features, device="meta", dtype=stand_in.weight.dtype)
+    try:
+        y = type(module).forward(stand_in, x)
+    except Exception:  # whatever it needs, it is not what a linear layer is given
+        return False
+    return isinstance(y, Tensor) and y.shape == (2, 3, module.out_features)
+
+
+def expert_modules(model: nn.Module) -> dict[str, str]:
+    """The experts that no adapter can stand in for, by name, each with what it is.
+
+    They see the tokens that were sent to them instead of a sequence, so that an instance's routing cannot be found
+    there; and where they are parameters of three dimensions there is no layer to take the place of.
+    """
+    found: dict[str, str] = {}
+    for name, module in outside_adapters(model):
+        if name.startswith(tuple(f"{outer}." for outer in found) or "\0"):
+            continue
+        stacks = _stacks(module)
+        if stacks:
+            shapes = ", ".join(f"{key} {list(value.shape)}" for key, value in stacks.items())
+            found[name] = f"{type(module).__name__} with {shapes}"
+        elif name.rpartition(".")[2] == "experts" and isinstance(module, nn.ModuleList):
+            found[name] = f"{len(module)} separate experts"
+    return found
+
+
+def expert_routers(model: nn.Module, experts: dict[str, str]) -> set[str]:
+    """The linear layers that send tokens to experts: beside experts, with an output for each of them."""
+    routers = set()
+    for place in experts:
+        module = model.get_submodule(place)
+        count = len(module) if isinstance(module, nn.ModuleList) else next(iter(_stacks(module).values())).shape[0]
+        block = place.rpartition(".")[0]
+        for name, beside in model.get_submodule(block).named_modules(prefix=block):
+            if not f"{name}.".startswith(f"{place}.") and is_linear(beside) and linear_sizes(beside)[1] == count:
+                routers.add(name)
+    return routers
+
+
+def _stacks(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters that are stacks of matrices, [experts, ..., ...]."""
+    if isinstance(module, CONVOLUTIONS):
+        return {}
+    own = module.named_parameters(recurse=False)
+    return {name: value for name, value in own if value.dim() >= 3 and min(value.shape) > 1}
+
+
+def outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules by name, without what lies inside of adapted layers."""
+    found, inside = [], ()
+    for name, module in model.named_modules():
+        if not name.startswith(inside or ("\0",)):
+            found.append((name, module))
+            if isinstance(module, BaseTunerLayer):
+                inside = (*inside, name + ".")
+    return found

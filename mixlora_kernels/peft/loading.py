@@ -1,0 +1,122 @@
+"""Is an adapter being loaded, and from where?
+
+peft and transformers make the layers of a saved adapter first and open its weights afterwards, and what makes the
+layers is not told which weights will follow. To look at them first, the running call is found on the stack, and its
+arguments are read there by their public names. ``check_loaders`` fails where a version names them otherwise.
+"""
+
+import inspect
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
+from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from torch import Tensor
+from transformers import PreTrainedModel
+
+HUB_OPTIONS = tuple(inspect.signature(hf_hub_download).parameters)
+
+
+class Loader(NamedTuple):
+    """A method that loads adapters: what its parameters are called, and how it prefixes the keys of a file."""
+
+    owner: type
+    name: str
+    folder: str
+    options: tuple[str, ...]  # dictionaries of further arguments
+    tensors: str | None
+    prefix: str
+
+
+LOADERS = (
+    Loader(PeftModel, "from_pretrained", "model_id", ("kwargs",), None, "base_model.model."),
+    Loader(PeftModel, "load_adapter", "model_id", ("kwargs",), None, "base_model.model."),
+    Loader(PreTrainedModel, "load_adapter", "peft_model_id", ("kwargs", "adapter_kwargs"), "adapter_state_dict", ""),
+)
+
+
+def _code(loader: Loader):
+    method = inspect.unwrap(getattr(loader.owner, loader.name))
+    return getattr(method, "__func__", method).__code__
+
+
+BY_CODE = {_code(loader): loader for loader in LOADERS}
+
+
+class Load(NamedTuple):
+    """A call that is loading an adapter.
+
+    Attributes:
+        loader: the method.
+        folder: a local folder, or a repository's name on the hub; None where tensors were given.
+        options: what the hub was asked for besides: subfolder, revision, token, cache_dir and the like.
+        tensors: the adapter's weights, where they were given in place of a folder.
+    """
+
+    loader: Loader
+    folder: str | None
+    options: dict[str, Any]
+    tensors: dict[str, Tensor] | None
+
+    def find_weights(self) -> Path:
+        """The file that the weights will be loaded from, in the order of both libraries.
+
+        Raises:
+            ValueError: a local folder has no weights.
+            EntryNotFoundError: the hub's repository has none.
+        """
+        subfolder = self.options.get("subfolder") or ""
+        local = Path(self.folder, subfolder)
+        names = [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME]
+        if self.loader.owner is PreTrainedModel and self.options.get("use_safetensors") is False:
+            names.reverse()
+        for name in names:
+            if (local / name).exists():
+                return local / name
+        if (local / CONFIG_NAME).exists():
+            raise ValueError(
+                f"{local} has neither {SAFETENSORS_WEIGHTS_NAME} nor {WEIGHTS_NAME}, which hold an adapter's weights; "
+                "nothing was loaded"
+            )
+        options = {name: value for name, value in self.options.items() if name in HUB_OPTIONS}
+        try:
+            return Path(hf_hub_download(self.folder, SAFETENSORS_WEIGHTS_NAME, **options))
+        except EntryNotFoundError:
+            return Path(hf_hub_download(self.folder, WEIGHTS_NAME, **options))
+
+
+def running_load(remembered: tuple[str, dict] | None = None) -> Load | None:
+    """The call that is loading an adapter, or None where an adapter is made anew.
+
+    Args:
+        remembered: the folder and options that the adapter's configuration was read from, where it knows them.
+    """
+    frame = inspect.currentframe()
+    try:
+        while frame is not None and frame.f_code not in BY_CODE:
+            frame = frame.f_back
+        if frame is None:
+            return None
+        loader, given = BY_CODE[frame.f_code], frame.f_locals
+        tensors = given.get(loader.tensors)
+        folder = given.get(loader.folder)
+        options: dict[str, Any] = {}
+        for name in loader.options:
+            options |= given.get(name) or {}
+    finally:
+        del frame  # a frame that holds itself is not freed until the garbage collector runs
+    if remembered is not None and remembered[0] == str(folder):
+        options = remembered[1]
+    return Load(loader, None if folder is None else str(folder), options, tensors)
+
+
+def missing_parameters() -> list[tuple[type, str, str]]:
+    """The parameters that ``LOADERS`` rely on and that the installed versions lack: class, method, parameter."""
+    return [
+        (loader.owner, loader.name, parameter)
+        for loader in LOADERS
+        for parameter in (loader.folder, *loader.options, loader.tensors)
+        if parameter and parameter not in inspect.signature(getattr(loader.owner, loader.name)).parameters
+    ]

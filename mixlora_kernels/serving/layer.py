@@ -1,0 +1,86 @@
+"""ServedLayer: an adapter's part in one fused layer of the served model, and the wrap of that layer's linear method."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import MixLoRAConfig
+from .batch import Batch
+from .op import serve  # noqa: F401  (defines the operation)
+from .routing import router_matrix, table_of
+from .state import state_of
+
+
+class Member(NamedTuple):
+    """One adapted layer among those that the server has fused, as this process holds it.
+
+    Attributes:
+        path: its name in the trained model.
+        start, stop: its columns of the fused layer's output here.
+        rows: the rows of its lora_B [E, O] that this process has, as a slice of O.
+        columns: its share of x's D.
+    """
+
+    path: str
+    start: int
+    stop: int
+    rows: slice
+    columns: slice
+
+
+class ServedLayer(nn.Module):
+    """The parameters of G adapted layers that read one x, and their requests' state.
+
+    Args:
+        members: the adapted ones of the layer.
+        parameters: for each member its tensors by name (``lora_A`` ...), whole, float32.
+        config: the adapter's.
+        batch: the model's.
+        dtype, device: of the served layer's activations.
+        group: the name of the process group over which x's D is divided; None: x is whole.
+    """
+
+    def __init__(
+        self, members: Sequence[Member], parameters: Sequence[dict[str, Tensor]], config: MixLoRAConfig, batch: Batch,
+        *, dtype: torch.dtype, device: torch.device, group: str | None = None,
+    ):  # fmt: skip
+        super().__init__()
+        self.members, self.config, self.batch, self.group = list(members), config, batch, group
+        shares = [p["lora_A"][:, m.columns] for p, m in zip(parameters, members)]
+        self.register_buffer("lora_A", torch.cat(shares).to(device, dtype), persistent=False)  # [G * E, D]
+        # T needs the whole of D; the logits are summed over the processes, T is not.
+        self.tables: list[Tensor | None] = []
+        self.routers: list[Tensor] = []
+        self.lora_B: list[Tensor] = []
+        for p, member in zip(parameters, members):
+            table = table_of(p["lora_A"], p.get("router_AB"), config)
+            self.tables.append(None if table is None else table.to(device))
+            routers = router_matrix(p["router_A"], p.get("router_B"))
+            self.routers.append(routers[:, member.columns].contiguous().to(device))  # [R, D] float32
+            self.lora_B.append(p["lora_B"][:, member.rows].contiguous().to(device, dtype))  # [E, O]
+        self.state = state_of(len(self.members), config, device)
+
+    def extra_repr(self) -> str:
+        return ", ".join(member.path for member in self.members)
+
+
+class AdaptedMethod:
+    """A linear layer's method in vLLM, with the adapter's update added to what it computes.
+
+    It comes before the sum over processes of a row-parallel layer, which therefore sums the update as well.
+    """
+
+    def __init__(self, inner, name: str):
+        self.inner, self.name = inner, name
+
+    def __getattr__(self, attribute: str):
+        if attribute == "inner":  # not set yet, as in a copy that is being made
+            raise AttributeError(attribute)
+        return getattr(self.inner, attribute)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = self.inner.apply(layer, x, bias)
+        torch.ops.mixlora.serve(y.view(-1, y.shape[-1]), x.view(-1, x.shape[-1]), self.name)
+        return y

@@ -1,0 +1,125 @@
+"""MixLoRAModelLoader: load a model as vLLM would, and attach an adapter to it."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import vllm
+from torch import nn
+from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config
+from vllm.config.load import LoadConfig
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+from . import refusals
+from .batch import Batch
+from .layer import AdaptedMethod, ServedLayer
+from .op import NAME
+from .placement import group_of, place
+from .runner import ATTRIBUTE, follow_first_runner, follow_second_runner
+from .saved import SavedAdapter, read_adapter
+from .scheduler import check_hook
+
+logger = init_logger(f"vllm.{__name__}")  # under vllm's own, whose handlers it needs to be seen
+LAYER = re.compile(r".*\.\d+(?=\.)")
+
+
+class MixLoRAModelLoader(BaseModelLoader):
+    """``load_format="mixlora"``.
+
+    ``model_loader_extra_config`` has ``"adapter"``, the folder that ``save_pretrained`` wrote; optionally
+    ``"load_format"``, how the frozen model is loaded (``"auto"``); anything else is that loader's own.
+
+    Raises:
+        ValueError: what was asked for cannot be served exactly. All of it is listed, with the flags that mend it.
+    """
+
+    def __init__(self, load_config: LoadConfig):
+        super().__init__(load_config)
+        extra = dict(load_config.model_loader_extra_config or {})
+        self.folder = check_folder(extra.pop("adapter", None))
+        load_format = extra.pop("load_format", "auto")
+        self.base = get_model_loader(replace(load_config, load_format=load_format, model_loader_extra_config=extra))
+        self.adapter: SavedAdapter | None = None
+
+    def download_model(self, model_config: ModelConfig) -> None:
+        self.base.download_model(model_config)
+
+    def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
+        self.base.load_weights(model, model_config)
+        if self.adapter is not None and self.adapter.trained:
+            served: Any = model
+            served.load_weights(iter(self.adapter.trained.items()))
+
+    def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
+        # First, because the other checks read the configuration of a vLLM that is known.
+        refusals.refuse(refusals.of_version(vllm.__version__))
+        self.adapter = read_adapter(self.folder)
+        refusals.refuse(
+            refusals.of_adapter(self.adapter.config),
+            refusals.of_scheduler(vllm_config),
+            refusals.of_model(vllm_config),
+            refusals.of_parallelism(vllm_config),
+            refusals.of_images(vllm_config),
+        )
+        model = super().load_model(vllm_config, model_config, prefix)
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+        specs = {name: spec for name, layer in layers.items() if (spec := layer.get_kv_cache_spec(vllm_config))}
+        refusals.refuse(refusals.of_attention(specs))
+        attach(model, self.adapter, vllm_config, {layer_of(name) for name in specs})
+        return model
+
+
+def layer_of(attention: str) -> str:
+    """The path of the decoder's layer that an attention layer is in, such as ``model.layers.3``.
+
+    Raises:
+        ValueError: the name has no number.
+    """
+    found = LAYER.match(attention)
+    if found is None:
+        raise ValueError(f"MixLoRA is served on decoders of numbered layers, got one with the attention {attention!r}")
+    return found.group()
+
+
+def check_folder(folder) -> str:
+    if not isinstance(folder, str):
+        several = ": a server serves one adapter, start a server for each" if isinstance(folder, list) else ""
+        raise ValueError(
+            'load_format="mixlora" needs model_loader_extra_config={"adapter": FOLDER}, the folder of one adapter, '
+            f"got {folder!r}{several}"
+        )
+    return folder
+
+
+def attach(model: nn.Module, adapter: SavedAdapter, vllm_config: VllmConfig, decoder_layers: set[str]) -> None:
+    """Put an adapter's parameters beside the layers of a loaded model, and have them read each step.
+
+    Raises:
+        ValueError: the adapter is for another model.
+    """
+    check_hook()
+    placed = place(model, adapter.layers, decoder_layers)
+    compilation = vllm_config.compilation_config
+    device = vllm_config.device_config.device
+    batch = Batch(vllm_config.scheduler_config.max_num_batched_tokens, device)
+    for name, members in placed.items():
+        module: Any = model.get_submodule(name)
+        layer = ServedLayer(
+            members, [adapter.layers[member.path] for member in members], adapter.config, batch,
+            dtype=module.params_dtype, device=device, group=group_of(module),
+        )  # fmt: skip
+        module.add_module("mixlora", layer)
+        key = f"{name}.mixlora"
+        compilation.static_forward_context[key] = layer
+        module.quant_method = AdaptedMethod(module.quant_method, key)
+    if compilation.splitting_ops is not None and NAME not in compilation.splitting_ops:
+        compilation.splitting_ops.append(NAME)
+    setattr(model, ATTRIBUTE, batch)
+    if vllm_config.use_v2_model_runner:
+        follow_second_runner(model, vllm_config)
+    else:
+        follow_first_runner()
+    logger.info("MixLoRA adapter %s on %d of the model's fused layers", adapter.folder, len(placed))

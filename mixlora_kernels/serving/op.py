@@ -1,0 +1,74 @@
+"""The operation ``mixlora::serve``: the update of one fused layer, for every token of a step.
+
+    prompts that begin:  pooled = mean over the prompt's tokens of x → logits → choice → state[first block]
+    every token t:       u = x · lora_Aᵀ     (index_a, index_b, weight) = state[block of t]
+                         s[index_b] = weight · u[index_a]          y += s · lora_B
+
+Alphabet: N tokens, P prompts, G members fused in the layer (q, k, v), E factors and R slots each, D in, O out.
+
+To a graph the operation is opaque: it writes y and reads x. All else it looks up by the layer's name in vLLM's forward
+context, as vLLM's own attention operation looks up its cache, when the graph runs and not when it is recorded.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import _functional_collectives as collectives
+
+from .batch import Batch, Prompt
+from .routing import Choice, choose, logits_of
+
+NAME = "mixlora::serve"
+
+
+def update_(y: Tensor, x: Tensor, layer, batch: Batch) -> None:
+    """Add the update of x [N, D] to y [N, O], O being all members' outputs side by side.
+
+    Args:
+        layer: a ``ServedLayer``; its state gets the choices of the prompts that begin.
+        batch: of the running step.
+    """
+    if batch.prompts:
+        route_(x, layer, batch.prompts)
+    u = F.linear(x, layer.lora_A)  # [N, G * E]
+    s = layer.state.place(u, batch.blocks[: x.shape[0]]).to(y.dtype)  # [N, G * E]
+    for s_member, member, lora_B in zip(s.chunk(len(layer.members), 1), layer.members, layer.lora_B):
+        y[:, member.start : member.stop].addmm_(s_member, lora_B, alpha=layer.state.alpha)
+
+
+def route_(x: Tensor, layer, prompts: list[Prompt]) -> None:
+    """Choose the factors of P prompts whose tokens are among x [N, D], and keep them in the layer's state."""
+    # One prompt at a time: the order of the sum, and so its bits, do not depend on the prompt's neighbours.
+    pooled = torch.stack(
+        [x[p.start : p.start + p.length].sum(0, dtype=torch.float32) * (1.0 / p.length) for p in prompts]
+    )  # [P, D]
+    logits = [logits_of(pooled, routers, layer.config) for routers in layer.routers]
+    if layer.group is not None:  # each process has a share of D
+        logits = list(all_reduce(torch.cat(logits, 1), layer.group).chunk(len(logits), 1))
+    choices = [choose(part, table, layer.config) for part, table in zip(logits, layer.tables)]
+    blocks = torch.tensor([p.block for p in prompts], device=x.device)
+    layer.state.write(blocks, Choice(*(torch.stack(parts, 1) for parts in zip(*choices))))  # [P, G, R] each
+
+
+def all_reduce(tensor: Tensor, group: str) -> Tensor:
+    """The sum of a tensor over the processes of a group, by the group's name."""
+    summed = collectives.all_reduce(tensor.contiguous(), "sum", group)  # type: ignore[arg-type]  # a name will do
+    return collectives.wait_tensor(summed)
+
+
+def serve(y: Tensor, x: Tensor, name: str) -> None:
+    from vllm.forward_context import get_forward_context
+
+    layer = get_forward_context().no_compile_layers[name]
+    if layer.batch.active:
+        update_(y, x, layer, layer.batch)
+
+
+LIBRARY = torch.library.Library("mixlora", "FRAGMENT")
+LIBRARY.define("serve(Tensor(a!) y, Tensor x, str name) -> ()")
+LIBRARY.impl("serve", serve, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake(NAME, lib=LIBRARY)
+def _serve_fake(y: Tensor, x: Tensor, name: str) -> None:
+    return None

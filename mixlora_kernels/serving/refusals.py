@@ -1,0 +1,175 @@
+"""What cannot be served exactly, found before a weight is loaded; each with the flag that mends it.
+
+A request must be routed by its whole prompt in one step, by nothing else, and once. What cuts prompts, or leaves tokens
+of a prompt uncomputed, would answer wrongly without a word.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any, NamedTuple
+
+from ..config import MixLoRAConfig
+from .versions import check_version
+
+
+class Refusal(NamedTuple):
+    """Something that cannot be served.
+
+    Attributes:
+        what: what was asked for, and why it cannot be.
+        mend: what to do instead, with the flag.
+    """
+
+    what: str
+    mend: str
+
+
+def refuse(*refusals: Iterable[Refusal]) -> None:
+    """Raise a ValueError that lists them all; nothing where there are none."""
+    found = list(chain(*refusals))
+    if found:
+        listed = "\n".join(f"- {refusal.what}. {refusal.mend}" for refusal in found)
+        raise ValueError(f"load_format='mixlora' cannot serve with this configuration:\n{listed}")
+
+
+def of_version(version: str) -> Iterator[Refusal]:
+    """What is wrong with the installed vLLM."""
+    problem = check_version(version)
+    if problem is not None:
+        yield Refusal(problem, "Install one of these: pip install 'mixlora_kernels[vllm]'")
+
+
+def of_adapter(config: MixLoRAConfig) -> Iterator[Refusal]:
+    """What an adapter's configuration asks for."""
+    if config.routing != "instance":
+        yield Refusal(
+            f"routing={config.routing!r}: a request brings its prompt, and nothing else that could be routed by",
+            "Train with routing='instance'",
+        )
+    if config.decode != "prompt":
+        yield Refusal(
+            f"decode={config.decode!r} routes each generated token anew, a server keeps the prompt's routing",
+            "Train with decode='prompt'",
+        )
+
+
+def of_scheduler(config) -> Iterator[Refusal]:
+    """What a VllmConfig says about how requests are computed."""
+    scheduler = config.scheduler_config
+    if scheduler.enable_chunked_prefill:
+        yield Refusal(
+            "chunked prefill is on, which computes a prompt in pieces; it is routed as a whole",
+            "Add --no-enable-chunked-prefill (enable_chunked_prefill=False)",
+        )
+    if scheduler.long_prefill_token_threshold:
+        yield Refusal(
+            f"long_prefill_token_threshold={scheduler.long_prefill_token_threshold} cuts longer prompts into pieces",
+            "Leave out --long-prefill-token-threshold",
+        )
+    if scheduler.max_num_batched_tokens < config.model_config.max_model_len:
+        yield Refusal(
+            f"max_num_batched_tokens={scheduler.max_num_batched_tokens} is less than "
+            f"max_model_len={config.model_config.max_model_len}, so that a long prompt cannot be computed in one step",
+            f"Set --max-num-batched-tokens {config.model_config.max_model_len} or more, or a smaller --max-model-len",
+        )
+    if config.cache_config.enable_prefix_caching:
+        yield Refusal(
+            "prefix caching is on, which leaves out of a prompt's computation what another prompt began with; the mean "
+            "that routes it runs over all its tokens",
+            "Add --no-enable-prefix-caching (enable_prefix_caching=False)",
+        )
+    if config.speculative_config is not None:
+        yield Refusal(
+            "speculative decoding is on, which is not tested with an adapter of this kind",
+            "Leave out --speculative-config",
+        )
+    if config.kv_transfer_config is not None:
+        yield Refusal(
+            "a KV connector brings in prompts that were computed elsewhere, and the routing does not come with them",
+            "Leave out --kv-transfer-config",
+        )
+    if config.ec_transfer_config is not None:
+        yield Refusal(
+            "an encoder cache connector brings in images that were computed elsewhere, which is not tested",
+            "Leave out --ec-transfer-config",
+        )
+
+
+def of_model(config) -> Iterator[Refusal]:
+    """What a VllmConfig says about the model, beside its layers."""
+    model = config.model_config
+    if config.lora_config is not None:
+        yield Refusal(
+            "vLLM's LoRA is on; a server serves one adapter, the one in model_loader_extra_config",
+            "Leave out --enable-lora and --lora-modules",
+        )
+    if model.runner_type != "generate":
+        yield Refusal(f"runner={model.runner_type!r} does not generate, which is not tested", "Add --runner generate")
+    if model.enable_prompt_embeds:
+        yield Refusal("prompts given as embeddings are not tested", "Leave out --enable-prompt-embeds")
+    graphs = config.compilation_config.cudagraph_mode
+    if graphs is not None and graphs.has_full_cudagraphs() and not model.enforce_eager:
+        yield Refusal(
+            f"cudagraph_mode={graphs.name} records whole steps; an adapter's operation has to run outside of graphs",
+            'Add --enforce-eager, or --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' (which is not tested)',
+        )
+
+
+def of_parallelism(config) -> Iterator[Refusal]:
+    """What a VllmConfig says about several processes. Tensor parallelism is served."""
+    parallel = config.parallel_config
+    for name, more in (
+        ("data_parallel_size", "; several servers behind a balancer take its place"),
+        ("pipeline_parallel_size", ""),
+        ("prefill_context_parallel_size", ""),
+        ("decode_context_parallel_size", ""),
+    ):
+        if getattr(parallel, name) > 1:
+            flag = name.replace("_", "-")
+            yield Refusal(f"{name}={getattr(parallel, name)} is not tested", f"Set --{flag} 1{more}")
+    if parallel.use_ubatching:
+        yield Refusal("dual batch overlap cuts a step in two, and prompts with it", "Leave out --enable-dbo")
+
+
+def of_images(config) -> Iterator[Refusal]:
+    """Whether images can cut a prompt."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from .scheduler import WholePrompts
+
+    scheduler, multimodal = config.scheduler_config, config.model_config.multimodal_config
+    if multimodal is None or multimodal.language_model_only:
+        return
+    given = scheduler.scheduler_cls
+    given = resolve_obj_by_qualname(given) if isinstance(given, str) else given
+    if not (isinstance(given, type) and issubclass(given, WholePrompts)):
+        name = "AsyncWholePromptScheduler" if scheduler.async_scheduling else "WholePromptScheduler"
+        yield Refusal(
+            "images can cut a prompt where vLLM's own scheduler has spent a step's budget for them",
+            f"Add --scheduler-cls {WholePrompts.__module__}.{name}, by which such a prompt waits for the next step, or "
+            "--language-model-only",
+        )
+    if scheduler.max_num_encoder_input_tokens < config.model_config.max_model_len:
+        yield Refusal(
+            f"max_num_encoder_input_tokens={scheduler.max_num_encoder_input_tokens} is less than max_model_len="
+            f"{config.model_config.max_model_len}: a prompt of many images would wait for ever",
+            f"Set --max-num-batched-tokens {config.model_config.max_model_len} or more",
+        )
+
+
+def of_attention(specs: Mapping[str, Any]) -> Iterator[Refusal]:
+    """What the layers' KV caches say, by the layers' names: a request's state is kept by its first block, which must be
+    its own from the first step to the last."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    others = {}
+    for name, spec in specs.items():
+        if type(spec) is not FullAttentionSpec or spec.sliding_window or spec.attention_chunk_size:
+            others[name] = type(spec).__name__
+    if others:
+        name, kind = next(iter(others.items()))
+        yield Refusal(
+            f"{len(others)} layers have no full attention ({name}: {kind}); a sliding window gives a request's first "
+            "block away while it runs, and with it the routing",
+            "Add --disable-sliding-window if the model is to be used within its window, or serve another model",
+        )

@@ -1,0 +1,107 @@
+"""How the batch learns of each step, from either of vLLM's model runners.
+
+The first runner (``vllm.v1.worker.gpu_model_runner``, and its CPU form) calls the model in ``_model_forward``, which it
+names as the place for others to look at what is run. Nothing that it hands to the model tells a prompt's length, which
+a request that was preempted needs: its recomputation runs the prompt and what had been generated as one. So that method
+is replaced, for models that carry a ``Batch``. The second runner lets a model bring a ``ModelState`` of its own, which
+is told all there is.
+"""
+
+import inspect
+from functools import wraps
+from typing import Any
+
+from torch import nn
+from vllm.logger import init_logger
+
+from .batch import Batch
+from .layer import ServedLayer
+
+logger = init_logger(f"vllm.{__name__}")  # under vllm's own, whose handlers it needs to be seen
+ATTRIBUTE = "mixlora_batch"  # of a served model
+FORWARD = "_model_forward"
+STATE = "get_model_state_cls"
+
+
+def follow_first_runner() -> None:
+    """Have vLLM's first model runner tell the batch of a served model about each step; once, however often called.
+
+    Raises:
+        ImportError: the runner is not the one that is known here.
+    """
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    forward = getattr(GPUModelRunner, FORWARD, None)
+    if getattr(forward, ATTRIBUTE, False):
+        return
+    if forward is None or list(inspect.signature(forward).parameters)[:3] != ["self", "input_ids", "positions"]:
+        raise ImportError(f"mixlora_kernels.serving does not know this vLLM: GPUModelRunner.{FORWARD} is not as it was")
+
+    @wraps(forward)
+    def told(self, *args, **kwargs):
+        batch = getattr(self.get_model(), ATTRIBUTE, None)
+        if batch is None:
+            return forward(self, *args, **kwargs)
+        reserve(self.get_model(), batch, self.kv_cache_config.num_blocks)
+        requests, R = self.input_batch, self.input_batch.num_reqs
+        batch.begin(
+            starts=self.query_start_loc.np[: R + 1],
+            computed=requests.num_computed_tokens_cpu[:R],
+            prompt_lengths=requests.num_prompt_tokens[:R],
+            first_blocks=requests.block_table[0].get_numpy_array()[:R, 0],
+        )
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            batch.end()
+
+    setattr(told, ATTRIBUTE, True)
+    setattr(GPUModelRunner, FORWARD, told)
+
+
+def follow_second_runner(model: nn.Module, vllm_config) -> None:
+    """Give a served model the ``ModelState`` that tells its batch about each step. Untested: it needs a GPU."""
+    from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
+
+    base: Any = resolve_model_state_cls(vllm_config, model)
+
+    class MixLoRAModelState(base):
+        def initialize_kv_cache(self, kv_cache_config, block_tables):
+            super().initialize_kv_cache(kv_cache_config, block_tables)
+            reserve(model, getattr(model, ATTRIBUTE), kv_cache_config.num_blocks)
+
+        def prepare_attn(self, input_batch, cudagraph_mode, block_tables, *args, **kwargs):
+            self.first_blocks = block_tables[0][:, 0]
+            return super().prepare_attn(input_batch, cudagraph_mode, block_tables, *args, **kwargs)
+
+        def prepare_inputs(self, input_batch, req_states):
+            R = input_batch.num_reqs
+            getattr(model, ATTRIBUTE).begin(
+                starts=input_batch.query_start_loc_np[: R + 1],
+                computed=input_batch.num_computed_tokens_np[:R],
+                prompt_lengths=req_states.prompt_len.np[input_batch.idx_mapping_np[:R]],
+                first_blocks=self.first_blocks[:R].cpu().numpy(),
+            )
+            return super().prepare_inputs(input_batch, req_states)
+
+        def prepare_dummy_inputs(self, num_reqs, num_tokens):
+            getattr(model, ATTRIBUTE).end()
+            return super().prepare_dummy_inputs(num_reqs, num_tokens)
+
+    setattr(model, STATE, lambda: MixLoRAModelState)
+
+
+def reserve(model: nn.Module, batch: Batch, num_blocks: int) -> None:
+    """Make room for the state of so many KV blocks, when vLLM has made room for the blocks."""
+    if batch.num_blocks != num_blocks:
+        for module in model.modules():
+            if isinstance(module, ServedLayer):
+                module.state.reserve(num_blocks)
+        batch.num_blocks = num_blocks
+        logger.info("MixLoRA keeps %d bytes for %d KV blocks", state_bytes(model), num_blocks)
+
+
+def state_bytes(model: nn.Module) -> int:
+    """Bytes that the requests' choices take in this process, however many requests run."""
+    layers = (module for module in model.modules() if isinstance(module, ServedLayer))
+    return sum(tensor.nbytes for layer in layers for tensor in layer.state.tensors)

@@ -1,0 +1,64 @@
+"""The versions of this package and of what it was tested with. It imports nothing else, so that setup.py can run it."""
+
+import re
+import warnings
+from importlib.metadata import PackageNotFoundError, version
+
+__version__ = "0.1.0"
+
+# The oldest and the newest release of each library that the tests were run with; setup.py takes its lower bounds from
+# here. CI runs the tests with constraints.txt, constraints-newest.txt and constraints-oldest.txt, all of them with
+# torch 2.13. By hand: the layer's tests with torch 2.6.0 and Triton 3.2.0 on Python 3.10, those and tests/peft with
+# torch 2.15.0 and Triton 3.9.0 on Python 3.12 and 3.13. transformers before 5.17 computes T5's positions in float32
+# whatever the model's dtype, and before 5.13 fails in prompt look-up without a token that ends a text.
+# vLLM has an environment of its own (tests/serving/environment.sh), and other versions of it are refused.
+TESTED = {
+    "torch": ("2.6", "2.15"),
+    "triton": ("3.2", "3.9"),
+    "transformers": ("5.17", "5.24"),
+    "peft": ("0.21", "0.21"),
+    "accelerate": ("1.10", "1.15"),
+    "trl": ("1.0", "1.16"),
+    "vllm": ("0.32", "0.32"),
+}
+
+
+class UntestedVersionWarning(UserWarning):
+    """An installed library is older or newer than those that the tests were run with."""
+
+
+def warn_of_untested(*names: str) -> None:
+    """Warn once, of all those libraries together whose installed version is outside the tested range.
+
+    A library that is not installed is not spoken of. Releases are compared as far as the range gives them: 5.24.3 is
+    inside a range that ends with 5.24.
+
+    Args:
+        names: some of ``TESTED``.
+    """
+    outside = []
+    for name in names:
+        oldest, newest = TESTED[name]
+        try:
+            installed = version(name)
+        except PackageNotFoundError:
+            continue
+        if not _numbers(oldest) <= _numbers(installed) or _numbers(installed)[: len(_numbers(newest))] > _numbers(
+            newest
+        ):
+            outside.append(f"{name} {installed} (tested: {oldest} to {newest})")
+    if outside:
+        warnings.warn(
+            f"mixlora_kernels {__version__} was not tested with {', '.join(outside)}: results may be wrong. Install a "
+            "tested version, or run the tests of the clone with yours",
+            UntestedVersionWarning,
+            stacklevel=3,
+        )
+
+
+def _numbers(release: str) -> tuple[int, ...]:
+    """The release's numbers: of ``2.13.0+cpu``, (2, 13, 0)."""
+    found = re.match(r"\d+(\.\d+)*", release)
+    if found is None:
+        raise ValueError(f"a version must begin with a number, got {release!r}")
+    return tuple(int(number) for number in found.group().split("."))

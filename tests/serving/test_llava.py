@@ -1,0 +1,98 @@
+"""A LLaVA with an adapter and a trained projector in vLLM against Hugging Face's generate, with images and without."""
+
+import pytest
+
+from .conftest import needs_vllm
+from .test_llama import compare
+
+pytestmark = needs_vllm
+
+SCHEDULER = "mixlora_kernels.serving.scheduler.WholePromptScheduler"
+#: Pictures in each of the prompts.
+PICTURES = (1, 0, 2, 1, 0, 1, 2, 0)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """The folder of model and adapter, the prompts as vLLM takes them, and what generate gives for each."""
+    from .models import IMAGE, IMAGE_TOKENS, generate, make_picture, make_prompts, save_adapter, save_llava
+
+    folder = tmp_path_factory.mktemp("llava")
+    model, processor = save_llava(folder / "model")
+    adapted = save_adapter(model, folder / "adapter", modules_to_save=["multi_modal_projector"])
+    prompts, wanted = [], []
+    for number, (text, pictures) in enumerate(zip(make_prompts(), PICTURES)):
+        files = [folder / f"{number}-{i}.png" for i in range(pictures)]
+        images = [make_picture(file, seed=10 * number + i) for i, file in enumerate(files)]
+        pixels = processor.image_processor(images, return_tensors="pt") if images else {}
+        tokens, expanded = [*text[:2]], [*text[:2]]
+        for _ in images:  # one token for vLLM, which expands it; as many as patches for transformers
+            tokens += [IMAGE]
+            expanded += [IMAGE] * IMAGE_TOKENS
+        prompt = {"prompt_token_ids": tokens + text[2:]}
+        prompts.append({**prompt, "multi_modal_data": list(map(str, files))} if files else prompt)
+        wanted.append(generate(adapted, expanded + text[2:], **pixels))
+    return folder, prompts, wanted
+
+
+def job(llava, blocks: int, **engine) -> dict:
+    folder, prompts, _ = llava
+    options = {
+        "model": str(folder / "model"),
+        "model_loader_extra_config": {"adapter": str(folder / "adapter")},
+        "skip_tokenizer_init": False,
+        "limit_mm_per_prompt": {"image": 2},
+        "mm_processor_cache_gb": 0,
+        "max_num_seqs": 4,
+        "num_gpu_blocks_override": blocks,
+        "scheduler_cls": SCHEDULER,
+    }
+    return {"engine": {**options, **engine}, "prompts": prompts, "new": 40}
+
+
+@pytest.fixture(scope="module")
+def results(llava, run_jobs):
+    jobs = {
+        "room": job(llava, 100),
+        "preempted": job(llava, 9),
+        # A step takes two pictures: a prompt of two waits behind one of one.
+        "two pictures a step": job(llava, 100) | {"pictures": 32},
+        "two pictures a step, cut": job(llava, 100) | {"pictures": 32, "cut": True},
+        "vLLM's own scheduler": job(llava, 100, scheduler_cls=None),
+    }
+    return dict(zip(jobs, run_jobs(list(jobs.values()))))
+
+
+@pytest.mark.parametrize("name", ["room", "preempted", "two pictures a step"])
+def test_tokens_are_those_of_generate(llava, results, name):
+    compare(results[name], llava[2])
+    assert (results[name]["preemptions"] > 0) == (name == "preempted")
+
+
+def test_vllms_own_scheduler_is_refused(results):
+    message = (
+        "images can cut a prompt where vLLM's own scheduler has spent a step's budget for them. Add --scheduler-cls "
+        f"{SCHEDULER}, by which such a prompt waits for the next step, or --language-model-only"
+    )
+    assert f"- {message}" in results["vLLM's own scheduler"]["error"]
+
+
+def test_a_prompt_that_is_cut_stops_the_engine(results):
+    """The control of a scheduler that waits: without it vLLM cuts a prompt, and the worker's own check sees it."""
+    assert (
+        "RuntimeError: a step computes the tokens 0 to 18 of a prompt of"
+        in results["two pictures a step, cut"]["error"]
+    )
+
+
+def test_pictures_matter(llava):
+    """Prompts that differ in their pictures alone would be told apart: pictures change the tokens."""
+    _, prompts, wanted = llava
+    assert wanted[0]["tokens"] != wanted[1]["tokens"]
+    assert sum("multi_modal_data" in prompt for prompt in prompts) == 5
+
+
+def test_tokens_are_those_of_generate_from_separate_processes(llava, run_jobs):
+    (result,) = run_jobs([job(llava, 9)], processes=True)
+    compare(result, llava[2])
+    assert result["preemptions"] > 0

@@ -1,0 +1,304 @@
+"""What cannot be served exactly is refused by name, with the flag that mends it, before a weight is loaded.
+
+The page docs/serving.md shows every message; a message that is not there fails the test.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from .conftest import ROOT, needs_vllm
+
+pytestmark = needs_vllm
+
+DOCUMENTED = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())
+
+#: By what is asked for: arguments of vLLM, and the message.
+CONFIGURATIONS = {
+    "chunked prefill": (
+        {"enable_chunked_prefill": True},
+        "chunked prefill is on, which computes a prompt in pieces; it is routed as a whole. "
+        "Add --no-enable-chunked-prefill (enable_chunked_prefill=False)",
+    ),
+    "long prefill threshold": (
+        {"long_prefill_token_threshold": 8},
+        "long_prefill_token_threshold=8 cuts longer prompts into pieces. Leave out --long-prefill-token-threshold",
+    ),
+    "prefix caching": (
+        {"enable_prefix_caching": True},
+        "prefix caching is on, which leaves out of a prompt's computation what another prompt began with; the mean "
+        "that routes it runs over all its tokens. Add --no-enable-prefix-caching (enable_prefix_caching=False)",
+    ),
+    "speculative decoding": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+        "speculative decoding is on, which is not tested with an adapter of this kind. Leave out --speculative-config",
+    ),
+    "KV connector": (
+        {"kv_transfer_config": {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}},
+        "a KV connector brings in prompts that were computed elsewhere, and the routing does not come with them. "
+        "Leave out --kv-transfer-config",
+    ),
+    "encoder cache connector": (
+        {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_consumer"}},
+        "an encoder cache connector brings in images that were computed elsewhere, which is not tested. "
+        "Leave out --ec-transfer-config",
+    ),
+    "vLLM's LoRA": (
+        {"enable_lora": True},
+        "vLLM's LoRA is on; a server serves one adapter, the one in model_loader_extra_config. "
+        "Leave out --enable-lora and --lora-modules",
+    ),
+    "data parallelism": (
+        {"data_parallel_size": 2},
+        "data_parallel_size=2 is not tested. Set --data-parallel-size 1; several servers behind a balancer take its "
+        "place",
+    ),
+    "pipeline parallelism": (
+        {"pipeline_parallel_size": 2},
+        "pipeline_parallel_size=2 is not tested. Set --pipeline-parallel-size 1",
+    ),
+    "prompts as embeddings": (
+        {"enable_prompt_embeds": True},
+        "prompts given as embeddings are not tested. Leave out --enable-prompt-embeds",
+    ),
+    "pooling": (
+        {"runner": "pooling"},
+        "runner='pooling' does not generate, which is not tested. Add --runner generate",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    from .models import save_adapter, save_llama
+
+    folder = tmp_path_factory.mktemp("saved")
+    save_adapter(save_llama(folder / "model"), folder / "adapter")
+    return folder
+
+
+def arguments(saved: Path, **more) -> dict:
+    from .engine import ENGINE
+
+    adapter = {"model_loader_extra_config": {"adapter": str(saved / "adapter")}}
+    return {**ENGINE, "model": str(saved / "model"), **adapter, **more}
+
+
+def load(saved: Path, change=None, **more):
+    """Ask the loader for a model as vLLM's worker does; ``change`` is called with the configuration first."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.model_loader import get_model_loader
+
+    options = arguments(saved, **more)
+    options["disable_log_stats"] = True
+    config = EngineArgs(**options).create_engine_config()
+    if change is not None:
+        change(config)
+    get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    from .engine import ENVIRONMENT
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_configuration(saved, name):
+    options, message = CONFIGURATIONS[name]
+    with pytest.raises(ValueError, match=re.escape(f"- {message}")):
+        load(saved, **options)
+    assert message in DOCUMENTED
+
+
+def test_all_of_them_are_listed_at_once(saved):
+    with pytest.raises(ValueError, match="cannot serve with this configuration") as caught:
+        load(saved, enable_chunked_prefill=True, enable_prefix_caching=True)
+    assert str(caught.value).count("\n- ") == 2
+
+
+def test_the_configuration_of_the_exact_tests_is_not_refused(saved):
+    """The control: what follows the refusals is reached, and fails for want of vLLM's process groups."""
+    with pytest.raises(AssertionError, match="group is not initialized"):
+        load(saved)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (
+            lambda config: setattr(config.scheduler_config, "max_num_batched_tokens", 128),
+            "max_num_batched_tokens=128 is less than max_model_len=256, so that a long prompt cannot be computed in "
+            "one step. Set --max-num-batched-tokens 256 or more, or a smaller --max-model-len",
+        ),
+        (
+            lambda config: setattr(config.parallel_config, "decode_context_parallel_size", 2),
+            "decode_context_parallel_size=2 is not tested. Set --decode-context-parallel-size 1",
+        ),
+        (
+            lambda config: setattr(config.parallel_config, "prefill_context_parallel_size", 2),
+            "prefill_context_parallel_size=2 is not tested. Set --prefill-context-parallel-size 1",
+        ),
+        (
+            lambda config: setattr(config.parallel_config, "enable_dbo", True),
+            "dual batch overlap cuts a step in two, and prompts with it. Leave out --enable-dbo",
+        ),
+        (
+            lambda config: record_whole_steps(config),
+            "cudagraph_mode=FULL records whole steps; an adapter's operation has to run outside of graphs. "
+            'Add --enforce-eager, or --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' (which is not tested)',
+        ),
+    ],
+    ids=["batched tokens", "decode context parallel", "prefill context parallel", "dual batch overlap", "full graphs"],
+)
+def test_a_configuration_that_vllm_makes_elsewhere(saved, change, message):
+    """These vLLM refuses itself on a CPU, or only for some models: they are set afterwards."""
+    with pytest.raises(ValueError, match=re.escape(f"- {message}")):
+        load(saved, change)
+    assert message in DOCUMENTED
+
+
+def record_whole_steps(config) -> None:
+    from vllm.config import CUDAGraphMode
+
+    config.compilation_config.cudagraph_mode = CUDAGraphMode.FULL
+    config.model_config.enforce_eager = False
+
+
+@pytest.mark.parametrize("version", ["0.31.4", "0.33.0", "0.1.dev1+g3f2a", "unknown"])
+def test_other_versions_of_vllm(saved, monkeypatch, version):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    message = (
+        f"vLLM {version} is not among the versions tested, 0.32. "
+        "Install one of these: pip install 'mixlora_kernels[vllm]'"
+    )
+    with pytest.raises(ValueError, match=re.escape(f"- {message}")):
+        load(saved)
+    assert message.replace(version, "0.33.0") in DOCUMENTED
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.7", "0.32.1+cpu", "0.32.2.post1"])
+def test_tested_versions_of_vllm(version):
+    from mixlora_kernels.serving.versions import check_version
+
+    assert check_version(version) is None
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        (
+            {"routing": "random"},
+            "routing='random': a request brings its prompt, and nothing else that could be routed by. "
+            "Train with routing='instance'",
+        ),
+        (
+            {"decode": "token"},
+            "decode='token' routes each generated token anew, a server keeps the prompt's routing. "
+            "Train with decode='prompt'",
+        ),
+    ],
+    ids=["routing", "decode"],
+)
+def test_an_adapter_of_another_setting(saved, tmp_path, settings, message):
+    from .models import save_adapter, save_llama
+
+    save_adapter(save_llama(tmp_path / "model"), tmp_path / "adapter", **settings)
+    with pytest.raises(ValueError, match=re.escape(f"- {message}")):
+        load(tmp_path)
+    assert message in DOCUMENTED
+
+
+def test_an_adapter_of_another_kind(saved, tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    from .models import save_llama
+
+    get_peft_model(save_llama(tmp_path / "model"), LoraConfig()).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="holds an adapter of the kind LORA, load_format='mixlora' serves"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ({}, "got None"),
+        ({"adapter": ["one", "two"]}, "got ['one', 'two']: a server serves one adapter, start a server for each"),
+    ],
+    ids=["none", "two"],
+)
+def test_no_adapter_and_two(saved, extra, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load(saved, model_loader_extra_config=extra)
+
+
+def test_a_folder_without_an_adapter(saved, tmp_path):
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} has no adapter_config.json")):
+        load(saved, model_loader_extra_config={"adapter": str(tmp_path)})
+
+
+def test_a_key_that_would_replace_a_frozen_weight(saved, tmp_path):
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(saved, tmp_path / "saved")
+    file = tmp_path / "saved" / "adapter" / "adapter_model.safetensors"
+    save_file({**load_file(file), "base_model.model.model.embed_tokens.weight": torch.zeros(256, 128)}, file)
+    with pytest.raises(ValueError, match=r"nothing was loaded\. unknown keys: \['model\.embed_tokens"):
+        load(tmp_path / "saved")
+
+
+@pytest.fixture(scope="module")
+def on_models(saved, run_jobs, tmp_path_factory):
+    """What depends on the model's layers, which vLLM makes in a running engine only: the errors by name."""
+    import transformers as hf
+
+    from .models import TEXT, save_adapter
+
+    folder = tmp_path_factory.mktemp("models")
+    deep = {**TEXT, "num_hidden_layers": 4}
+    save_adapter(hf.LlamaForCausalLM(hf.LlamaConfig(**{**deep, "intermediate_size": 224})), folder / "wide_adapter")
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**deep))
+    model.save_pretrained(folder / "sliding")
+    layers = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 32}
+    hf.LlamaConfig(**deep, **layers, architectures=["LlamaForCausalLM"]).save_pretrained(folder / "sliding")
+    save_adapter(model, folder / "sliding_adapter")
+    jobs = {
+        "another model": (saved / "model", folder / "wide_adapter"),
+        "sliding window": (folder / "sliding", folder / "sliding_adapter"),
+    }
+    results = run_jobs(
+        [
+            {
+                "engine": {"model": str(model), "model_loader_extra_config": {"adapter": str(adapter)}},
+                "prompts": [],
+                "new": 1,
+            }
+            for model, adapter in jobs.values()
+        ]
+    )
+    return {name: result["error"] for name, result in zip(jobs, results)}
+
+
+def test_an_adapter_for_another_model(on_models):
+    error = on_models["another model"]
+    assert "ValueError: the adapter is for another model than LlamaForCausalLM" in error
+    assert "model.layers.0.mlp.down_proj: the adapter maps 224 to 128, the model 192 to 128" in error
+    assert "and 11 more" in error  # gate, up and down of three layers, and seven of a layer that is not there
+
+
+def test_sliding_window_layers(on_models):
+    message = (
+        "2 layers have no full attention (model.layers.1.self_attn.attn: SlidingWindowSpec); a sliding window gives a "
+        "request's first block away while it runs, and with it the routing. Add --disable-sliding-window if the model "
+        "is to be used within its window, or serve another model"
+    )
+    assert f"- {message}" in on_models["sliding window"]
+    assert message in DOCUMENTED
