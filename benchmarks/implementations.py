@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import mixlora_kernels as mk
 
 NAMES = ("base", "peft_lora", "peft_lora_base_dtype", "eager", "compiled", "published", "mixlora")
+OF_MODELS = ("mixlora_single", "mixlora_tied", "mixlora_tied_single")
 
 
 class Implementation(NamedTuple):

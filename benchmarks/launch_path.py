@@ -1,11 +1,11 @@
 """The time that Python, dispatcher and Triton take up to the launches, of a layer and of a decoder layer; needs no GPU.
 
-    python benchmarks/launch_path.py [--rounds 300] [--backend torch] [--out FILE]
+    python benchmarks/launch_path.py [--rounds 40] [--backend torch] [--out FILE]
 
 A GPU that is done before the host has its next work ready waits for it: with few tokens this path is a step's time. It
 is measured on one core of a CPU, on shapes so small that nothing but the path takes time: PEFT's LoRA as it comes
-(float32 adapters on a bfloat16 base), the frozen layer and this package, interleaved in one run, each in its thread's
-own time, of which what else the machine does is no part. Ratios are of medians.
+(float32 adapters on a bfloat16 base), the frozen layer and this package, interleaved in one run, four timed runs in a
+row each, in the thread's own time, of which what else the machine does is no part. Ratios are of medians.
 
 Tensors of the CPU stand in for a GPU's. The package takes them for that (``stand_in.py``): it goes the kernels' way, up
 to a driver of Triton's that launches nothing, and looks at no value. What a GPU would add is left out for all alike:
@@ -36,7 +36,7 @@ from paths import STEP, TRAINING, UNITS, TimedPath, build_paths
 from report import bar, judge, summary_table
 
 DROPOUTS = (0.0, 0.05)
-WARM_UP = 20  # rounds, by which everything is compiled and kept
+WARM_UP = 5  # rounds, by which everything is compiled and kept
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu" / "launch_path.json"
 
 
@@ -163,7 +163,7 @@ def show(rows: Sequence[dict], bars: Sequence[dict]) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--backend", choices=("triton", "torch"), default="triton")
     parser.add_argument("--out", type=Path, default=RESULTS, help="file of the result (default %(default)s)")
     return parser.parse_args()

@@ -7,10 +7,11 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-from implementations import NAMES
+from implementations import NAMES, OF_MODELS
 from matplotlib import pyplot
 
-COLOURS = dict(zip(NAMES, ("#8c8c8c", "#e07b39", "#f2b684", "#5b8db8", "#a7c4dc", "#b5446e", "#2e8b57", "#8fc9a6")))
+COLOURS = dict(zip(NAMES, ("#8c8c8c", "#e07b39", "#f2b684", "#5b8db8", "#a7c4dc", "#b5446e", "#2e8b57")))
+COLOURS |= dict(zip(OF_MODELS, ("#8fc9a6", "#1b5e3a", "#c4e3d1")))
 LAST_PASSES = ("forward+backward", "training step", "generation")
 
 

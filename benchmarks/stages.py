@@ -1,7 +1,7 @@
 """The stages of the Triton kernels, and what the device does at best: a plain copy and a large product.
 
 A stage's bytes are those it cannot do without: the activations that it reads and writes. The pools and the partial
-sums are not counted, and ``route`` has none of an activation's size. What a stage computes is compared in the suite
+sums are not counted. What a stage computes is compared in the suite
 layer, as part of a layer of the same shape, and by itself in tests/backends.
 """
 
@@ -9,10 +9,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 from measure import Candidate
-from problem import Case
+from problem import Case, draw_factors
 
-from mixlora_kernels import backends
-from mixlora_kernels.dropout import dropped_levels
+from mixlora_kernels.backends import select
+from mixlora_kernels.backends.base import Factors, Group, Needs, Options
+from mixlora_kernels.dropout import draw_seeds, dropped_levels
 from mixlora_kernels.routing import Instances
 
 COPIED = 1 << 30  # bytes
@@ -22,18 +23,16 @@ SETS = 4  # of inputs, which take turns, so that none of them lies in a cache st
 # An activation of d_in and one of d_out elements a token: how often a stage reads or writes each.
 TRAFFIC = {
     "project": (1, 0),  # x
-    "route": (0, 0),
     "expand": (0, 2),  # y, twice
     "expand, back": (0, 1),  # dy
-    "route, back": (0, 0),
     "project, back": (3, 0),  # x; dx, twice
 }
 
 
-def activation_bytes(stage: str, case: Case) -> int | None:
-    """What the stage reads and writes at least; None where it touches no activation."""
+def activation_bytes(stage: str, case: Case) -> int:
+    """What the stage reads and writes at least."""
     of_in, of_out = TRAFFIC[stage]
-    return case.B * case.L * (of_in * case.d_in + of_out * case.d_out) * case.dtype.itemsize or None
+    return case.B * case.L * (of_in * case.d_in + of_out * case.d_out) * case.dtype.itemsize
 
 
 class Plain(Candidate):
@@ -82,42 +81,39 @@ def stages(case: Case, device: torch.device, sets: int) -> list[Stage]:
 
 def calls_of(case: Case, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
     """Each stage's call on inputs of its own; what one stage hands to the next is computed on the way."""
-    from mixlora_kernels.backends import triton as kernels
+    from mixlora_kernels.backends.kernels import KERNELS
 
-    D, O, E, r, p, instances = case.d_in, case.d_out, case.E, case.r, case.dropout, Instances(case.B, case.L)
-    N, scale, gated = case.B * case.L, case.config.scaling, "straight_through"
-    x, dx = (torch.randn(N, D, device=device, dtype=case.dtype) for _ in "ab")
-    y, dy = (torch.randn(N, O, device=device, dtype=case.dtype) for _ in "ab")
-    lora_A, lora_B, routers = (torch.randn(n, d, device=device) / d**0.5 for n, d in ((E, D), (E, O), (2 * E, D)))
-    table = torch.randn(r, E, E, device=device)
-    seed = torch.tensor([1], device=device) if dropped_levels(p) else None
-
-    def project():
-        return kernels.project(x, lora_A, routers, instances, seed, p)
-
-    u, sums, _ = project()
-    index_a, index_b, gate, probs_a, probs_b, saved = kernels.route(sums, table, r, gated, instances)
-    routed = lora_B, index_a, index_b, gate, scale, instances
-
-    def expand_backward():
-        return kernels.expand_backward(dy, None, u, *routed, True, True)
-
-    def route_backward():
-        return kernels.route_backward(dgate, None, None, index_a, index_b, probs_a, probs_b, saved, gated)
-
-    du, _, dgate = expand_backward()
-    dlogits, _ = route_backward()
-    yield "project", project
-    yield "route", lambda: kernels.route(sums, table, r, gated, instances)
-    yield "expand", lambda: kernels.expand(y, u, *routed, True)
-    yield "expand, back", expand_backward
-    yield "route, back", route_backward
-    yield "project, back", lambda: kernels.project_backward(
-        dx, x, du, lora_A, index_a, dlogits, routers, None, instances, seed, p, True, True
+    N, config = case.B * case.L, case.config
+    x, dx = (torch.randn(N, case.d_in, device=device, dtype=case.dtype) for _ in "ab")
+    y, dy = (torch.randn(N, case.d_out, device=device, dtype=case.dtype) for _ in "ab")
+    p = case.dropout if dropped_levels(case.dropout) else 0.0
+    group = Group(
+        x=x,
+        bases=[y],
+        factors=[Factors(**draw_factors(case.d_in, case.d_out, config, device))],
+        read=None,
+        given=None,
+        seeds=draw_seeds(1, device) if p else None,
+        instances=Instances(case.B, case.L, share=1 / case.L),
+        options=Options(
+            r=case.r, scale=config.scaling, p=p, gate=config.gate, conditioning=config.conditioning, tied=False,
+            pools=True, dtype=case.dtype,
+        ),
     )  # fmt: skip
+    needs = Needs(x=True, lora_A=True, lora_B=True, routers=True, gate=True)
+    routing, projected = KERNELS.project(group)
+    _, saved = KERNELS.expand(group, [y], [True], routing, projected)
+    _, dgate, carried = KERNELS.expand_backward(group, [dy], routing, saved, needs)
+    yield "project", lambda: KERNELS.project(group)
+    yield "expand", lambda: KERNELS.expand(group, [y], [True], routing, projected)
+    yield "expand, back", lambda: KERNELS.expand_backward(group, [dy], routing, saved, needs)
+    yield (
+        "project, back",
+        lambda: KERNELS.project_backward(group, dx, (dgate, None, None), routing, saved, carried, needs),
+    )
 
 
 def find_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot run here, None where they can."""
-    obstacle = backends.find_obstacle(device.type, device.index, str(dtype))
+    obstacle = select.find_obstacle(device.type, device.index, str(dtype))
     return obstacle and obstacle[1]

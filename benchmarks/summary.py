@@ -136,7 +136,7 @@ def memory_bars(rows: Sequence[dict]) -> Iterator[dict]:
 
 def error_bars(rows: Sequence[dict]) -> Iterator[dict]:
     """A layer's agreement with the float64 reference: a fixed bar in float32, eager's own error below it."""
-    layers = [row for row in rows if row["suite"] not in ("model", "training") and row["error"] is not None]
+    layers = [row for row in rows if row["suite"] not in ("model", "training", "decoder") and row["error"] is not None]
     ours = [row for row in layers if row["implementation"] == "mixlora"]
     exact = [row["error"] for row in ours if row["dtype"] == "float32"]
     if exact:
