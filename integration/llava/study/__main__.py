@@ -2,16 +2,17 @@
 
     python -m integration.llava.study run [--quick] [--workers N] [--minutes M] [--results DIR] [--cache DIR]
     python -m integration.llava.study report [--results DIR]
+    python -m integration.llava.study time
     python -m integration.llava.study plan [--seconds S]
 
 ``run`` makes the base, carries out what is missing and writes the report; stopped at any time, it goes on. ``report``
-draws everything again from the raw results alone.
+draws everything again from the raw results alone. ``time`` measures what steps take when nothing else runs.
 """
 
 import argparse
 from pathlib import Path
 
-from . import base, plan, report, work
+from . import base, plan, report, timing, work
 
 RESULTS = Path(__file__).with_name("results")
 QUICK_RESULTS = Path("llava_study_quick")
@@ -19,7 +20,7 @@ QUICK_RESULTS = Path("llava_study_quick")
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m integration.llava.study", description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["run", "report", "plan"], nargs="?", default="run")
+    parser.add_argument("what", choices=["run", "report", "time", "plan"], nargs="?", default="run")
     parser.add_argument("--quick", action="store_true", help="a small base and four methods: minutes instead of hours")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--minutes", type=float, help="after which no run is begun any more")
@@ -31,6 +32,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.what == "plan":
         print(report.plan_text(results / "runs", options.seconds))
         return
+    if options.what == "time":
+        timing.write(results, base.make(base.QUICK if options.quick else base.Recipe(), options.cache))
     if options.what == "run":
         sizes = (base.QUICK, plan.QUICK, plan.QUICK_STEPS) if options.quick else (base.Recipe(), plan.FULL, plan.STEPS)
         work.go_on(

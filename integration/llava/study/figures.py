@@ -78,16 +78,21 @@ def rates(found: list[Record]) -> Figure | None:
     suites = [suite for suite in plan.STEPS if any(run.suite == suite for run in choices)]
     if not suites:
         return None
-    figure = Figure(figsize=(4 * len(suites), 3.4), layout="constrained")
+    figure = Figure(figsize=(4 * len(suites) + 3, 3.4), layout="constrained")
     for panel, suite in zip(figure.subplots(1, len(suites), squeeze=False)[0], suites):
+        tried = sorted({run.rate for run in choices if run.suite == suite and run.method in plan.HEADLINE})
         for number, method in enumerate(plan.HEADLINE):
             runs = sorted(run for run in choices if (run.suite, run.method) == (suite, method))
+            if not runs:
+                continue
             values = [choices[run] for run in runs]
             panel.plot([run.rate for run in runs], values, "o-", color=f"C{number}", label=METHODS[method].label)
         panel.set(xscale="log", xlabel="learning rate", title=suite)
+        panel.set_xticks(tried, [f"{rate:.4g}" for rate in tried], rotation=45, fontsize=7)
+        panel.minorticks_off()
     figure.axes[0].set_ylabel("accuracy, %")
     handles = {label: handle for panel in figure.axes for handle, label in zip(*panel.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=7)
+    figure.legend(handles.values(), handles, loc="outside right upper", fontsize=7)
     return figure
 
 

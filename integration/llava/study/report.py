@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from statistics import mean, median
 
-from . import figures, plan, records, tables
+from . import figures, plan, records, tables, timing
 from .comparison import CONFIDENCE, by_seed, summary
 from .pictures import SPLITS
 from .records import Record
@@ -30,10 +30,17 @@ def write(folder: Path) -> Path:
     table = cells(found)
     drawn = figures.draw(folder, found, table)
     parts = [
-        head(found), tables.headline(table), tables.differences(table), tables.confirmation(found),
-        tables.everything(table), tables.rates(found), tables.costs(table), tables.mechanism(table), pictures(drawn),
+        head(found),
+        tables.headline(table),
+        tables.differences(table),
+        tables.confirmation(found),
+        tables.everything(table),
+        tables.rates(found),
+        tables.costs(table, timing.read(folder)),
+        tables.mechanism(table),
+        pictures(drawn),
         provenance(found),
-    ]  # fmt: skip
+    ]
     (folder / "report.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     (folder / "summary.json").write_text(json.dumps(as_json(table), indent=1) + "\n", encoding="utf-8")
     return folder / "report.md"

@@ -126,7 +126,11 @@ def rates(found: list[Record]) -> str:
     return "## The search for learning rates\n\n" + note + grid(["suite", "method", "rate: accuracy"], rows)
 
 
-def costs(table: Cells) -> str:
+def costs(table: Cells, alone: dict[str, dict]) -> str:
+    """
+    Args:
+        alone: of ``timing.read``.
+    """
     rows = []
     for method in METHODS:
         of = table.get(("conflict8", method), [])
@@ -134,13 +138,17 @@ def costs(table: Cells) -> str:
         if of:
             step, peak = (median(found[name] for found in of) for name in ("step_ms", "peak_bytes"))
             sizes = f"{of[0]['parameters']:,}", f"{of[0]['adapter_bytes'] / 1024:,.0f}"
-            rows.append([METHODS[method].label, *sizes, f"{step:.0f}", f"{peak / 2**20:.1f}"])
+            timed = alone.get(method)
+            quiet = (f"{timed['step_ms']:.0f}", f"{timed['ratio']:.2f}") if timed else ("–", "–")
+            rows.append([METHODS[method].label, *sizes, f"{peak / 2**20:.1f}", f"{step:.0f}", *quiet])
     note = (
-        "On conflict8. A step's time is processor time of one thread, the median over its steps and then over seeds; "
-        "the peak is what forward and backward held at once beyond model and adapter. Layers as small as these show "
-        "what an adapter costs to start rather than what it computes; benchmarks/results has large layers.\n\n"
+        "On conflict8. The peak is what forward and backward held at once beyond model and adapter. A step's time is "
+        "processor time of one thread, the median over its steps and then over seeds, while other programs shared the "
+        "processor; and, where it was measured, wall time with nothing else running, the methods in turn. Layers as "
+        "small as these show what an adapter costs to start rather than what it computes; benchmarks/results has large "
+        "layers.\n\n"
     )
-    titles = ["method", "parameters", "adapter, KiB", "step, ms", "peak, MiB"]
+    titles = ["method", "parameters", "adapter, KiB", "peak, MiB", "step, ms", "step alone, ms", "of LoRA r 4's"]
     return "## Costs, from the same runs\n\n" + note + grid(titles, rows) if rows else ""
 
 

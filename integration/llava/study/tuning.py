@@ -120,24 +120,12 @@ def tune(
         trained: the instructions of its batches.
         asked: those that it is to answer.
     """
-    table = task_table(method, model, talk, [instruction.text for instruction in instructions])
     if method.kind == "untuned":
-        return Tuned(model, table, asked), {}
-    torch.manual_seed(spec.seed)  # the adapter's initial values, and what random routing draws
-    config = method.config(task_dim=0 if table is None else table.shape[1])
-    tuned = Tuned(patch_llava(model, config).model, table, asked)
-    if method.fixed:
-        fix_factors(tuned.model, len(instructions), spec.seed)
-    parameters = [parameter for parameter in tuned.model.parameters() if parameter.requires_grad]
+        return Tuned(model, None, asked), {}
+    tuned, parameters = adapt(model, talk, method, instructions, spec.seed, asked)
 
     def loss_of(step: int) -> Tensor:
-        rows = batch(instructions, trained, BATCH, spec.seed, step)
-        inputs = talk.training(
-            [instructions[row.task].text for row in rows], [instructions[row.task].answer(row.scene) for row in rows],
-            draw([row.scene for row in rows]),
-        )  # fmt: skip
-        with tuned.told(rows):
-            return tuned.model(**inputs).loss
+        return batch_loss(tuned, talk, instructions, batch(instructions, trained, BATCH, spec.seed, step))
 
     followed = method.kind == "mixlora" and spec.split == "report"
     follow = probes.Follow(tuned, talk, instructions, spec.seed) if followed else None
@@ -152,6 +140,29 @@ def tune(
     return tuned, notes if follow is None else notes | {"flips": follow.flips}
 
 
+def adapt(
+    model: nn.Module, talk: Talk, method: Method, instructions: list[Instruction], seed: int, asked: list[int]
+) -> tuple[Tuned, list[nn.Parameter]]:
+    """Put a method's adapter into the base; returns the parameters that train as well."""
+    table = task_table(method, model, talk, [instruction.text for instruction in instructions])
+    torch.manual_seed(seed)  # the adapter's initial values, and what random routing draws
+    config = method.config(task_dim=0 if table is None else table.shape[1])
+    tuned = Tuned(patch_llava(model, config).model, table, asked)
+    if method.fixed:
+        fix_factors(tuned.model, len(instructions), seed)
+    return tuned, [parameter for parameter in tuned.model.parameters() if parameter.requires_grad]
+
+
+def batch_loss(tuned: Tuned, talk: Talk, instructions: list[Instruction], rows: list[Question]) -> Tensor:
+    """The loss on the answers of a training batch."""
+    inputs = talk.training(
+        [instructions[row.task].text for row in rows], [instructions[row.task].answer(row.scene) for row in rows],
+        draw([row.scene for row in rows]),
+    )  # fmt: skip
+    with tuned.told(rows):
+        return tuned.model(**inputs).loss
+
+
 def train(
     model: nn.Module, parameters: list[nn.Parameter], loss_of: Callable[[int], Tensor], rate: float, steps: int,
     after: Callable[[int], None],
@@ -160,9 +171,8 @@ def train(
     falls along a cosine.
 
     Returns:
-        ``loss``, means over tenths of the training; ``step_ms``, the median processor time of a step in ms with all
-        that belongs to it but the making of the batch's successor; ``peak_bytes``, what a forward and backward held
-        at once beyond model and adapter.
+        ``loss``, means over tenths of the training; ``step_ms``, the median processor time of a step in ms, the making
+        of its batch included; ``peak_bytes``, what a forward and backward held at once beyond model and adapter.
     """
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     warm = max(1, round(WARM_UP * steps))
