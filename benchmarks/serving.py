@@ -148,6 +148,17 @@ def ask(name: str, folder: Path, port: int, requests: int, at_a_time: int, seed:
     return {figure: result[key] for figure, key in FIGURES.items()}
 
 
+def ask_in_turn(arguments, folder: Path, ports: dict[str, int]) -> list[dict]:
+    """The figures of each server in each round; the first round, which warms up, is left out."""
+    names, rounds = list(ports), []
+    for seed in range(arguments.rounds + 1):
+        order = names[seed % len(names) :] + names[: seed % len(names)]
+        rounds.append(
+            {name: ask(name, folder, ports[name], arguments.requests, arguments.at_a_time, seed) for name in order}
+        )
+    return rounds[1:]
+
+
 def measure(arguments) -> dict:
     names = ["base", *arguments.adapters]
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
@@ -157,14 +168,7 @@ def measure(arguments) -> dict:
         servers = {name: stack.enter_context(serving(name, folder, ports[name], arguments.core)) for name in names}
         for name, (log, process) in servers.items():
             await_answer(name, ports[name], log, process)
-        rounds = []
-        for seed in range(arguments.rounds + 1):
-            order = names[seed % len(names) :] + names[: seed % len(names)]
-            found = {
-                name: ask(name, folder, ports[name], arguments.requests, arguments.at_a_time, seed) for name in order
-            }
-            if seed:  # the first round warms up
-                rounds.append(found)
+        rounds = ask_in_turn(arguments, folder, ports)
         state = re.search(r"keeps (\d+) bytes for (\d+) KV blocks", servers[names[1]][0].read_text())
     return summarise(names, rounds) | {
         "width": arguments.width, "layers": LAYERS, "r": R, "num_factors": FACTORS, "requests": arguments.requests,
