@@ -25,6 +25,8 @@ def as_rows(x: Tensor) -> Tensor:
 
 def as_pools(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The siblings' pools for a kernel, which takes a tuple of pointers of one type."""
+    if not tensors:
+        return ()
     dtype = tensors[0].dtype
     if any(tensor.dtype != dtype for tensor in tensors):
         tensors = [tensor.float() for tensor in tensors]

@@ -32,11 +32,10 @@ def project(group: Group) -> tuple[Routing, Saved]:
     instances, options, routes = group.instances, group.options, group.given is None
     lora_A, *routers = zip(*((own.lora_A, own.router_A, own.router_B, own.router_AB) for own in group.factors))
     router_A, router_B, router_AB = ([t for t in own if t is not None and routes] for own in routers)
-    share, given = instances.share, isinstance(instances.share, Tensor)
     u, *routed = project_op(
         group.x, lora_A, router_A, router_B, router_AB, group.read, instances.cu_seqlens, instances.mask,
-        share if given else None, group.seeds, instances.count, instances.length or 0,
-        0.0 if given or share is None else share, dropped_levels(options.p), options.r, options.gate,
+        instances.shares, group.seeds, instances.count, instances.length or 0,
+        dropped_levels(options.p), options.r, options.gate,
         options.conditioning or "none", routes,
     )  # fmt: skip
     if not routes:
@@ -102,7 +101,7 @@ def plan(x: Tensor, E: int, cu_seqlens, B, L):
 def allocate_project(
     x: Tensor, lora_A: Sequence[Tensor], router_A: Sequence[Tensor], router_B: Sequence[Tensor],
     router_AB: Sequence[Tensor], read: Tensor | None, cu_seqlens: Tensor | None, mask: Tensor | None,
-    share: Tensor | None, seeds: Tensor | None, B: int, L: int, equal_share: float, dropped: int, r: int, gate: str,
+    share: Tensor | None, seeds: Tensor | None, B: int, L: int, dropped: int, r: int, gate: str,
     conditioning: str, routes: bool,
 ) -> list[Tensor]:  # fmt: skip
     """u; and, where factors are chosen, index_a, gate, probs_a, the pooled mean; index_b, probs_b, what ``route``
@@ -116,7 +115,7 @@ def allocate_project(
 
 
 def fill_project(
-    outputs, x, lora_A, router_A, router_B, router_AB, read, cu_seqlens, mask, share, seeds, B, L, equal_share,
+    outputs, x, lora_A, router_A, router_B, router_AB, read, cu_seqlens, mask, share, seeds, B, L,
     dropped, r, gate, conditioning, routes,
 ):  # fmt: skip
     x, pools, (N, D), E = as_rows(x), as_pools(lora_A), x.shape, lora_A[0].shape[0]
@@ -140,7 +139,7 @@ def fill_project(
         routers = as_pools(router_A), as_pools(router_B) if router_B else None
         table = (pools, as_pools(router_AB), conditioning) if router_AB else None
         logits, table = launch_products(
-            sums, read, share, equal_share, tile.rows, cu_seqlens, B, L, routers, table, pooled, row_sums
+            sums, read, share, 1.0 / (L or 1), tile.rows, cu_seqlens, B, L, routers, table, pooled, row_sums
         )
         launch_route(logits, table, index_a, index_b, weight, probs_a, probs_b, kept, gate_total(gate, r))
 

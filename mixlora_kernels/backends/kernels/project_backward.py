@@ -35,16 +35,15 @@ def project_backward(
     lora_A, *routers = zip(*((own.lora_A, own.router_A, own.router_B, own.router_AB) for own in group.factors))
     routers = [[t for t in own if t is not None and needs.routers] for own in routers]
     dgate, dprobs_a, dprobs_b = drouting if needs.routers else (None, None, None)
-    share, given = instances.share, isinstance(instances.share, Tensor)
     outs = [torch.empty_like(pooled)] if needs.routers and not options.pools else []
     for tensors in (lora_A if needs.lora_A else (), *routers):
-        outs += [torch.empty_like(own, memory_format=torch.contiguous_format) for own in tensors]
+        outs += [torch.empty_like(own) for own in as_pools(tensors)]
     project_backward_op(
         outs, dx if needs.x else None, x if needs.lora_A else None, du, lora_A, *routers, pooled,
         None if options.gate == "binary" else dgate, dprobs_a, dprobs_b, routing.index_a,
         None if options.tied else routing.index_b, routing.probs_a, routing.probs_b, kept, row_sums,
-        instances.cu_seqlens, instances.mask, share if given else None, group.seeds, instances.count,
-        instances.length or 0, 0.0 if given or share is None else share, dropped_levels(options.p), options.gate,
+        instances.cu_seqlens, instances.mask, instances.shares, group.seeds, instances.count,
+        instances.length or 0, dropped_levels(options.p), options.gate,
         options.pools, overwrite, needs.lora_A,
     )  # fmt: skip
     taken, nothing = iter(outs), [None] * G
@@ -58,7 +57,7 @@ def project_backward(
 def project_gather_kernel(
     parts, owner, index, dtable, row_sums, router_AB, dlora_A, chunks, B, L, D,
     G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, E_PAD: tl.constexpr, CHUNK: tl.constexpr,
-    BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A column block of one sibling's dlora_A."""
     g = tl.program_id(1)
@@ -71,16 +70,18 @@ def project_gather_kernel(
     )  # fmt: skip
     tile = (e < E)[:, None] & inside[None, :]
     if dtable is not None:
-        for i in range(R):
-            role = own * R + i
-            place = dtable + (role * E + e[None, :]) * E + e[:, None]  # turned: [f, e]
-            turned = tl.load(place, mask=(e < E)[:, None] & (e < E)[None, :], other=0.0)
+        for k in range(0, R * E, BLOCK_E):  # a slot and a factor of B each
+            slot_e = k + tl.arange(0, BLOCK_E)
+            there = slot_e < R * E
+            place = dtable + (own * R * E + slot_e[None, :]) * E + e[:, None]  # turned: [f, (i, e)]
+            turned = tl.load(place, mask=(e < E)[:, None] & there[None, :], other=0.0)
+            rows = there[:, None] & inside[None, :]
             if row_sums is None:
-                place = choose(router_AB, g, G) + (i * E + e[:, None]).to(tl.int64) * D + d[None, :]
-                ab_tile = tl.load(place, mask=tile, other=0.0).to(tl.float32)
+                place = choose(router_AB, g, G) + slot_e[:, None].to(tl.int64) * D + d[None, :]
+                ab_tile = tl.load(place, mask=rows, other=0.0).to(tl.float32)
             else:
-                ab = tl.load(row_sums + (role * 2 + 1) * E + e, mask=e < E, other=0.0)
-                ab_tile = tl.where(tile, ab[:, None], 0.0)
+                place = row_sums + ((own * R + slot_e // E) * 2 + 1) * E + slot_e % E
+                ab_tile = tl.where(rows, tl.load(place, mask=there, other=0.0)[:, None], 0.0)
             acc = tl.dot(turned, ab_tile, acc, input_precision="ieee")
     tl.store(choose(dlora_A, g, G) + e[:, None] * D + d[None, :], acc, mask=tile)
 
@@ -91,7 +92,7 @@ def allocate_project_backward(
     dprobs_a: Tensor | None, dprobs_b: Tensor | None, index_a: Tensor, index_b: Tensor | None,
     probs_a: Tensor | None, probs_b: Tensor | None, kept: Tensor | None, row_sums: Tensor | None,
     cu_seqlens: Tensor | None, mask: Tensor | None, share: Tensor | None, seeds: Tensor | None, B: int, L: int,
-    equal_share: float, dropped: int, gate: str, pools: bool, overwrite: bool, need_A: bool,
+    dropped: int, gate: str, pools: bool, overwrite: bool, need_A: bool,
 ) -> None:  # fmt: skip
     """Nothing: it fills ``outs``, the gradients of what the routers read, where that is not x; of lora_A where needed;
     and of the routers given."""
@@ -99,7 +100,7 @@ def allocate_project_backward(
 
 def fill_project_backward(
     _, outs, dx, x, du, lora_A, router_A, router_B, router_AB, pooled, dgate, dprobs_a, dprobs_b, index_a, index_b,
-    probs_a, probs_b, kept, row_sums, cu_seqlens, mask, share, seeds, B, L, equal_share, dropped, gate, pools,
+    probs_a, probs_b, kept, row_sums, cu_seqlens, mask, share, seeds, B, L, dropped, gate, pools,
     overwrite, need_A,
 ):  # fmt: skip
     (G, N, R), (E, D) = du.shape, lora_A[0].shape
@@ -118,7 +119,7 @@ def fill_project_backward(
             spread = du.new_empty(B, D)
         routers = as_pools(router_A), as_pools(router_B) if router_B else None
         dtable = launch_routers_backward(
-            dlogits, dlooked, pooled, routers, share if pools else None, equal_share if pools and share is None else 1.0,
+            dlogits, dlooked, pooled, routers, share if pools else None, 1.0 / (L or 1) if pools else 1.0,
             index_a, lora_A, row_sums, drouters, spread,
         )  # fmt: skip
     if dx is not None or need_A:
@@ -132,9 +133,11 @@ def fill_project_backward(
             project_gather_kernel, (triton.cdiv(D, tile.columns), G), du.device,
             parts=parts, owner=owner, index=index_a, dtable=dtable, row_sums=row_sums,
             router_AB=as_pools(router_AB) if router_AB else None, dlora_A=dlora_A, chunks=parts.shape[1], B=B, L=L,
-            D=D, G=G, E=E, R=R, E_PAD=tuning.pad(E), CHUNK=chunk, BLOCK_K=tile.rows, BLOCK_D=tile.columns,
+            D=D, G=G, E=E, R=R, E_PAD=tuning.pad(E), CHUNK=chunk, BLOCK_E=tuning.BLOCK_E, BLOCK_K=tile.rows, BLOCK_D=tile.columns,
             **tile.options,
         )  # fmt: skip
 
 
-project_backward_op = register("project_backward", fill_project_backward, allocate_project_backward, mutates=["outs", "dx"])
+project_backward_op = register(
+    "project_backward", fill_project_backward, allocate_project_backward, mutates=["outs", "dx"]
+)

@@ -22,6 +22,11 @@ def gate_total(gate: str, r: int) -> float:
     return {"weighted": 1.0, "normalized": float(r)}.get(gate, 0.0)
 
 
+def warps(E: int, r: int) -> int:
+    """One, as long as a program's [R, E] fits its registers: it then sums without a barrier."""
+    return 1 if triton.next_power_of_2(E) * triton.next_power_of_2(r) <= 1024 else 4
+
+
 @triton.jit
 def softmax(z, inside):
     """Of the elements that are inside; the others get 0."""
@@ -140,7 +145,7 @@ def launch_route(logits, table, index_a, index_b, gate, probs_a, probs_b, kept, 
         logits=logits, table=table, index_a=index_a, index_b=index_b, gate=gate, probs_a=probs_a, probs_b=probs_b,
         kept=kept, B=B, slabs=slabs, splits=0 if table is None else table.shape[1],
         G=G, E=E, R=r, E_PAD=triton.next_power_of_2(E), R_PAD=triton.next_power_of_2(r), BLOCK_K=16,
-        TOTAL=total, num_warps=1,
+        TOTAL=total, num_warps=warps(E, r),
     )  # fmt: skip
 
 
@@ -209,6 +214,7 @@ def launch_route_backward(dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, 
         route_backward_kernel, (B, G), probs_a.device,
         dgate=dgate, dprobs_a=dprobs_a, dprobs_b=dprobs_b, index_a=index_a, index_b=index_b, probs_a=probs_a,
         probs_b=probs_b, kept=kept, dlogits=dlogits, dlooked=dlooked, B=B, G=G, E=E, R=r,
-        E_PAD=triton.next_power_of_2(E), R_PAD=triton.next_power_of_2(r), TOTAL=total, num_warps=1,
+        E_PAD=triton.next_power_of_2(E), R_PAD=triton.next_power_of_2(r), TOTAL=total,
+        num_warps=warps(E, r),
     )  # fmt: skip
     return dlogits, dlooked

@@ -38,23 +38,25 @@ def router_program(role, dlogits, pooled, drouter_A, drouter_B, B, W, w,
 
 @triton.jit
 def spread_program(dlogits, router_A, router_B, share, equal_share, spread, B, W, w,
-    G: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    G: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A column block of ``spread`` [B, W], a sum over all routers."""
-    e, inside = tl.arange(0, E_PAD), w < W
-    tile = (e < E)[:, None] & inside[None, :]
+    inside = w < W
     for first in range(0, B, BLOCK_B):
         b = first + tl.arange(0, BLOCK_B)
-        there = (b < B)[:, None] & (e < E)[None, :]
         acc = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
-        for g in tl.static_range(G):
-            weight = tl.load(dlogits + (g * B + b[:, None]) * E + e[None, :], mask=there, other=0.0)
-            r_tile = tl.load(router_A[g] + e[:, None] * W + w[None, :], mask=tile, other=0.0).to(tl.float32)
-            acc = tl.dot(weight, r_tile, acc, input_precision="ieee")
-            if router_B is not None:
-                weight = tl.load(dlogits + ((G + g) * B + b[:, None]) * E + e[None, :], mask=there, other=0.0)
-                r_tile = tl.load(router_B[g] + e[:, None] * W + w[None, :], mask=tile, other=0.0).to(tl.float32)
+        for start in range(0, E, BLOCK_E):
+            e = start + tl.arange(0, BLOCK_E)
+            tile = (e < E)[:, None] & inside[None, :]
+            there = (b < B)[:, None] & (e < E)[None, :]
+            for g in tl.static_range(G):
+                weight = tl.load(dlogits + (g * B + b[:, None]) * E + e[None, :], mask=there, other=0.0)
+                r_tile = tl.load(router_A[g] + e[:, None] * W + w[None, :], mask=tile, other=0.0).to(tl.float32)
                 acc = tl.dot(weight, r_tile, acc, input_precision="ieee")
+                if router_B is not None:
+                    weight = tl.load(dlogits + ((G + g) * B + b[:, None]) * E + e[None, :], mask=there, other=0.0)
+                    r_tile = tl.load(router_B[g] + e[:, None] * W + w[None, :], mask=tile, other=0.0).to(tl.float32)
+                    acc = tl.dot(weight, r_tile, acc, input_precision="ieee")
         part = equal_share
         if share is not None:
             part = tl.load(share + b, mask=b < B, other=0.0)[:, None]
@@ -65,33 +67,39 @@ def spread_program(dlogits, router_A, router_B, share, equal_share, spread, B, W
 @triton.jit
 def table_backward_program(
     role, dlooked, index_a, lora_A, row_sums, dtable, drouter_AB, B, D, d,
-    G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, E_PAD: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    G: tl.constexpr, E: tl.constexpr, R: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dT of one slot, a sum over the instances by what they had looked up, and a column block of drouter_AB."""
     g, i = role // R, role % R
-    e, inside = tl.arange(0, E_PAD), d < D
-    acc = tl.zeros([E_PAD, E_PAD], tl.float32)  # [e, f]
-    for first in range(0, B, BLOCK_B):
-        b = first + tl.arange(0, BLOCK_B)
-        row = ((g * B + b) * R + i).to(tl.int64)
-        factor = tl.load(index_a + row, mask=b < B, other=-1)
-        looked = tl.load(dlooked + row[None, :] * E + e[:, None], mask=(e < E)[:, None] & (b < B)[None, :], other=0.0)
-        chosen = (factor[:, None] == e[None, :]).to(tl.float32)  # [BLOCK_B, E_PAD]
-        acc = tl.dot(looked, chosen, acc, input_precision="ieee")
-    tile = (e < E)[:, None] & inside[None, :]
-    if tl.program_id(0) == 0:
-        place = dtable + (role * E + e[:, None]).to(tl.int64) * E + e[None, :]
-        tl.store(place, acc, mask=(e < E)[:, None] & (e < E)[None, :])
-    if row_sums is None:
-        a_tile = tl.load(choose(lora_A, g, G) + e[:, None] * D + d[None, :], mask=tile, other=0.0).to(tl.float32)
-    else:
-        a = tl.load(row_sums + role * 2 * E + e, mask=e < E, other=0.0)
-        a_tile = tl.where(tile, a[:, None], 0.0)
-    if drouter_AB is not None:
-        product = tl.dot(acc, a_tile, input_precision="ieee")
-        place = choose(drouter_AB, g, G) + (i * E + e[:, None]).to(tl.int64) * D + d[None, :]
-        tl.store(place, product, mask=tile)
+    inside = d < D
+    for start in range(0, E, BLOCK_E):
+        e = start + tl.arange(0, BLOCK_E)
+        product = tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
+        for column in range(0, E, BLOCK_E):
+            f = column + tl.arange(0, BLOCK_E)
+            dt_tile = tl.zeros([BLOCK_E, BLOCK_E], tl.float32)  # [e, f]
+            for first in range(0, B, BLOCK_B):
+                b = first + tl.arange(0, BLOCK_B)
+                row = ((g * B + b) * R + i).to(tl.int64)
+                factor = tl.load(index_a + row, mask=b < B, other=-1)
+                there = (e < E)[:, None] & (b < B)[None, :]
+                looked = tl.load(dlooked + row[None, :] * E + e[:, None], mask=there, other=0.0)
+                chosen = (factor[:, None] == f[None, :]).to(tl.float32)  # [BLOCK_B, BLOCK_E]
+                dt_tile = tl.dot(looked, chosen, dt_tile, input_precision="ieee")
+            if tl.program_id(0) == 0:
+                place = dtable + (role * E + e[:, None]).to(tl.int64) * E + f[None, :]
+                tl.store(place, dt_tile, mask=(e < E)[:, None] & (f < E)[None, :])
+            tile = (f < E)[:, None] & inside[None, :]
+            if row_sums is None:
+                a_tile = tl.load(choose(lora_A, g, G) + f[:, None] * D + d[None, :], mask=tile, other=0.0)
+                a_tile = a_tile.to(tl.float32)
+            else:
+                a_tile = tl.where(tile, tl.load(row_sums + role * 2 * E + f, mask=f < E, other=0.0)[:, None], 0.0)
+            product = tl.dot(dt_tile, a_tile, product, input_precision="ieee")
+        if drouter_AB is not None:
+            place = choose(drouter_AB, g, G) + (i * E + e[:, None]).to(tl.int64) * D + d[None, :]
+            tl.store(place, product, mask=(e < E)[:, None] & inside[None, :])
 
 
 @triton.jit(do_not_specialize=["equal_share", "B"])
@@ -99,7 +107,7 @@ def routers_backward_kernel(
     dlogits, pooled, router_A, router_B, share, equal_share, drouter_A, drouter_B, spread,
     dlooked, index_a, lora_A, row_sums, dtable, drouter_AB, B, W, D,
     G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, E_PAD: tl.constexpr,
-    BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A column block of: each router's gradient, then ``spread``, then each slot's dT."""
     role = tl.program_id(1)
@@ -110,12 +118,12 @@ def routers_backward_kernel(
     elif role == routers:
         if spread is not None:
             spread_program(
-                dlogits, router_A, router_B, share, equal_share, spread, B, W, d, G, E, E_PAD, BLOCK_B, BLOCK_D
+                dlogits, router_A, router_B, share, equal_share, spread, B, W, d, G, E, BLOCK_E, BLOCK_B, BLOCK_D
             )
     elif dlooked is not None:
         table_backward_program(
             role - routers - 1, dlooked, index_a, lora_A, row_sums, dtable, drouter_AB, B, D, d,
-            G, E, R, E_PAD, BLOCK_B, BLOCK_D,
+            G, E, R, BLOCK_E, BLOCK_B, BLOCK_D,
         )  # fmt: skip
 
 
@@ -136,6 +144,6 @@ def launch_routers_backward(
         dlogits=dlogits, pooled=pooled, router_A=router_A, router_B=router_B, share=share, equal_share=equal_share,
         drouter_A=drouter_A, drouter_B=drouter_B, spread=spread, dlooked=dlooked, index_a=index_a, lora_A=lora_A,
         row_sums=row_sums, dtable=dtable, drouter_AB=drouter_AB, B=B, W=W, D=D,
-        G=G, E=E, R=R, E_PAD=tuning.pad(E), BLOCK_B=16, BLOCK_D=tile.columns, **tile.options,
+        G=G, E=E, R=R, E_PAD=tuning.pad(E), BLOCK_E=min(tuning.pad(E), tuning.BLOCK_E), BLOCK_B=16, BLOCK_D=tile.columns, **tile.options,
     )  # fmt: skip
     return dtable

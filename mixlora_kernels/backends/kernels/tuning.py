@@ -14,6 +14,7 @@ import torch
 import triton
 
 PROGRAMS = 264  # two for each multiprocessor of an H200
+BLOCK_E = 32  # factors at a time where a product runs over them: a float32 product keeps all of its length in registers
 BUCKETS = (16, 128, 1024, 4096)
 
 
@@ -89,7 +90,7 @@ def pool(arch: str, pool: int) -> Tile:
     width in blocks of ``span``."""
     if arch == "interpreter":
         return Tile(16, 32, 32, 4, 1)
-    return Tile(min(pool, 32), max(32, min(256, 4096 // pool)), 32, 4, 2)
+    return Tile(min(pool, 32), max(32, min(128, 4096 // pool)), 32, 4, 2)
 
 
 def table_span(width: int, blocks: int, block: int) -> int:
@@ -142,7 +143,7 @@ def gather(arch: str, pool: int) -> Tile:
     """For the sums over partial sums: rows at a time, and columns."""
     if arch == "interpreter":
         return Tile(16, 32, 0, 4, 1)
-    return Tile(32, max(16, min(64, 4096 // pool)), 0, 4, 2)
+    return Tile(32, max(16, min(64, 1024 // pool)), 0, 4 if pool < 64 else 8, 2)
 
 
 def decode(arch: str, slots: int) -> Tile:
