@@ -14,7 +14,6 @@ them for the next costs less than is told here.
 """
 
 import argparse
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +27,7 @@ import torch
 from adapted import adapt_model, use_backend
 from launches import Launch, Recorder, record
 from projections import OneProjection, Projections
+from report import bar, judge, summary_table, write_json
 
 import mixlora_kernels as mk
 
@@ -116,18 +116,16 @@ def main() -> None:
             base = base or recorder
             rows.append(describe(name, dropout, recorder, base, devices))
     show(rows, devices, arguments.launches)
-    worst = {d.name: max(row["ratio"][d.name] for row in rows if row["implementation"] == "mixlora") for d in devices}
-    for name, ratio in worst.items():
-        print(f"mixlora / frozen on an {name}: {ratio:.3f}, bar {BAR:.2f}: {'met' if ratio <= BAR else 'not met'}")
-    record_of = {
-        "machine": machine.describe(torch.device("cpu")),
-        "arguments": {**vars(arguments), "out": None},
-        "devices": [device._asdict() for device in devices],
-        "summary": worst,
-        "rows": rows,
-    }
+    bars = [
+        judge(bar(f"{row['implementation']}, dropout {row['dropout']}: / frozen on an {name}", ratio, BAR))
+        for row in rows
+        if row["implementation"] in ("mixlora", "mixlora_tied")
+        for name, ratio in row["ratio"].items()
+    ]
+    print(summary_table(bars))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(record_of, indent=1) + "\n", encoding="utf-8")
+    told = {name: value for name, value in vars(arguments).items() if name != "out"}
+    write_json(arguments.out, machine.describe(torch.device("cpu")), told, bars, rows, failures=[])
 
 
 def show(rows: Sequence[dict], devices: Sequence[Device], launches: bool) -> None:

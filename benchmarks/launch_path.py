@@ -18,7 +18,6 @@ The decoder layer is a LLaMA of one layer, embeddings given, with its attention,
 """
 
 import argparse
-import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -33,7 +32,7 @@ import numpy
 import torch
 from bytes_report import LLAVA_7B, training_step
 from paths import STEP, TRAINING, UNITS, TimedPath, build_paths
-from report import bar, judge, summary_table
+from report import bar, judge, summary_table, write_json
 
 DROPOUTS = (0.0, 0.05)
 WARM_UP = 5  # rounds, by which everything is compiled and kept
@@ -61,14 +60,9 @@ def main() -> None:
         row |= compare(row, rows)
     bars = list(map(judge, find_bars(rows)))
     show(rows, bars)
-    result = {
-        "machine": machine.describe(torch.device("cpu")),
-        "arguments": {"rounds": arguments.rounds, "backend": arguments.backend},
-        "summary": bars,
-        "rows": rows,
-    }
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    told = {"rounds": arguments.rounds, "backend": arguments.backend}
+    write_json(arguments.out, machine.describe(torch.device("cpu")), told, bars, rows, failures=[])
 
 
 def measure(paths: Sequence[TimedPath], rounds: int) -> None:
