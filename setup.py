@@ -15,8 +15,9 @@ def oldest(name: str) -> str:
 PEFT = [oldest("transformers"), oldest("peft"), oldest("accelerate"), "safetensors>=0.8"]
 BENCHMARK = [*PEFT, "matplotlib>=3.8", "scikit-learn>=1.4", "pillow>=10"]
 LLAVA = [*BENCHMARK, "pyyaml>=6", "pydantic>=2.6", "tensorboard>=2.17"]
+STUDY = [*LLAVA, "mlxtend>=0.23", "scipy>=1.10"]
 TEST = [
-    *LLAVA,
+    *STUDY,
     oldest("trl"),
     "datasets>=4.7",
     "bitsandbytes>=0.48",
@@ -55,5 +56,7 @@ setup(
     ],
     python_requires=">=3.10",
     install_requires=[oldest("torch")],
-    extras_require={"peft": PEFT, "llava": LLAVA, "benchmark": BENCHMARK, "test": TEST, "vllm": VLLM},
+    extras_require={
+        "peft": PEFT, "llava": LLAVA, "study": STUDY, "benchmark": BENCHMARK, "test": TEST, "vllm": VLLM,
+    },  # fmt: skip
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -384,3 +385,16 @@ def test_what_is_no_raw_result_is_refused(tmp_path):
     (tmp_path / f"{record.run.name}.json").rename(tmp_path / "other.json")
     with pytest.raises(ValueError, match="holds the run"):
         records.read(tmp_path)
+
+
+def test_the_readmes_accuracies_and_intervals_are_the_reports():
+    """Row by row: the same mean and deviation; and every interval's ends that the text names."""
+    root = Path(__file__).parents[2]
+    text = (root / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Is it better than LoRA?")[2].partition("\n## ")[0]
+    report = (root / "integration/llava/study/results/report.md").read_text(encoding="utf-8")
+    said = re.findall(r"\d+\.\d ± \d+\.\d", section)
+    assert len(said) >= 5 and all(f"| {value} (3) |" in report or f"| {value} (5) |" in report for value in said)
+    ends = re.findall(r"from ([+−]\d+\.\d)\s+to\s+([+−]\d+\.\d)", section)
+    intervals = {f"[{low}, {high}]".replace("−", "-") for low, high in ends}
+    assert intervals and all(interval in report for interval in intervals)

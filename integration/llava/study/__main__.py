@@ -14,7 +14,8 @@ from pathlib import Path
 
 from . import base, plan, report, timing, work
 
-RESULTS = Path(__file__).with_name("results")
+CHECKOUT = Path(__file__).with_name("results")  # an installed package has none
+RESULTS = CHECKOUT if CHECKOUT.is_dir() else Path("llava_study")
 QUICK_RESULTS = Path("llava_study_quick")
 
 
@@ -24,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="a small base and four methods: minutes instead of hours")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--minutes", type=float, help="after which no run is begun any more")
-    parser.add_argument("--results", type=Path, help="folder with runs/; by default the package's own, quick: ./")
+    parser.add_argument("--results", type=Path, help="folder with runs/; by default the checkout's own")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/mixlora_study", help="folder of the base")
     parser.add_argument("--seconds", type=float, help="of a run of 400 steps, for plan; by default as measured")
     options = parser.parse_args(arguments)
