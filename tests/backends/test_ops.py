@@ -163,8 +163,9 @@ def test_registered_operators(settings, device, monkeypatch):
     calls = []
     for name in ("project", "expand", "expand_backward", "project_backward", "decode"):
         module = sys.modules[f"{kernels.__name__}.{name}"]
+        op = vars(module)[f"{name}_op"]
 
-        def record(*arguments, op=getattr(module, f"{name}_op")):
+        def record(*arguments, op=op):
             calls.append((op, tuple(copy(argument) for argument in arguments)))
             return op(*arguments)
 

@@ -1,4 +1,4 @@
-"""expand: y_g[t] += Σ_i c gate_i u[g, t, index_a[i]] · lora_B[index_b[i]] (Equations 1 and 9), all siblings in one launch.
+"""expand: y_g[t] += Σ_i c gate_i u[g, t, index_a[i]] · lora_B[index_b[i]] (Equations 1 and 9), one launch for all.
 
 The first block of a sibling's columns leaves the r chosen columns of u, which is all that the backward needs of it.
 """
@@ -37,7 +37,8 @@ def expand(
 
 @triton.jit(do_not_specialize=["scale", "B", "L", "N"])
 def expand_kernel(
-    outs, bases, u, pools, index_a, index_b, gate, chosen, scale, cu_seqlens, B, L, N, widths, out_strides, base_strides,
+    outs, bases, u, pools, index_a, index_b, gate, chosen, scale, cu_seqlens, B, L, N, widths,
+    out_strides, base_strides,
     G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, B_PAD: tl.constexpr, S: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -91,8 +91,8 @@ def project_kernel(
 
 
 def plan(x: Tensor, E: int, cu_seqlens, B, L):
-    """The tile, and into how many splits of which span the columns and into how many tiles the rows are divided. It does
-    not depend on the number of siblings, so that the bits of each do not."""
+    """The tile, and into how many splits of which span the columns and into how many tiles the rows are divided. It
+    does not depend on the number of siblings, so that the bits of each do not."""
     tile = tuning.project(tuning.architecture(x.device), *x.shape, tuning.pad(E), x.element_size())
     span = tile.span or triton.cdiv(x.shape[1], tile.columns) * tile.columns
     return tile, span, triton.cdiv(x.shape[1], span), count_tiles(x.shape[0], B, L, cu_seqlens is not None, tile.rows)

@@ -87,7 +87,8 @@ def project_gather_kernel(
 
 
 def allocate_project_backward(
-    outs: Sequence[Tensor], dx: Tensor | None, x: Tensor | None, du: Tensor, lora_A: Sequence[Tensor], router_A: Sequence[Tensor],
+    outs: Sequence[Tensor], dx: Tensor | None, x: Tensor | None, du: Tensor, lora_A: Sequence[Tensor],
+    router_A: Sequence[Tensor],
     router_B: Sequence[Tensor], router_AB: Sequence[Tensor], pooled: Tensor | None, dgate: Tensor | None,
     dprobs_a: Tensor | None, dprobs_b: Tensor | None, index_a: Tensor, index_b: Tensor | None,
     probs_a: Tensor | None, probs_b: Tensor | None, kept: Tensor | None, row_sums: Tensor | None,
@@ -103,7 +104,7 @@ def fill_project_backward(
     probs_a, probs_b, kept, row_sums, cu_seqlens, mask, share, seeds, B, L, dropped, gate, pools,
     overwrite, need_A,
 ):  # fmt: skip
-    (G, N, R), (E, D) = du.shape, lora_A[0].shape
+    (G, _, R), (E, D) = du.shape, lora_A[0].shape
     routes, arch, lora_A = bool(router_A), tuning.architecture(du.device), as_pools(lora_A)
     taken = iter(outs)
     spread = next(taken) if routes and not pools else None
@@ -133,7 +134,8 @@ def fill_project_backward(
             project_gather_kernel, (triton.cdiv(D, tile.columns), G), du.device,
             parts=parts, owner=owner, index=index_a, dtable=dtable, row_sums=row_sums,
             router_AB=as_pools(router_AB) if router_AB else None, dlora_A=dlora_A, chunks=parts.shape[1], B=B, L=L,
-            D=D, G=G, E=E, R=R, E_PAD=tuning.pad(E), CHUNK=chunk, BLOCK_E=tuning.BLOCK_E, BLOCK_K=tile.rows, BLOCK_D=tile.columns,
+            D=D, G=G, E=E, R=R, E_PAD=tuning.pad(E), CHUNK=chunk, BLOCK_E=tuning.BLOCK_E, BLOCK_K=tile.rows,
+            BLOCK_D=tile.columns,
             **tile.options,
         )  # fmt: skip
 

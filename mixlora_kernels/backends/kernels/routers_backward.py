@@ -144,6 +144,7 @@ def launch_routers_backward(
         dlogits=dlogits, pooled=pooled, router_A=router_A, router_B=router_B, share=share, equal_share=equal_share,
         drouter_A=drouter_A, drouter_B=drouter_B, spread=spread, dlooked=dlooked, index_a=index_a, lora_A=lora_A,
         row_sums=row_sums, dtable=dtable, drouter_AB=drouter_AB, B=B, W=W, D=D,
-        G=G, E=E, R=R, E_PAD=tuning.pad(E), BLOCK_E=min(tuning.pad(E), tuning.BLOCK_E), BLOCK_B=16, BLOCK_D=tile.columns, **tile.options,
+        G=G, E=E, R=R, E_PAD=tuning.pad(E), BLOCK_E=min(tuning.pad(E), tuning.BLOCK_E), BLOCK_B=16,
+        BLOCK_D=tile.columns, **tile.options,
     )  # fmt: skip
     return dtable
