@@ -32,6 +32,8 @@ TEST = [
 # Not all that serving rests on is public in vLLM: other versions than the tested ones are refused when a server starts.
 VLLM = [*PEFT, f"{oldest('vllm')},<={VERSIONS['TESTED']['vllm'][1]}.999"]
 
+EXTRAS = {"peft": PEFT, "llava": LLAVA, "study": STUDY, "benchmark": BENCHMARK, "test": TEST, "vllm": VLLM}
+
 setup(
     name="mixlora_kernels",
     version=VERSIONS["__version__"],
@@ -56,7 +58,5 @@ setup(
     ],
     python_requires=">=3.10",
     install_requires=[oldest("torch")],
-    extras_require={
-        "peft": PEFT, "llava": LLAVA, "study": STUDY, "benchmark": BENCHMARK, "test": TEST, "vllm": VLLM,
-    },  # fmt: skip
+    extras_require=EXTRAS,
 )

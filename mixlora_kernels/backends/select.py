@@ -13,7 +13,7 @@ from .eager import EAGER
 from .reference import REFERENCE
 
 NAMES = ("reference", "torch", "triton")
-OLDEST_TRITON = (3, 2)
+OLDEST_TRITON = (3, 7)
 KERNEL_DTYPES = ("torch.bfloat16", "torch.float16", "torch.float32")
 OLDEST_CAPABILITY = (8, 0)
 
