@@ -8,8 +8,8 @@ __version__ = "0.1.0"
 
 # The oldest and the newest release of each library that the tests were run with; setup.py takes its lower bounds from
 # here. CI runs the tests with constraints.txt, constraints-newest.txt and constraints-oldest.txt, all of them with
-# torch 2.13. By hand, before the kernels took groups of siblings: the layer's tests with torch 2.6.0 on Python 3.10 (less
-# torch.compile and several processes), those and tests/peft with torch 2.15.0 on Python 3.12 and 3.13. transformers
+# torch 2.13. By hand, before the kernels took groups of siblings: the layer's tests with torch 2.6.0 on Python 3.10,
+# less torch.compile and several processes; those and tests/peft with torch 2.15.0 on Python 3.12 and 3.13. transformers
 # before 5.17 computes T5's positions in float32 whatever the model's dtype, and before 5.13 fails in prompt look-up
 # without a token that ends a text.
 TESTED = {

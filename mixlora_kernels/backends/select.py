@@ -1,6 +1,5 @@
 """The choice among the backends."""
 
-import importlib
 import os
 import warnings
 from functools import cache
@@ -69,12 +68,10 @@ def find_obstacle(device_type: str, device_index: int | None, dtype: str) -> tup
     return _find_library_obstacle(device_type, device_index)
 
 
-@cache
-@torch.compiler.assume_constant_result  # torch.compile unwraps the cache, and cannot trace an import by name
 def _find_library_obstacle(device_type: str, device_index: int | None) -> tuple[type[Exception], str] | None:
     needed = ".".join(map(str, OLDEST_TRITON))
     try:
-        triton = importlib.import_module("triton")
+        import triton
     except ImportError:
         return ImportError, f"backend='triton' needs Triton {needed} or newer, found none: install triton"
     if tuple(int(part) for part in triton.__version__.split(".")[:2]) < OLDEST_TRITON:
