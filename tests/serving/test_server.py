@@ -87,7 +87,10 @@ def server(questions, tmp_path_factory):
         yield address, process
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        try:
+            process.wait(timeout=60)
+        except subprocess.TimeoutExpired:  # one that is still starting may not listen
+            process.kill()
 
 
 def ask(address: str, path: str, body: dict, stream: bool) -> list[str]:
