@@ -103,7 +103,10 @@ def serving(name: str, folder: Path, port: int, core: int):
             yield log, process
         finally:
             process.terminate()
-            process.wait(timeout=60)
+            try:
+                process.wait(timeout=60)
+            except subprocess.TimeoutExpired:  # one that is still starting may not listen
+                process.kill()
 
 
 def await_answer(name: str, port: int, log: Path, process: subprocess.Popen) -> None:
