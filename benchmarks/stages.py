@@ -94,7 +94,7 @@ def calls_of(case: Case, device: torch.device) -> Iterator[tuple[str, Callable[[
         read=None,
         given=None,
         seeds=draw_seeds(1, device) if p else None,
-        instances=Instances(case.B, case.L, share=1 / case.L),
+        instances=Instances(case.B, case.L),
         options=Options(
             r=case.r, scale=config.scaling, p=p, gate=config.gate, conditioning=config.conditioning, tied=False,
             pools=True, dtype=case.dtype,
