@@ -72,7 +72,7 @@ def server(questions, tmp_path_factory):
     ]  # fmt: skip
     # oneDNN keeps what it has compiled for each shape, up to 1,024 shapes, with an adapter or without: about 350 MiB of
     # a vLLM without one after 1,600 requests. With room for 8 it is full before the first measurement.
-    environment = engine_environment(ONEDNN_PRIMITIVE_CACHE_CAPACITY="8")
+    environment = engine_environment(ONEDNN_PRIMITIVE_CACHE_CAPACITY="8", LRU_CACHE_CAPACITY="8")
     with log.open("w") as output:
         process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
     address = f"http://127.0.0.1:{port}"
@@ -138,7 +138,7 @@ def test_200_requests_from_16_clients(questions, server):
             held.append(memory(process))
     assert [answer for answer in answers if answer] == []
     assert len(answers) == 2 * REQUESTS
-    # Once, soon after the 50th request, torch's libraries take some 20 MiB more; after that a request may leave less than
+    # Once, soon after the 50th request, the worker takes some 20 MiB more; after that a request may leave less than
     # 10 KiB behind, where a KV block is 48 KiB and a picture's embedding 8 KiB.
     growth = [f"{(after - before) / 2**20:.1f} MiB" for before, after in pairwise(held)]
     assert held[1] - held[0] < 32 * 2**20, growth
