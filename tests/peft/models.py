@@ -15,8 +15,9 @@ from torch import nn
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
 # transformers' own add_adapter and load_adapter refuse any method of an older peft, plain LoRA as well.
+TRANSFORMERS_LOADS = Version(hf.__version__) < Version("5.24") or Version(peft.__version__) >= Version("0.22")
 needs_transformers_adapters = pytest.mark.skipif(
-    Version(hf.__version__) >= Version("5.24") and Version(peft.__version__) < Version("0.22"),
+    not TRANSFORMERS_LOADS,
     reason=f"add_adapter of transformers {hf.__version__} asks for peft 0.22, here is {peft.__version__}",
 )
 VOCABULARY, IMAGE_TOKEN, HIDDEN = 96, 95, 32

@@ -16,7 +16,7 @@ from peft import PeftConfig
 from mixlora_kernels import __version__
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
-from .models import TEXT, adapt, build
+from .models import TEXT, adapt, build, needs_transformers_adapters
 
 ROOT = Path(__file__).parents[2]
 
@@ -97,6 +97,7 @@ def test_every_adapter_has_its_own(saved):
     assert "| `num_factors` | `2` |" in (folder / "second" / "README.md").read_text()
 
 
+@needs_transformers_adapters
 def test_transformers_writes_it_too(tmp_path):
     model = build()
     model.add_adapter(ConditionalMixLoRAConfig(r=2, num_factors=4))

@@ -19,13 +19,13 @@ from safetensors.torch import load, save_file
 from mixlora_kernels import __version__
 from mixlora_kernels.peft import ConditionalMixLoRAConfig, MixLoRALayer
 
-from .models import adapt, build, prompts
+from .models import TRANSFORMERS_LOADS, adapt, build, needs_transformers_adapters, prompts
 
 IDS = torch.stack([tokens[:6] for tokens in prompts(2)])
 CONFIG, SAFE, BIN = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 MODEL = "base_model.model.model"
 QUERY = f"{MODEL}.layers.0.self_attn.q_proj.mixlora_adapter"
-WAYS = ("from_pretrained", "load_adapter", "transformers")
+WAYS = ("from_pretrained", "load_adapter", *(["transformers"] if TRANSFORMERS_LOADS else []))
 
 
 def everything(model) -> dict:
@@ -229,6 +229,7 @@ def test_tensors_into_an_adapter_that_is_there(folder, case):
     assert_same(model, before)
 
 
+@needs_transformers_adapters
 @pytest.mark.parametrize("case", TENSORS)
 def test_tensors_without_a_file(good, case):
     """transformers' own loading takes tensors, too."""
@@ -390,6 +391,7 @@ def test_no_weights(good, tmp_path):
     check_refused(tmp_path, ValueError, f"has neither {SAFE} nor {BIN}")
 
 
+@needs_transformers_adapters
 def test_a_subfolder(good, tmp_path):
     """What peft and transformers find in a subfolder is what is looked at."""
     inside = tmp_path / "inside"
@@ -411,6 +413,7 @@ def test_a_subfolder(good, tmp_path):
         assert_same(model, before)
 
 
+@needs_transformers_adapters
 def test_a_projector_that_is_not_the_models(tmp_path):
     """modules_to_save: its names, shapes, dtypes and values are looked at like the adapter's own."""
     adapt(build("llava"), target_modules=["q_proj"], modules_to_save=["multi_modal_projector"]).save_pretrained(
@@ -441,6 +444,7 @@ def test_a_projector_that_is_not_the_models(tmp_path):
             assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
 
 
+@needs_transformers_adapters
 def test_an_injection_that_fails_half_way():
     """modules_to_save that peft cannot wrap, found out when the adapters stand already."""
     for model in (build(), adapt(build())):
