@@ -57,7 +57,7 @@ class ConditionalMixLoRAModel(BaseTuner):
                 check_load(load, expected, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self.side.install(model)
-        except Exception:
+        except Exception:  # whatever it was, the model is put back as it was, and the error goes on
             self.withdraw(adapter_name)
             raise
         if load is None:
