@@ -235,5 +235,6 @@ def test_a_wrong_implementation_is_not_timed(capsys):
     rows = runner.run(suites.Group("layer", case.name, build, rounds=1, weight=1), seconds=1)
     assert {row["implementation"] for row in rows} == {"base"}
     (failure,) = runner.failures
-    assert re.search(r"mixlora at 32→32.* disagrees .* router_A 1.0e-03", failure)
+    # Several parts are off by the same thousandth; rounding decides which are named.
+    assert re.search(r"mixlora at 32→32.* disagrees .* most in (\w+ 1\.0e-03(, |$)){3}", failure)
     assert failure in capsys.readouterr().out
