@@ -45,3 +45,22 @@ def run_jobs(tmp_path_factory):
         return json.loads((folder / "results.json").read_text())
 
     return run
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """The environment of a process that runs vLLM, for this one."""
+    from .engine import ENVIRONMENT
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder with a Llama, ``model``, and its adapter, ``adapter``."""
+    from .models import save_adapter, save_llama
+
+    folder = tmp_path_factory.mktemp("saved")
+    save_adapter(save_llama(folder / "model"), folder / "adapter")
+    return folder

@@ -6,7 +6,7 @@ A process of its own for them, because vLLM sets up its process once, and for go
     prompts     each with prompt_token_ids, and with multi_modal_data where it has pictures (their paths)
     new         tokens to generate for each
     control     true: pool the generated tokens as well when a request is computed again
-    pictures    tokens of pictures that a step takes at most (of an engine in this process)
+    pictures    tokens of pictures that a step takes at most, and that are kept (of an engine in this process)
     cut         true: vLLM's own way with pictures that do not fit, in a scheduler that was not refused
     piecewise   true: graphs in pieces, as on a GPU, which vLLM takes for other graphs on a CPU
 
@@ -89,6 +89,14 @@ def keep_pieces() -> None:
     CpuPlatform.check_and_update_config = staticmethod(check_but_compilation)
 
 
+def limit_pictures(scheduler, tokens: int) -> None:
+    """Let a step encode pictures of so many tokens, and keep so many."""
+    cache = scheduler.encoder_cache_manager
+    assert cache.num_free_slots == cache.num_freeable_slots == cache.cache_size, "pictures are kept already"
+    scheduler.max_num_encoder_input_tokens = tokens
+    cache.cache_size = cache.num_free_slots = cache.num_freeable_slots = tokens
+
+
 #: Graphs in pieces; each piece runs as it was traced, because compiling it takes long and says nothing about its cut.
 PIECEWISE = {
     "mode": 3,
@@ -120,7 +128,7 @@ def run(job: dict) -> dict:
         return {"error": f"{type(error).__name__}: {error}"}
     core = llm.llm_engine.engine_core
     if "pictures" in job:
-        core.engine_core.scheduler.max_num_encoder_input_tokens = job["pictures"]
+        limit_pictures(core.engine_core.scheduler, job["pictures"])
     if job.get("cut"):
         from vllm.v1.core.sched.scheduler import Scheduler
 
