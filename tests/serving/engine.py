@@ -11,7 +11,8 @@ A process of its own for them, because vLLM sets up its process once, and for go
     piecewise   true: graphs in pieces, as on a GPU, which vLLM takes for other graphs on a CPU
 
 and its result ``tokens`` and ``logprobs`` for each prompt, ``preemptions``, ``runner`` (the module of the model runner
-of an engine in this process), ``compiled`` (what vLLM counted of its graphs), or ``error``.
+of an engine in this process), ``row by row`` (whether few tokens take the kernel that reads chosen rows, in such an
+engine), ``compiled`` (what vLLM counted of its graphs), or ``error``.
 
 Under ``TRITON_INTERPRET=1`` vLLM's Triton kernels run in Triton's interpreter, which vLLM's second model runner needs
 where there is no GPU.
@@ -114,6 +115,8 @@ def run(job: dict) -> dict:
     from vllm.compilation.counter import compilation_counter
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    from mixlora_kernels.serving.layer import ServedLayer
+
     if job.get("control"):
         pool_generated_tokens()
     options = {**ENGINE, **job["engine"]}
@@ -156,8 +159,11 @@ def run(job: dict) -> dict:
         "preemptions": preemptions,
         "compiled": {name: count - before[name] for name, count in vars(compilation_counter).items()},
     }
-    if hasattr(core, "engine_core"):
-        result["runner"] = type(core.engine_core.model_executor.driver_worker.worker.model_runner).__module__
+    if hasattr(core, "engine_core") and hasattr(core.engine_core.model_executor, "driver_worker"):
+        runner = core.engine_core.model_executor.driver_worker.worker.model_runner
+        layers = [module for module in runner.get_model().modules() if isinstance(module, ServedLayer)]
+        result["runner"] = type(runner).__module__
+        result["row by row"] = all(layer.rows is not None for layer in layers)
     core.shutdown()
     del llm, core
     cleanup_dist_env_and_memory()

@@ -1,5 +1,6 @@
 """A Llama with an adapter in the other ways that vLLM runs it: compiled, in piecewise graphs, by its second model
-runner, and divided over two processes. Tokens and log-probabilities are those of Hugging Face's generate.
+runner and with this package's Triton kernel, and divided over two processes. Tokens and log-probabilities are those of
+Hugging Face's generate.
 
 What vLLM runs on a GPU alone runs here as far as it can: piecewise graphs without CUDA graphs of the pieces, and the
 second model runner with its Triton kernels in Triton's interpreter.
@@ -35,11 +36,11 @@ def llamas(tmp_path_factory):
     return folder, prompts, wanted
 
 
-def job(llamas, adapter: str, engine: dict | None = None, **more) -> dict:
+def job(llamas, adapter: str, engine: dict | None = None, backend: str | None = None, **more) -> dict:
     folder, prompts, _ = llamas
     options = {
         "model": str(folder / f"{adapter}-model"),
-        "model_loader_extra_config": {"adapter": str(folder / adapter)},
+        "model_loader_extra_config": {"adapter": str(folder / adapter), "backend": backend},
         "max_num_seqs": 4,
         "num_gpu_blocks_override": BLOCKS,
         "max_model_len": 128,
@@ -86,7 +87,7 @@ def test_piecewise_graphs(llamas, compiled):
 @pytest.fixture(scope="module")
 def second_runner(llamas, run_jobs):
     jobs = {
-        "eager": job(llamas, "paper"),
+        "eager": job(llamas, "paper", {}, "triton"),
         "piecewise": job(llamas, "tied", piecewise=True),
     }
     environment = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
@@ -99,6 +100,7 @@ def test_the_second_model_runner(llamas, second_runner, name, adapter):
     compare(result, llamas[2][adapter])
     assert result["preemptions"] > 0
     assert result["runner"] == "vllm.v1.worker.cpu.model_runner"
+    assert result["row by row"] == (name == "eager")
     assert is_cut_at_each_layer(result["compiled"]) == (name == "piecewise")
 
 
