@@ -40,7 +40,7 @@ def run_jobs(tmp_path_factory):
             str(folder / "results.json"),
         ]
         environment = engine_environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(processes)), **more)
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
         return json.loads((folder / "results.json").read_text())
 

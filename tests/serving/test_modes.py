@@ -13,8 +13,9 @@ from .test_llama import compare
 
 pytestmark = needs_vllm
 
-NEW = 16
-# Of 5, 60, 17, 33 and 90 tokens. With blocks of 32 tokens for 96 + 90 + 16, some are preempted.
+NEW = 8
+# The first four, of 5, 60, 17 and 33 tokens, fill the 6 blocks of 32 tokens that requests can have (vLLM keeps one for
+# itself): when the second needs a third block, another request is preempted. The fifth, of 90 tokens, comes later.
 PROMPTS, BLOCKS = 5, 7
 ADAPTERS = {"paper": {}, "tied": {"conditioning": "tied", "gate": "normalized"}}
 #: Heads of keys and values: two processes have one each, or both the same one.
