@@ -13,7 +13,6 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from ..backends.select import check_name
 from . import refusals
 from .batch import Batch
 from .layer import AdaptedMethod, ServedLayer
@@ -31,8 +30,8 @@ class MixLoRAModelLoader(BaseModelLoader):
     """``load_format="mixlora"``.
 
     ``model_loader_extra_config`` has ``"adapter"``, the folder that ``save_pretrained`` wrote; optionally
-    ``"load_format"``, how the frozen model is loaded (``"auto"``), and ``"backend"``, that of the adapter's update (the
-    best one for the device); anything else is that loader's own.
+    ``"load_format"``, how the frozen model is loaded (``"auto"``), and ``"backend"``, ``"torch"`` or ``"triton"``, that
+    of the adapter's update (the best one for the device); anything else is that loader's own.
 
     Raises:
         ValueError: what was asked for cannot be served exactly. All of it is listed, with the flags that mend it.
@@ -42,7 +41,7 @@ class MixLoRAModelLoader(BaseModelLoader):
         super().__init__(load_config)
         extra = dict(load_config.model_loader_extra_config or {})
         self.folder = check_folder(extra.pop("adapter", None))
-        load_format, self.backend = extra.pop("load_format", "auto"), check_name(extra.pop("backend", None))
+        load_format, self.backend = extra.pop("load_format", "auto"), check_backend(extra.pop("backend", None))
         self.base = get_model_loader(replace(load_config, load_format=load_format, model_loader_extra_config=extra))
         self.adapter: SavedAdapter | None = None
 
@@ -94,6 +93,12 @@ def check_folder(folder) -> str:
             f"got {folder!r}{several}"
         )
     return folder
+
+
+def check_backend(backend) -> str | None:
+    if backend not in (None, "torch", "triton"):
+        raise ValueError(f"backend must be 'torch', 'triton' or left out, got {backend!r}")
+    return backend
 
 
 def attach(
