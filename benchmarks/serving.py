@@ -115,7 +115,7 @@ def await_answer(name: str, port: int, log: Path, process: subprocess.Popen) -> 
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 900  # a busy machine takes minutes to import vLLM
     while True:
         try:
             with urllib.request.urlopen(request, timeout=60) as response:

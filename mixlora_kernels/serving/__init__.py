@@ -8,6 +8,8 @@ each worker, ``loader.MixLoRAModelLoader``:
     saved       reads the adapter's folder
     placement   finds the served layer, and the place in it, of each adapted layer: vLLM fuses q, k, v and gate, up
     layer       the parameters and the state of one fused layer, and the wrap of its linear method
+    state       what was chosen for each running request, and the products with all factors
+    rows        the chosen rows alone, in one launch for few tokens: a Triton kernel
     op          the operation that a forward calls, one for each fused layer
     batch       what the operation knows of the running step: whose token is whose, which prompts begin
     runner      tells it to the batch before each step, for either of vLLM's model runners

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..config import MixLoRAConfig
 from .batch import Batch
 from .op import serve  # noqa: F401  (defines the operation)
-from .routing import router_matrix, table_of
+from .routing import Choice, router_matrix, table_of
+from .rows import rows_of
 from .state import state_of
 
 
@@ -40,11 +41,12 @@ class ServedLayer(nn.Module):
         batch: the model's.
         dtype, device: of the served layer's activations.
         group: the name of the process group over which x's D is divided; None: x is whole.
+        backend: ``"triton"`` or ``"torch"``; None: the best one for the device.
     """
 
     def __init__(
         self, members: Sequence[Member], parameters: Sequence[dict[str, Tensor]], config: MixLoRAConfig, batch: Batch,
-        *, dtype: torch.dtype, device: torch.device, group: str | None = None,
+        *, dtype: torch.dtype, device: torch.device, group: str | None = None, backend: str | None = None,
     ):  # fmt: skip
         super().__init__()
         self.members, self.config, self.batch, self.group = list(members), config, batch, group
@@ -61,6 +63,22 @@ class ServedLayer(nn.Module):
             self.routers.append(routers[:, member.columns].contiguous().to(device))  # [R, D] float32
             self.lora_B.append(p["lora_B"][:, member.rows].contiguous().to(device, dtype))  # [E, O]
         self.state = state_of(len(self.members), config, device)
+        self.rows = rows_of(len(self.members), config, self.lora_A, backend)
+
+    @property
+    def kept(self) -> list:
+        """Whatever keeps the requests' choices."""
+        return [self.state] if self.rows is None else [self.state, self.rows]
+
+    def reserve(self, blocks: int) -> None:
+        """Make room for so many KV blocks; what was kept is gone."""
+        for kept in self.kept:
+            kept.reserve(blocks)
+
+    def write(self, blocks: Tensor, choice: Choice) -> None:
+        """Keep the choices [P, G, R] of P requests whose first blocks are given, [P] int64."""
+        for kept in self.kept:
+            kept.write(blocks, choice)
 
     def extra_repr(self) -> str:
         return ", ".join(member.path for member in self.members)

@@ -30,7 +30,8 @@ class MixLoRAModelLoader(BaseModelLoader):
     """``load_format="mixlora"``.
 
     ``model_loader_extra_config`` has ``"adapter"``, the folder that ``save_pretrained`` wrote; optionally
-    ``"load_format"``, how the frozen model is loaded (``"auto"``); anything else is that loader's own.
+    ``"load_format"``, how the frozen model is loaded (``"auto"``), and ``"backend"``, ``"torch"`` or ``"triton"``, that
+    of the adapter's update (the best one for the device); anything else is that loader's own.
 
     Raises:
         ValueError: what was asked for cannot be served exactly. All of it is listed, with the flags that mend it.
@@ -40,7 +41,7 @@ class MixLoRAModelLoader(BaseModelLoader):
         super().__init__(load_config)
         extra = dict(load_config.model_loader_extra_config or {})
         self.folder = check_folder(extra.pop("adapter", None))
-        load_format = extra.pop("load_format", "auto")
+        load_format, self.backend = extra.pop("load_format", "auto"), check_backend(extra.pop("backend", None))
         self.base = get_model_loader(replace(load_config, load_format=load_format, model_loader_extra_config=extra))
         self.adapter: SavedAdapter | None = None
 
@@ -68,7 +69,7 @@ class MixLoRAModelLoader(BaseModelLoader):
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         specs = {name: spec for name, layer in layers.items() if (spec := layer.get_kv_cache_spec(vllm_config))}
         refusals.refuse(refusals.of_attention(specs))
-        attach(model, self.adapter, vllm_config, {layer_of(name) for name in specs})
+        attach(model, self.adapter, vllm_config, {layer_of(name) for name in specs}, self.backend)
         return model
 
 
@@ -94,7 +95,15 @@ def check_folder(folder) -> str:
     return folder
 
 
-def attach(model: nn.Module, adapter: SavedAdapter, vllm_config: VllmConfig, decoder_layers: set[str]) -> None:
+def check_backend(backend) -> str | None:
+    if backend not in (None, "torch", "triton"):
+        raise ValueError(f"backend must be 'torch', 'triton' or left out, got {backend!r}")
+    return backend
+
+
+def attach(
+    model: nn.Module, adapter: SavedAdapter, vllm_config: VllmConfig, decoder_layers: set[str], backend: str | None
+) -> None:
     """Put an adapter's parameters beside the layers of a loaded model, and have them read each step.
 
     Raises:
@@ -109,7 +118,7 @@ def attach(model: nn.Module, adapter: SavedAdapter, vllm_config: VllmConfig, dec
         module: Any = model.get_submodule(name)
         layer = ServedLayer(
             members, [adapter.layers[member.path] for member in members], adapter.config, batch,
-            dtype=module.params_dtype, device=device, group=group_of(module),
+            dtype=module.params_dtype, device=device, group=group_of(module), backend=backend,
         )  # fmt: skip
         module.add_module("mixlora", layer)
         key = f"{name}.mixlora"

@@ -29,15 +29,21 @@ def update_(y: Tensor, x: Tensor, layer, batch: Batch) -> None:
         batch: of the running step.
     """
     if batch.prompts:
-        route_(x, layer, batch.prompts)
+        route_(x, layer, batch.prompts, batch.prompt_blocks)
+    blocks = batch.blocks[: x.shape[0]]
+    ys = [y[:, member.start : member.stop] for member in layer.members]
+    if layer.rows is not None and layer.rows.take(x.shape[0]):
+        layer.rows.add_(ys, x, layer.lora_A.chunk(len(ys)), layer.lora_B, blocks)
+        return
     u = F.linear(x, layer.lora_A)  # [N, G * E]
-    s = layer.state.place(u, batch.blocks[: x.shape[0]]).to(y.dtype)  # [N, G * E]
-    for s_member, member, lora_B in zip(s.chunk(len(layer.members), 1), layer.members, layer.lora_B):
-        y[:, member.start : member.stop].addmm_(s_member, lora_B, alpha=layer.state.alpha)
+    s = layer.state.place(u, blocks).to(y.dtype)  # [N, G * E]
+    for y_member, s_member, lora_B in zip(ys, s.chunk(len(ys), 1), layer.lora_B):
+        y_member.addmm_(s_member, lora_B, alpha=layer.state.alpha)
 
 
-def route_(x: Tensor, layer, prompts: list[Prompt]) -> None:
-    """Choose the factors of P prompts whose tokens are among x [N, D], and keep them in the layer's state."""
+def route_(x: Tensor, layer, prompts: list[Prompt], blocks: Tensor) -> None:
+    """Choose the factors of P prompts whose tokens are among x [N, D], and keep them in the layer's state by the first
+    KV blocks [P] of their requests."""
     # One prompt at a time: the order of the sum, and so its bits, do not depend on the prompt's neighbours.
     pooled = torch.stack(
         [x[p.start : p.start + p.length].sum(0, dtype=torch.float32) * (1.0 / p.length) for p in prompts]
@@ -46,8 +52,7 @@ def route_(x: Tensor, layer, prompts: list[Prompt]) -> None:
     if layer.group is not None:  # each process has a share of D
         logits = list(all_reduce(torch.cat(logits, 1), layer.group).chunk(len(logits), 1))
     choices = [choose(part, table, layer.config) for part, table in zip(logits, layer.tables)]
-    blocks = torch.tensor([p.block for p in prompts], device=x.device)
-    layer.state.write(blocks, Choice(*(torch.stack(parts, 1) for parts in zip(*choices))))  # [P, G, R] each
+    layer.write(blocks, Choice(*(torch.stack(parts, 1) for parts in zip(*choices))))  # [P, G, R] each
 
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:

@@ -111,7 +111,7 @@ def of_model(config) -> Iterator[Refusal]:
     if graphs is not None and graphs.has_full_cudagraphs() and not model.enforce_eager:
         yield Refusal(
             f"cudagraph_mode={graphs.name} records whole steps; an adapter's operation has to run outside of graphs",
-            'Add --enforce-eager, or --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' (which is not tested)',
+            'Add --enforce-eager, or --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' (tested on CPUs only)',
         )
 
 

@@ -11,6 +11,7 @@ import inspect
 from functools import wraps
 from typing import Any
 
+import torch
 from torch import nn
 from vllm.logger import init_logger
 
@@ -21,6 +22,12 @@ logger = init_logger(f"vllm.{__name__}")  # under vllm's own, whose handlers it 
 ATTRIBUTE = "mixlora_batch"  # of a served model
 FORWARD = "_model_forward"
 STATE = "get_model_state_cls"
+STATE_METHODS = {
+    "initialize_kv_cache": ["kv_cache_config", "block_tables"],
+    "preprocess_state": ["input_batch", "block_tables", "kv_cache_config", "num_computed_tokens"],
+    "prepare_inputs": ["input_batch", "req_states"],
+    "prepare_dummy_inputs": ["num_reqs", "num_tokens"],
+}
 
 
 def follow_first_runner() -> None:
@@ -48,7 +55,7 @@ def follow_first_runner() -> None:
             starts=self.query_start_loc.np[: R + 1],
             computed=requests.num_computed_tokens_cpu[:R],
             prompt_lengths=requests.num_prompt_tokens[:R],
-            first_blocks=requests.block_table[0].get_numpy_array()[:R, 0],
+            first_blocks=torch.from_numpy(requests.block_table[0].get_numpy_array()[:R, 0]),
         )
         try:
             return forward(self, *args, **kwargs)
@@ -60,35 +67,57 @@ def follow_first_runner() -> None:
 
 
 def follow_second_runner(model: nn.Module, vllm_config) -> None:
-    """Give a served model the ``ModelState`` that tells its batch about each step. Untested: it needs a GPU."""
+    """Give a served model the ``ModelState`` that tells its batch about each step.
+
+    Raises:
+        ImportError: the runner is not the one that is known here.
+    """
     from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
     base: Any = resolve_model_state_cls(vllm_config, model)
+    check_second_runner(base)
+    batch: Batch = getattr(model, ATTRIBUTE)
 
     class MixLoRAModelState(base):
+        block_tables = None  # of the step of requests that is being prepared
+
         def initialize_kv_cache(self, kv_cache_config, block_tables):
             super().initialize_kv_cache(kv_cache_config, block_tables)
-            reserve(model, getattr(model, ATTRIBUTE), kv_cache_config.num_blocks)
+            reserve(model, batch, kv_cache_config.num_blocks)
 
-        def prepare_attn(self, input_batch, cudagraph_mode, block_tables, *args, **kwargs):
-            self.first_blocks = block_tables[0][:, 0]
-            return super().prepare_attn(input_batch, cudagraph_mode, block_tables, *args, **kwargs)
+        def preprocess_state(self, input_batch, block_tables, kv_cache_config, num_computed_tokens):
+            # Called for steps of requests alone, before prepare_inputs, which vLLM's own profiling runs call as well.
+            self.block_tables = block_tables
+            return super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
 
         def prepare_inputs(self, input_batch, req_states):
-            R = input_batch.num_reqs
-            getattr(model, ATTRIBUTE).begin(
-                starts=input_batch.query_start_loc_np[: R + 1],
-                computed=input_batch.num_computed_tokens_np[:R],
-                prompt_lengths=req_states.prompt_len.np[input_batch.idx_mapping_np[:R]],
-                first_blocks=self.first_blocks[:R].cpu().numpy(),
-            )
+            batch.end()
+            if self.block_tables is not None:
+                R = input_batch.num_reqs
+                batch.begin(
+                    starts=input_batch.query_start_loc_np[: R + 1],
+                    computed=input_batch.num_computed_tokens_np[:R],
+                    prompt_lengths=req_states.prompt_len.np[input_batch.idx_mapping_np[:R]],
+                    first_blocks=self.block_tables[0][:R, 0],
+                )
+                self.block_tables = None
             return super().prepare_inputs(input_batch, req_states)
 
         def prepare_dummy_inputs(self, num_reqs, num_tokens):
-            getattr(model, ATTRIBUTE).end()
+            batch.end()
             return super().prepare_dummy_inputs(num_reqs, num_tokens)
 
     setattr(model, STATE, lambda: MixLoRAModelState)
+
+
+def check_second_runner(state: type) -> None:
+    """Raise an ImportError where a ``ModelState`` of vLLM is not told what one of a MixLoRA adapter has to know."""
+    for name, parameters in STATE_METHODS.items():
+        method = getattr(state, name, None)
+        if method is None or list(inspect.signature(method).parameters)[1:] != parameters:
+            raise ImportError(
+                f"mixlora_kernels.serving does not know this vLLM: {state.__name__}.{name} is not as it was"
+            )
 
 
 def reserve(model: nn.Module, batch: Batch, num_blocks: int) -> None:
@@ -96,7 +125,7 @@ def reserve(model: nn.Module, batch: Batch, num_blocks: int) -> None:
     if batch.num_blocks != num_blocks:
         for module in model.modules():
             if isinstance(module, ServedLayer):
-                module.state.reserve(num_blocks)
+                module.reserve(num_blocks)
         batch.num_blocks = num_blocks
         logger.info("MixLoRA keeps %d bytes for %d KV blocks", state_bytes(model), num_blocks)
 
@@ -104,4 +133,4 @@ def reserve(model: nn.Module, batch: Batch, num_blocks: int) -> None:
 def state_bytes(model: nn.Module) -> int:
     """Bytes that the requests' choices take in this process, however many requests run."""
     layers = (module for module in model.modules() if isinstance(module, ServedLayer))
-    return sum(tensor.nbytes for layer in layers for tensor in layer.state.tensors)
+    return sum(tensor.nbytes for layer in layers for kept in layer.kept for tensor in kept.tensors)

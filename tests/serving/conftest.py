@@ -27,9 +27,9 @@ def engine_environment(**more: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def run_jobs(tmp_path_factory):
-    """Run jobs of ``engine`` in a process of its own: their results."""
+    """Run jobs of ``engine`` in a process of its own, with more in its environment: their results."""
 
-    def run(jobs: list[dict], processes: bool = False) -> list[dict]:
+    def run(jobs: list[dict], processes: bool = False, **more: str) -> list[dict]:
         folder = tmp_path_factory.mktemp("engine")
         (folder / "jobs.json").write_text(json.dumps(jobs))
         command = [
@@ -39,9 +39,28 @@ def run_jobs(tmp_path_factory):
             str(folder / "jobs.json"),
             str(folder / "results.json"),
         ]
-        environment = engine_environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(processes)))
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+        environment = engine_environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(processes)), **more)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
         return json.loads((folder / "results.json").read_text())
 
     return run
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """The environment of a process that runs vLLM, for this one."""
+    from .engine import ENVIRONMENT
+
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder with a Llama, ``model``, and its adapter, ``adapter``."""
+    from .models import save_adapter, save_llama
+
+    folder = tmp_path_factory.mktemp("saved")
+    save_adapter(save_llama(folder / "model"), folder / "adapter")
+    return folder

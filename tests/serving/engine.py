@@ -6,10 +6,16 @@ A process of its own for them, because vLLM sets up its process once, and for go
     prompts     each with prompt_token_ids, and with multi_modal_data where it has pictures (their paths)
     new         tokens to generate for each
     control     true: pool the generated tokens as well when a request is computed again
-    pictures    tokens of pictures that a step takes at most (of an engine in this process)
+    pictures    tokens of pictures that a step takes at most, and that are kept (of an engine in this process)
     cut         true: vLLM's own way with pictures that do not fit, in a scheduler that was not refused
+    piecewise   true: graphs in pieces, as on a GPU, which vLLM takes for other graphs on a CPU
 
-and its result ``tokens`` and ``logprobs`` for each prompt, ``preemptions``, ``state_bytes``, or ``error``.
+and its result ``tokens`` and ``logprobs`` for each prompt, ``preemptions``, ``runner`` (the module of the model runner
+of an engine in this process), ``row by row`` (whether few tokens take the kernel that reads chosen rows, in such an
+engine), ``compiled`` (what vLLM counted of its graphs), or ``error``.
+
+Under ``TRITON_INTERPRET=1`` vLLM's Triton kernels run in Triton's interpreter, which vLLM's second model runner needs
+where there is no GPU.
 """
 
 import json
@@ -58,21 +64,74 @@ def pool_generated_tokens() -> None:
     Batch.begin = begin_wrongly
 
 
+def let_triton_interpret() -> None:
+    """Have vLLM for CPUs take Triton as it is. It asks Triton for a backend that compiles for CPUs, which an
+    interpreter has no use for."""
+    from triton.backends import Backend, backends
+
+    class Driver:
+        is_active = staticmethod(lambda: True)
+
+    backends["cpu"] = Backend(compiler=None, driver=Driver)
+
+
+def keep_pieces() -> None:
+    """Undo that vLLM takes graphs in pieces for other graphs on a CPU."""
+    from vllm.config import CompilationMode
+    from vllm.platforms.cpu import CpuPlatform
+
+    check = CpuPlatform.check_and_update_config
+
+    def check_but_compilation(config):
+        given = config.compilation_config.backend
+        check(config)
+        config.compilation_config.mode, config.compilation_config.backend = CompilationMode.VLLM_COMPILE, given
+
+    CpuPlatform.check_and_update_config = staticmethod(check_but_compilation)
+
+
+def limit_pictures(scheduler, tokens: int) -> None:
+    """Let a step encode pictures of so many tokens, and keep so many."""
+    cache = scheduler.encoder_cache_manager
+    assert cache.num_free_slots == cache.num_freeable_slots == cache.cache_size, "pictures are kept already"
+    scheduler.max_num_encoder_input_tokens = tokens
+    cache.cache_size = cache.num_free_slots = cache.num_freeable_slots = tokens
+
+
+#: Graphs in pieces; each piece runs as it was traced, because compiling it takes long and says nothing about its cut.
+PIECEWISE = {
+    "mode": 3,
+    "backend": "eager",
+    "cudagraph_mode": "NONE",
+    "compile_sizes": [],
+    # Passes of which vLLM's build for CPUs lacks the kernels.
+    "pass_config": {"fuse_norm_quant": False, "fuse_act_quant": False},
+}
+
+
 def run(job: dict) -> dict:
     from PIL import Image
     from vllm import LLM, SamplingParams
+    from vllm.compilation.counter import compilation_counter
     from vllm.distributed import cleanup_dist_env_and_memory
+
+    from mixlora_kernels.serving.layer import ServedLayer
 
     if job.get("control"):
         pool_generated_tokens()
+    options = {**ENGINE, **job["engine"]}
+    if job.get("piecewise"):
+        keep_pieces()  # for good: such a job is its process's last
+        options |= {"enforce_eager": False, "compilation_config": PIECEWISE}
+    before = vars(compilation_counter).copy()
     try:
-        llm = LLM(**{**ENGINE, **job["engine"]})
+        llm = LLM(**options)
     except Exception as error:  # what is refused is a result
         cleanup_dist_env_and_memory()
         return {"error": f"{type(error).__name__}: {error}"}
     core = llm.llm_engine.engine_core
     if "pictures" in job:
-        core.engine_core.scheduler.max_num_encoder_input_tokens = job["pictures"]
+        limit_pictures(core.engine_core.scheduler, job["pictures"])
     if job.get("cut"):
         from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -98,7 +157,13 @@ def run(job: dict) -> dict:
             [step[token].logprob for step, token in zip(output.logprobs, output.token_ids)] for output in outputs
         ],
         "preemptions": preemptions,
+        "compiled": {name: count - before[name] for name, count in vars(compilation_counter).items()},
     }
+    if hasattr(core, "engine_core") and hasattr(core.engine_core.model_executor, "driver_worker"):
+        runner = core.engine_core.model_executor.driver_worker.worker.model_runner
+        layers = [module for module in runner.get_model().modules() if isinstance(module, ServedLayer)]
+        result["runner"] = type(runner).__module__
+        result["row by row"] = all(layer.rows is not None for layer in layers)
     core.shutdown()
     del llm, core
     cleanup_dist_env_and_memory()
@@ -107,6 +172,8 @@ def run(job: dict) -> dict:
 
 def main() -> None:
     jobs, results = map(Path, sys.argv[1:])
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        let_triton_interpret()
     results.write_text(json.dumps([run(job) for job in json.loads(jobs.read_text())]))
 
 

@@ -36,7 +36,9 @@ def make_parameters(config: mk.MixLoRAConfig, d_outs=D_OUTS, d_in=D_IN, seed=0) 
     ]
 
 
-def make_served(config: mk.MixLoRAConfig, parameters: list[dict], *, group=None, columns=WHOLE) -> ServedLayer:
+def make_served(
+    config: mk.MixLoRAConfig, parameters: list[dict], *, group=None, columns=WHOLE, backend=None
+) -> ServedLayer:
     stops = torch.tensor([p["lora_B"].shape[1] for p in parameters]).cumsum(0).tolist()
     members = [
         Member(f"member{i}", stop - p["lora_B"].shape[1], stop, WHOLE, columns)
@@ -44,9 +46,10 @@ def make_served(config: mk.MixLoRAConfig, parameters: list[dict], *, group=None,
     ]
     device = torch.device("cpu")
     layer = ServedLayer(
-        members, parameters, config, Batch(TOKENS, device), dtype=torch.float32, device=device, group=group
-    )
-    layer.state.reserve(BLOCKS)
+        members, parameters, config, Batch(TOKENS, device), dtype=torch.float32, device=device, group=group,
+        backend=backend,
+    )  # fmt: skip
+    layer.reserve(BLOCKS)
     return layer
 
 
@@ -66,7 +69,7 @@ def step(layer: ServedLayer, requests: list[tuple[Request, int]]) -> list[torch.
         starts=np.concatenate(([0], lengths.cumsum())),
         computed=np.array([request.computed for request, _ in requests]),
         prompt_lengths=np.array([request.prompt for request, _ in requests]),
-        first_blocks=np.array([request.block for request, _ in requests]),
+        first_blocks=torch.tensor([request.block for request, _ in requests]),
     )
     x = torch.cat(pieces)
     y = torch.zeros(len(x), layer.members[-1].stop)

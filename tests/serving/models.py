@@ -35,9 +35,9 @@ TEXT = {
 }
 
 
-def save_llama(folder: Path) -> hf.LlamaForCausalLM:
+def save_llama(folder: Path, **settings) -> hf.LlamaForCausalLM:
     torch.manual_seed(0)
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**TEXT)).eval()
+    model = hf.LlamaForCausalLM(hf.LlamaConfig(**{**TEXT, **settings})).eval()
     model.generation_config.eos_token_id = None
     model.save_pretrained(folder)
     return model

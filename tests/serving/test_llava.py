@@ -1,8 +1,11 @@
 """A LLaVA with an adapter and a trained projector in vLLM against Hugging Face's generate, with images and without."""
 
+import re
+
 import pytest
 
 from .conftest import needs_vllm
+from .loading import DOCUMENTED, load
 from .test_llama import compare
 
 pytestmark = needs_vllm
@@ -55,7 +58,7 @@ def results(llava, run_jobs):
     jobs = {
         "room": job(llava, 100),
         "preempted": job(llava, 9),
-        # A step takes two pictures: a prompt of two waits behind one of one.
+        # A step takes two pictures, and so many have room between steps: a prompt of two waits behind one of one.
         "two pictures a step": job(llava, 100) | {"pictures": 32},
         "two pictures a step, cut": job(llava, 100) | {"pictures": 32, "cut": True},
         "vLLM's own scheduler": job(llava, 100, scheduler_cls=None),
@@ -75,6 +78,19 @@ def test_vllms_own_scheduler_is_refused(results):
         f"{SCHEDULER}, by which such a prompt waits for the next step, or --language-model-only"
     )
     assert f"- {message}" in results["vLLM's own scheduler"]["error"]
+    assert message in DOCUMENTED
+
+
+def test_a_budget_for_pictures_that_a_prompt_could_exceed_is_refused(llava, offline):
+    """A prompt of so many pictures would wait for ever. vLLM makes the budget no smaller than a step."""
+    message = (
+        "max_num_encoder_input_tokens=64 is less than max_model_len=256: a prompt of many images would wait for ever. "
+        "Set --max-num-batched-tokens 256 or more"
+    )
+    options = job(llava, 100)["engine"]
+    with pytest.raises(ValueError, match=re.escape(f"- {message}")):
+        load(llava[0], lambda config: setattr(config.scheduler_config, "max_num_encoder_input_tokens", 64), **options)
+    assert message in DOCUMENTED
 
 
 def test_a_prompt_that_is_cut_stops_the_engine(results):

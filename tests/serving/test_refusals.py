@@ -1,18 +1,16 @@
 """What cannot be served exactly is refused by name, with the flag that mends it, before a weight is loaded.
 
-The page docs/serving.md shows every message; a message that is not there fails the test.
+The page serving.md shows every message; a message that is not there fails the test.
 """
 
 import re
-from pathlib import Path
 
 import pytest
 
-from .conftest import ROOT, needs_vllm
+from .conftest import needs_vllm
+from .loading import DOCUMENTED, load
 
-pytestmark = needs_vllm
-
-DOCUMENTED = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())
+pytestmark = [needs_vllm, pytest.mark.usefixtures("offline")]
 
 #: By what is asked for: arguments of vLLM, and the message.
 CONFIGURATIONS = {
@@ -69,43 +67,6 @@ CONFIGURATIONS = {
 }
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    from .models import save_adapter, save_llama
-
-    folder = tmp_path_factory.mktemp("saved")
-    save_adapter(save_llama(folder / "model"), folder / "adapter")
-    return folder
-
-
-def arguments(saved: Path, **more) -> dict:
-    from .engine import ENGINE
-
-    adapter = {"model_loader_extra_config": {"adapter": str(saved / "adapter")}}
-    return {**ENGINE, "model": str(saved / "model"), **adapter, **more}
-
-
-def load(saved: Path, change=None, **more):
-    """Ask the loader for a model as vLLM's worker does; ``change`` is called with the configuration first."""
-    from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader import get_model_loader
-
-    options = arguments(saved, **more)
-    options["disable_log_stats"] = True
-    config = EngineArgs(**options).create_engine_config()
-    if change is not None:
-        change(config)
-    get_model_loader(config.load_config).load_model(vllm_config=config, model_config=config.model_config)
-
-
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    from .engine import ENVIRONMENT
-
-    for name, value in ENVIRONMENT.items():
-        monkeypatch.setenv(name, value)
-
-
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_a_configuration(saved, name):
     options, message = CONFIGURATIONS[name]
@@ -149,7 +110,7 @@ def test_the_configuration_of_the_exact_tests_is_not_refused(saved):
         (
             lambda config: record_whole_steps(config),
             "cudagraph_mode=FULL records whole steps; an adapter's operation has to run outside of graphs. "
-            'Add --enforce-eager, or --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' (which is not tested)',
+            'Add --enforce-eager, or --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' (tested on CPUs only)',
         ),
     ],
     ids=["batched tokens", "decode context parallel", "prefill context parallel", "dual batch overlap", "full graphs"],
@@ -187,118 +148,3 @@ def test_tested_versions_of_vllm(version):
     from mixlora_kernels.serving.versions import check_version
 
     assert check_version(version) is None
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        (
-            {"routing": "random"},
-            "routing='random': a request brings its prompt, and nothing else that could be routed by. "
-            "Train with routing='instance'",
-        ),
-        (
-            {"decode": "token"},
-            "decode='token' routes each generated token anew, a server keeps the prompt's routing. "
-            "Train with decode='prompt'",
-        ),
-    ],
-    ids=["routing", "decode"],
-)
-def test_an_adapter_of_another_setting(saved, tmp_path, settings, message):
-    from .models import save_adapter, save_llama
-
-    save_adapter(save_llama(tmp_path / "model"), tmp_path / "adapter", **settings)
-    with pytest.raises(ValueError, match=re.escape(f"- {message}")):
-        load(tmp_path)
-    assert message in DOCUMENTED
-
-
-def test_an_adapter_of_another_kind(saved, tmp_path):
-    from peft import LoraConfig, get_peft_model
-
-    from .models import save_llama
-
-    get_peft_model(save_llama(tmp_path / "model"), LoraConfig()).save_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="holds an adapter of the kind LORA, load_format='mixlora' serves"):
-        load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "extra, message",
-    [
-        ({}, "got None"),
-        ({"adapter": ["one", "two"]}, "got ['one', 'two']: a server serves one adapter, start a server for each"),
-    ],
-    ids=["none", "two"],
-)
-def test_no_adapter_and_two(saved, extra, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        load(saved, model_loader_extra_config=extra)
-
-
-def test_a_folder_without_an_adapter(saved, tmp_path):
-    with pytest.raises(FileNotFoundError, match=re.escape(f"{tmp_path} has no adapter_config.json")):
-        load(saved, model_loader_extra_config={"adapter": str(tmp_path)})
-
-
-def test_a_key_that_would_replace_a_frozen_weight(saved, tmp_path):
-    import shutil
-
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(saved, tmp_path / "saved")
-    file = tmp_path / "saved" / "adapter" / "adapter_model.safetensors"
-    save_file({**load_file(file), "base_model.model.model.embed_tokens.weight": torch.zeros(256, 128)}, file)
-    with pytest.raises(ValueError, match=r"nothing was loaded\. unknown keys: \['model\.embed_tokens"):
-        load(tmp_path / "saved")
-
-
-@pytest.fixture(scope="module")
-def on_models(saved, run_jobs, tmp_path_factory):
-    """What depends on the model's layers, which vLLM makes in a running engine only: the errors by name."""
-    import transformers as hf
-
-    from .models import TEXT, save_adapter
-
-    folder = tmp_path_factory.mktemp("models")
-    deep = {**TEXT, "num_hidden_layers": 4}
-    save_adapter(hf.LlamaForCausalLM(hf.LlamaConfig(**{**deep, "intermediate_size": 224})), folder / "wide_adapter")
-    model = hf.LlamaForCausalLM(hf.LlamaConfig(**deep))
-    model.save_pretrained(folder / "sliding")
-    layers = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 32}
-    hf.LlamaConfig(**deep, **layers, architectures=["LlamaForCausalLM"]).save_pretrained(folder / "sliding")
-    save_adapter(model, folder / "sliding_adapter")
-    jobs = {
-        "another model": (saved / "model", folder / "wide_adapter"),
-        "sliding window": (folder / "sliding", folder / "sliding_adapter"),
-    }
-    results = run_jobs(
-        [
-            {
-                "engine": {"model": str(model), "model_loader_extra_config": {"adapter": str(adapter)}},
-                "prompts": [],
-                "new": 1,
-            }
-            for model, adapter in jobs.values()
-        ]
-    )
-    return {name: result["error"] for name, result in zip(jobs, results)}
-
-
-def test_an_adapter_for_another_model(on_models):
-    error = on_models["another model"]
-    assert "ValueError: the adapter is for another model than LlamaForCausalLM" in error
-    assert "model.layers.0.mlp.down_proj: the adapter maps 224 to 128, the model 192 to 128" in error
-    assert "and 11 more" in error  # gate, up and down of three layers, and seven of a layer that is not there
-
-
-def test_sliding_window_layers(on_models):
-    message = (
-        "2 layers have no full attention (model.layers.1.self_attn.attn: SlidingWindowSpec); a sliding window gives a "
-        "request's first block away while it runs, and with it the routing. Add --disable-sliding-window if the model "
-        "is to be used within its window, or serve another model"
-    )
-    assert f"- {message}" in on_models["sliding window"]
-    assert message in DOCUMENTED

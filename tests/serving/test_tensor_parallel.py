@@ -19,8 +19,8 @@ LENGTHS = (5, 9, 2)
 def begin(batch: Batch, computed: int) -> None:
     """A step of three requests: their prompts, or, after that, a token each."""
     lengths = LENGTHS if not computed else (1, 1, 1)
-    arrays = ([0, *torch.tensor(lengths).cumsum(0).tolist()], [n * computed for n in LENGTHS], LENGTHS, [3, 5, 7])
-    batch.begin(*(torch.tensor(array).numpy() for array in arrays))
+    starts, done = [0, *torch.tensor(lengths).cumsum(0).tolist()], [n * computed for n in LENGTHS]
+    batch.begin(*(torch.tensor(array).numpy() for array in (starts, done, LENGTHS)), torch.tensor([3, 5, 7]))
 
 
 def run(layer: ServedLayer, columns: slice) -> torch.Tensor:
@@ -54,7 +54,7 @@ def column_parallel(rank: int, config, parameters, _group: str) -> torch.Tensor:
         stop += local
     device = torch.device("cpu")
     layer = ServedLayer(members, parameters, config, Batch(64, device), dtype=torch.float32, device=device)
-    layer.state.reserve(16)
+    layer.reserve(16)
     parts = [torch.empty(0)] * PROCESSES
     dist.all_gather_object(parts, run(layer, WHOLE))
     # Member by member the processes' columns side by side.

@@ -89,7 +89,7 @@ def test_some_members_alone_are_adapted():
     part = type(part)(
         members, [parameters[0], parameters[2]], config, part.batch, dtype=torch.float32, device=torch.device("cpu")
     )
-    part.state.reserve(16)
+    part.reserve(16)
     a.computed = 0
     (got,) = step(part, [(a, 5)])
     q, k, v = (slice(m.start, m.stop) for m in whole.members)
@@ -98,13 +98,17 @@ def test_some_members_alone_are_adapted():
     assert not got[:, k].any() and wanted[:, k].any()
 
 
+def tensors_of(layer) -> list[torch.Tensor]:
+    return [layer.batch.blocks, *(tensor for kept in layer.kept for tensor in kept.tensors)]
+
+
 def test_nothing_grows_with_the_number_of_requests():
     config = mk.MixLoRAConfig(r=3, num_factors=7)
     layer = make_served(config, make_parameters(config))
-    before = [(tensor.data_ptr(), tensor.shape) for tensor in (*layer.state.tensors, layer.batch.blocks)]
+    before = [(tensor.data_ptr(), tensor.shape) for tensor in tensors_of(layer)]
     for seed in range(50):
         step(layer, [(Request(4, 0, seed % 16, seed), 4)])
-    assert [(tensor.data_ptr(), tensor.shape) for tensor in (*layer.state.tensors, layer.batch.blocks)] == before
+    assert [(tensor.data_ptr(), tensor.shape) for tensor in tensors_of(layer)] == before
     assert not layer.batch.prompts
 
 
