@@ -15,11 +15,11 @@ def oldest(name: str) -> str:
 PEFT = [oldest("transformers"), oldest("peft"), oldest("accelerate"), "safetensors>=0.8"]
 BENCHMARK = [*PEFT, "matplotlib>=3.8", "scikit-learn>=1.4", "pillow>=10"]
 LLAVA = [*BENCHMARK, "pyyaml>=6", "pydantic>=2.6", "tensorboard>=2.17", "shtab>=1.7"]
+TRL = [*PEFT, oldest("trl"), "datasets>=4.7"]
 STUDY = [*LLAVA, "mlxtend>=0.23", "scipy>=1.10"]
 TEST = [
     *STUDY,
-    oldest("trl"),
-    "datasets>=4.7",
+    *TRL,
     "bitsandbytes>=0.48",
     "torchao>=0.16",
     "pytest>=8",
@@ -32,7 +32,7 @@ TEST = [
 # Not all that serving rests on is public in vLLM: other versions than the tested ones are refused when a server starts.
 VLLM = [*PEFT, f"{oldest('vllm')},<={VERSIONS['TESTED']['vllm'][1]}.999"]
 
-EXTRAS = {"peft": PEFT, "llava": LLAVA, "study": STUDY, "benchmark": BENCHMARK, "test": TEST, "vllm": VLLM}
+EXTRAS = {"peft": PEFT, "trl": TRL, "llava": LLAVA, "study": STUDY, "benchmark": BENCHMARK, "test": TEST, "vllm": VLLM}
 
 setup(
     name="mixlora_kernels",

@@ -86,9 +86,9 @@ def test_shipped_files_are_found_by_name(capsys):
         with pytest.raises(SystemExit):
             main(["--path", name])
         assert capsys.readouterr().out == f"{path}\n"
-        if name != "lmms_tasks":
+        if path.suffix == ".yaml":
             assert isinstance(yaml.safe_load(path.read_text()), dict)
-    assert (names["lmms_tasks"] / "mixlora_unseen.yaml").is_file()
+    assert (names["lmms_tasks"] / "mixlora_unseen.yaml").is_file() and names["ms_swift_plugin"].is_file()
     assert "'zero4' comes" in (said := refused(capsys, "--path", "zero4")) and "zero2, zero3" in said
 
 
@@ -100,7 +100,7 @@ def test_setup_ships_what_is_found_by_name():
     found = {path for pattern in patterns for path in home.glob(pattern) if path.is_file()}
     wanted = [path if path.is_file() else [*path.iterdir()] for path in shipped.names().values()]
     files = {file for one in wanted for file in (one if isinstance(one, list) else [one]) if file.is_file()}
-    assert files <= found
+    assert {file for file in files if file.suffix != ".py"} <= found  # find_packages finds modules
 
 
 def test_a_configuration_by_name_or_by_path(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Predictions: their format, resuming, batches against single questions, judges, MMAvg, chat."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -295,7 +296,7 @@ def test_a_folder_without_questions_is_refused(tmp_path):
             predict.question_files(place)
 
 
-def test_commands(folder, tmp_path, capsys):
+def test_commands(folder, adapted, tmp_path, capsys):
     model = ["--model", str(folder / "base"), "--adapter", str(folder / "adapter"), "--template", "bare"]
     files = ["--questions", str(folder / "data/eval/side.jsonl"), "--images", str(folder / "data/images")]
     main(["evaluate", *model, *files, "--output", str(tmp_path), "--max-new-tokens", "2"])
@@ -308,6 +309,18 @@ def test_commands(folder, tmp_path, capsys):
     assert len(chosen) == 14 and len(lines) > 14
     first = json.loads(chosen[0].partition(": A ")[2].partition(", B")[0])
     assert len(set(first)) == 2 and set(first) <= set(range(6))
+    main(["report", *model, *files, "--batch-size", "4", "--output", str(tmp_path / "routing")])
+    said, found = capsys.readouterr().out, json.loads((tmp_path / "routing/routing.json").read_text())
+    assert said.startswith("6 questions of 1 tasks, 2 of 6 factors chosen\n") and len(found["layers"]) == 28
+    assert all(f"\n{key} " in said for key in found["layers"])
+    for row in found["layers"].values():
+        assert sum(row["usage"]) == 12 and row["unused"] == row["usage"].count(0)
+        assert row["most_used"] == sum(sorted(row["usage"])[-2:]) / 12 and 0 < row["entropy"] <= math.log(6) + 1e-6
+    chosen = predict.read_tasks(folder / "data/eval/side.jsonl", 100)
+    alone = selection.record(*adapted, chosen, folder / "data/images", template="bare", batch_size=1)
+    usage = {key: row["side"] for key, row in alone.usage().items()}
+    assert usage == {key: row["usage"] for key, row in found["layers"].items()}
+    assert (tmp_path / "routing/routing.png").stat().st_size > 5000
     (tmp_path / "no.png").write_text("no")
     with pytest.raises(SystemExit):
         main(["chat", *model, "--image", str(tmp_path / "no.png"), "--prompt", "?"])

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import subprocess
 import sys
 import types
 from dataclasses import dataclass
@@ -72,6 +73,19 @@ def request(number, text, **options):
 def test_entry_point_is_declared():
     setup = (TASKS.parents[3] / "setup.py").read_text()
     assert "lmms_eval.models" in setup and "mixlora_llava = mixlora_llava.lmms:manifest" in setup
+
+
+def test_the_entry_point_costs_nothing_and_fails_with_a_sentence():
+    """In a process without lmms-eval: importing it loads nothing, calling it names what to install."""
+    root = TASKS.parents[3]
+    code = "import sys\nsys.modules['lmms_eval'] = None\nbefore = set(sys.modules)\n"
+    code += "from mixlora_llava.lmms import manifest\nprint(sorted(set(sys.modules) - before))\n"
+    code += "try:\n    manifest()\nexcept ImportError as error:\n    print(error)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root / "integration", capture_output=True, text=True)
+    assert done.stdout.splitlines() == [
+        "['mixlora_llava', 'mixlora_llava.lmms']",
+        "the model mixlora_llava needs lmms-eval 0.7 or later: pip install lmms_eval",
+    ], done.stderr
 
 
 def test_answers_keep_their_order_whatever_the_batches(model):

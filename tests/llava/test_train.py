@@ -60,6 +60,7 @@ def test_every_method_trains_what_it_should(folder, method):
     expected = {
         "lora": {"lora_A.weight", "lora_B.weight"},
         "mixlora": router,
+        "mixlora_tied": {"lora_A", "lora_B", "router_A"},
         "mixlora_unconditional": router - {"router_AB"},
         "mixlora_task": router,
         "mixlora_task_unconditional": router - {"router_AB"},

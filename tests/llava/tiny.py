@@ -4,23 +4,24 @@ import types
 from pathlib import Path
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration
+
+from mixlora_llava.model.small import make_llava
 
 WIDTH, HIDDEN, LAYERS = 16, 24, 2
 
 
 def tiny_llava(seed: int = 0, **settings) -> LlavaForConditionalGeneration:
-    torch.manual_seed(seed)
-    vision = CLIPVisionConfig(
-        hidden_size=12, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4,
-        projection_dim=12,
-    )  # fmt: skip
-    text = LlamaConfig(
-        hidden_size=WIDTH, intermediate_size=HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=2, vocab_size=48,
-        bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+    vision = {
+        "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+        "patch_size": 4, "projection_dim": 12,
+    }  # fmt: skip
+    text = {
+        "hidden_size": WIDTH, "intermediate_size": HIDDEN, "num_hidden_layers": LAYERS, "num_attention_heads": 2,
+        "vocab_size": 48, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
     settings = {"projector_hidden_act": "linear", "image_token_id": 3} | settings
-    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, **settings)).eval()
+    return make_llava(text, vision, seed=seed, **settings).eval()
 
 
 def linear_sizes(layer: int) -> dict[str, tuple[int, int]]:

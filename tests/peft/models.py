@@ -13,6 +13,7 @@ from peft import get_peft_model
 from torch import nn
 
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
+from mixlora_llava.model.small import make_llava
 
 # transformers' own add_adapter and load_adapter refuse any method of an older peft, plain LoRA as well.
 TRANSFORMERS_LOADS = Version(hf.__version__) < Version("5.24") or Version(peft.__version__) >= Version("0.22")
@@ -63,14 +64,7 @@ def _qwen2():
 
 
 def _llava():
-    return hf.LlavaForConditionalGeneration(
-        hf.LlavaConfig(
-            text_config=hf.LlamaConfig(**TEXT),
-            vision_config=hf.CLIPVisionConfig(**VISION),
-            image_token_index=IMAGE_TOKEN,
-            vision_feature_layer=-2,
-        )
-    )
+    return make_llava(TEXT, VISION, image_token_index=IMAGE_TOKEN, vision_feature_layer=-2)
 
 
 def _llava_next():

@@ -150,7 +150,8 @@ def test_swift_sft_trains_with_the_plug_in(tmp_path):
         str(shipped.path("ms_swift_plugin")), "--model", str(tmp_path / "model"), "--model_type", "llama",
         "--template", "default", "--dataset", str(tmp_path / "data.jsonl"), "--torch_dtype", "float32", "--max_steps",
         "3", "--learning_rate", "0.01", "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "out"),
-        "--report_to", "none", "--use_cpu", "true", "--split_dataset_ratio", "0", "--add_version", "false",
+        "--report_to", "none", "--use_cpu", "true", "--use_logits_to_keep", "false", "--split_dataset_ratio", "0",
+        "--add_version", "false",
     ]  # fmt: skip
     settings = {"MIXLORA_SETTINGS": '{"r": 2, "num_factors": 6}', "USE_HF": "1"}
     done = subprocess.run(command, env=ENVIRONMENT | settings, capture_output=True, text=True, timeout=500)

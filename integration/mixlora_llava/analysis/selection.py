@@ -56,9 +56,10 @@ class Selections(NamedTuple):
         return sorted({self._place(name)[0] for name, _ in self.chosen})
 
     @property
-    def tied(self) -> bool:
-        """Whether B's choices are A's throughout."""
-        return all(np.array_equal(self.chosen[name, "B"], index) for (name, pool), index in self.chosen.items())
+    def pools(self) -> str:
+        """The pools worth a picture: "A" where B's choices are A's throughout, else "AB"."""
+        tied = all(np.array_equal(self.chosen[name, "B"], index) for (name, _), index in self.chosen.items())
+        return "A" if tied else "AB"
 
     def usage(self) -> dict[str, dict[str, list[int]]]:
         """By "layer's name.pool" and task, how many instances chose each factor, [E]."""
@@ -129,14 +130,15 @@ def plot_maps(selections: Selections, maps: list[dict], file: str | Path) -> Non
 
 def plot_usage(selections: Selections, file: str | Path, module: str) -> None:
     """Histograms of the factors chosen in one kind of linear layer, a row for each decoder layer, bars by task."""
-    usage = {key: value for key, value in selections.usage().items() if key.rpartition(".")[0].endswith(module)}
-    layers, tasks = selections.layers, list(dict.fromkeys(selections.tasks))
-    figure = Figure(figsize=(9, 1.6 * len(layers) + 1), layout="constrained")
-    panels = figure.subplots(len(layers), 2, squeeze=False)
+    layers, tasks, pools = selections.layers, list(dict.fromkeys(selections.tasks)), selections.pools
+    figure = Figure(figsize=(4.5 * len(pools), 1.6 * len(layers) + 1), layout="constrained")
+    panels = figure.subplots(len(layers), len(pools), squeeze=False, sharey=True)
     factors, colours = np.arange(selections.num_factors), colormaps["tab10" if len(tasks) <= 10 else "tab20"]
-    for key, counts in usage.items():
+    for key, counts in selections.usage().items():
         name, _, pool = key.rpartition(".")
-        panel = panels[layers.index(Selections._place(name)[0])]["AB".index(pool)]
+        if not name.endswith(module) or pool not in pools:
+            continue
+        panel = panels[layers.index(Selections._place(name)[0])][pools.index(pool)]
         bottom = np.zeros(selections.num_factors)
         for number, task in enumerate(tasks):
             panel.bar(factors, counts[task], bottom=bottom, color=colours(number), label=task)
@@ -160,8 +162,7 @@ def write(selections: Selections, folder: str | Path, layers: list[int] | None =
     arrays = {f"{name}.{pool}": index for (name, pool), index in selections.chosen.items()}
     np.savez_compressed(folder / "selection.npz", tasks=np.array(selections.tasks), **arrays)
     (folder / "usage.json").write_text(json.dumps(selections.usage()), encoding="utf-8")
-    pools = "A" if selections.tied else "AB"  # the same maps twice would show nothing
-    maps = [embed(selections, layer, "mlp", pool, seed) for pool in pools for layer in layers]
+    maps = [embed(selections, layer, "mlp", pool, seed) for pool in selections.pools for layer in layers]
     (folder / "tsne.json").write_text(json.dumps(maps), encoding="utf-8")
     plot_maps(selections, maps, folder / "tsne.png")
     plot_usage(selections, folder / "usage.png", "mlp.down_proj")

@@ -81,7 +81,8 @@ In percent; an answer is right when it is the exact words.
 
 {_comparison(figures)} The doubt is what {figures["questions"]} questions of each task leave; another seed adds to it,
 and the learning rates were not searched here. When MixLoRA is better than LoRA, by how much and with which settings, is
-what the study measures, with seeds and intervals: `integration/mixlora_llava/study/results/report.md`.
+what the study measures, with seeds and intervals; its report is in the repository,
+`integration/mixlora_llava/study/results/report.md`, and `mixlora study` repeats it.
 
 ![The first question of every task](samples.png)
 

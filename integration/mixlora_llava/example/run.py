@@ -24,16 +24,13 @@ from .resuming import kill_and_resume
 TEMPLATE = "bare"
 MARGIN = 25.0  # points of accuracy that MixLoRA has to be above the untuned model
 # LoRA with as many factors at work as MixLoRA, and of the rank that has about as many parameters as MixLoRA with its
-# routers. MixLoRA: tied pairs and a normalized gate. The scalings are the paper's: alpha is 2 r, and 2 E for MixLoRA.
+# routers. MixLoRA: the preset with tied pairs. The scalings are the paper's: alpha is 2 r, and 2 E for MixLoRA.
 TUNED = {
     "lora_r4": {"method": "lora", "r": 4},
     "lora_r24": {"method": "lora", "r": 24},
-    "mixlora": {
-        "method": "mixlora", "r": 4, "num_factors": 16,
-        "mixlora": {"conditioning": "tied", "gate": "normalized", "pool": "prompt"},
-    },
-}  # fmt: skip
-RATES = {"lora": 2e-3, "mixlora": 1e-3}
+    "mixlora": {"method": "mixlora_tied", "r": 4, "num_factors": 16},
+}
+RATES = {"lora": 2e-3, "mixlora_tied": 1e-3}
 
 
 class Size(NamedTuple):
@@ -46,7 +43,7 @@ class Size(NamedTuple):
     held_out: int
 
 
-SIZES = {False: Size(700, 350, 40, 600, 100), True: Size(350, 150, 12, 300, 40)}
+SIZES = {False: Size(600, 300, 40, 600, 100), True: Size(350, 150, 12, 300, 40)}
 
 
 def run(folder: Path, size: Size) -> dict:

@@ -1,7 +1,7 @@
 """MixLoRA as a tuner of ms-swift, without a change of ms-swift.
 
     MIXLORA_SETTINGS='{"r": 4, "num_factors": 16}' swift sft --tuner_type mixlora \\
-        --external_plugins "$(mixlora --path ms_swift_plugin)" --model MODEL --dataset DATA ...
+        --external_plugins "$(mixlora --path ms_swift_plugin)" --use_logits_to_keep false --model MODEL ...
 
 ``MIXLORA_SETTINGS`` holds fields of ``ConditionalMixLoRAConfig`` as JSON; ms-swift's own arguments for LoRA do not
 count. ms-swift imports this file by its path, before it parses what it trains.

@@ -59,6 +59,8 @@ def main(arguments: list[str] | None = None) -> None:
     if model.use_peft:
         raise ValueError("use_peft asks for LoRA: leave it out, this trains a MixLoRA adapter")
     given = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype}
+    if (quantization := get_quantization_config(model)) is not None:
+        given["quantization_config"] = quantization
     training.model_init_kwargs = given | (training.model_init_kwargs or {})
     data = load_dataset(script.dataset_name, name=script.dataset_config, streaming=script.dataset_streaming)
     trainer = SFTTrainer(
@@ -66,7 +68,6 @@ def main(arguments: list[str] | None = None) -> None:
         args=training,
         train_dataset=data[script.dataset_train_split],
         eval_dataset=data[script.dataset_test_split] if training.eval_strategy != "no" else None,
-        quantization_config=get_quantization_config(model),
         peft_config=mixlora.config(),
     )
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

@@ -33,6 +33,20 @@ def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
+def make_llava(text: dict, vision: dict, *, seed: int | None = None, **settings) -> LlavaForConditionalGeneration:
+    """A LLaVA of Llama and CLIP with random weights, for tests, benchmarks and the example.
+
+    Args:
+        text, vision: fields of ``LlamaConfig`` and of ``CLIPVisionConfig``.
+        seed: of the weights; None: they come from torch's generator as it is.
+        settings: further fields of ``LlavaConfig``.
+    """
+    if seed is not None:
+        torch.manual_seed(seed)
+    config = LlavaConfig(vision_config=CLIPVisionConfig(**vision), text_config=LlamaConfig(**text), **settings)
+    return LlavaForConditionalGeneration(config)
+
+
 def small_llava(
     texts: list[str], *, image: int = 16, patch: int = 8, width: int = 96, layers: int = 2, seed: int = 0,
     vision_width: int | None = None,
@@ -47,22 +61,18 @@ def small_llava(
         vision_width: of the vision tower's hidden states, by default two thirds of ``width``.
     """
     tokenizer = word_tokenizer(texts)
-    torch.manual_seed(seed)
     vision_width = vision_width or width * 2 // 3
-    vision = CLIPVisionConfig(
-        hidden_size=vision_width, intermediate_size=2 * vision_width, num_hidden_layers=2, num_attention_heads=4,
-        image_size=image, patch_size=patch, projection_dim=vision_width,
-    )  # fmt: skip
-    text = LlamaConfig(
-        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-        vocab_size=len(tokenizer), max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_id=SPECIAL.index(IMAGE),
-        pad_token_id=0,
-        vision_feature_layer=-1,
+    vision = {
+        "hidden_size": vision_width, "intermediate_size": 2 * vision_width, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "image_size": image, "patch_size": patch, "projection_dim": vision_width,
+    }  # fmt: skip
+    text = {
+        "hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers, "num_attention_heads": 4,
+        "vocab_size": len(tokenizer), "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": 0,
+    }  # fmt: skip
+    model = make_llava(
+        text, vision, seed=seed, image_token_id=SPECIAL.index(IMAGE), pad_token_id=0, vision_feature_layer=-1
     )
     size = {"height": image, "width": image}
     images = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
@@ -70,7 +80,7 @@ def small_llava(
         image_processor=images, tokenizer=tokenizer, patch_size=patch, vision_feature_select_strategy="default",
         image_token=IMAGE, num_additional_image_tokens=1,
     )  # fmt: skip
-    return LlavaForConditionalGeneration(config), processor
+    return model, processor
 
 
 def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path) -> None:

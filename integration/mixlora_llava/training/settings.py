@@ -17,10 +17,12 @@ from ..data.conversation import TEMPLATES
 from ..refusal import Refusal
 from .yaml_file import read_yaml
 
-# The one switch: what the paper compares, in Tables 1 and 2 and Figure 4.
+# The one switch: what the paper compares, in Tables 1 and 2 and Figure 4; and the preset with tied pairs.
+TIED = MixLoRAConfig.tied()
 METHODS = {
     "lora": None,
     "mixlora": {"routing": "instance"},
+    "mixlora_tied": {"routing": "instance", "conditioning": TIED.conditioning, "gate": TIED.gate},
     "mixlora_unconditional": {"routing": "instance", "conditioning": "none"},
     "mixlora_task": {"routing": "task"},
     "mixlora_task_unconditional": {"routing": "task", "conditioning": "none"},
