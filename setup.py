@@ -41,13 +41,17 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["mixlora_kernels", "mixlora_kernels.*", "integration", "integration.*"]),
+    packages=[
+        *find_packages(include=["mixlora_kernels", "mixlora_kernels.*"]),
+        *find_packages("integration", include=["mixlora_llava", "mixlora_llava.*"]),
+    ],
+    package_dir={"mixlora_llava": "integration/mixlora_llava"},
     package_data={
         "mixlora_kernels": ["py.typed"],
-        "integration.llava": ["configs/*.yaml", "lmms_tasks/*"],
+        "mixlora_llava": ["configs/*.yaml", "accelerate/*.yaml", "lmms/tasks/*"],
     },
     entry_points={
-        "lmms_eval.models": ["mixlora_llava = integration.llava.lmms:manifest"],
+        "lmms_eval.models": ["mixlora_llava = mixlora_llava.lmms:manifest"],
         "vllm.general_plugins": ["mixlora = mixlora_kernels.serving.plugin:register"],
     },
     # 3.11 runs all of CI. By hand, tests of the layer and of tests/peft: 3.10 with torch 2.6, 3.13 with torch 2.15.

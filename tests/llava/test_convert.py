@@ -7,10 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from integration.llava import checkpoint, convert
-from integration.llava.patch import patch_llava
 from mixlora_kernels import RoutingContext
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
+from mixlora_llava.checkpoints import convert, reading
+from mixlora_llava.model.patch import patch_llava
 
 from .tiny import LAYERS, linear_sizes, released_checkpoint, tiny_llava
 
@@ -114,7 +114,7 @@ def test_back_to_the_released_layout_bit_for_bit(tmp_path, kind):
     report = convert.to_released(tmp_path / "adapter", tmp_path / "back", base=tmp_path / "released")
     back = torch.load(tmp_path / "back" / "pytorch_model.bin", weights_only=True)
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
-    arguments = checkpoint.load(tmp_path / "back" / "cmoa_args.bin")
+    arguments = reading.load(tmp_path / "back" / "cmoa_args.bin")
     assert (arguments.n_experts, arguments.n_selected, arguments.cond_type) == (12, 3, kind)
     assert arguments.lora_alpha == 24 and report["unused"] == []
 
@@ -136,7 +136,7 @@ def test_layout_of_the_original_llava(tmp_path):
 )
 def test_refuses_settings_it_cannot_reproduce(tmp_path, setting, value):
     released_checkpoint(tmp_path)
-    arguments = checkpoint.load(tmp_path / "cmoa_args.bin")
+    arguments = reading.load(tmp_path / "cmoa_args.bin")
     setattr(arguments, setting, value)
     torch.save(arguments, tmp_path / "cmoa_args.bin")
     with pytest.raises(ValueError, match=setting):

@@ -7,13 +7,19 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 
-from integration.llava import chat, convert, digits, evaluate, generate, scores, selection, small
-from integration.llava.digest import model_digest
-from integration.llava.images import load_image
-from integration.llava.judge import LanguageModelJudge, exact, judge_prompt, read_verdict
-from integration.llava.model import load_adapter, load_llava
-from integration.llava.patch import patch_llava
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
+from mixlora_llava import chat
+from mixlora_llava.analysis import selection
+from mixlora_llava.checkpoints import convert
+from mixlora_llava.data.images import load_image
+from mixlora_llava.example import digits
+from mixlora_llava.model import generate, small
+from mixlora_llava.model.digest import model_digest
+from mixlora_llava.model.load import load_adapter, load_llava
+from mixlora_llava.model.patch import patch_llava
+from mixlora_llava.scoring import predict as evaluate
+from mixlora_llava.scoring import scores
+from mixlora_llava.scoring.judge import LanguageModelJudge, exact, judge_prompt, read_verdict
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +259,7 @@ def test_mm_avg_is_the_mean_of_the_seven_sets(tmp_path):
 
 
 def test_mme_predictions_become_the_tools_files(tmp_path):
-    from integration.llava import mme
+    from mixlora_llava.scoring import mme
 
     for name in mme.PERCEPTION + mme.COGNITION:
         rows = [

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from integration.llava import digits, example
+from mixlora_llava.example import digits
+from mixlora_llava.example import run as example
 
 pytestmark = pytest.mark.slow
 

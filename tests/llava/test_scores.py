@@ -6,7 +6,7 @@ import random
 import pytest
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-from integration.llava import mme, pope
+from mixlora_llava.scoring import mme, pope
 
 
 def line(truth, response, image="a.jpg"):

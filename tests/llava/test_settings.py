@@ -6,10 +6,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from integration.llava import train
-from integration.llava.settings import METHODS, Settings
+from mixlora_llava.training import train
+from mixlora_llava.training.settings import METHODS, Settings
 
-PAPER = Path(__file__).parents[2] / "integration/llava/configs/vision_flan_7b.yaml"
+PAPER = Path(__file__).parents[2] / "integration/mixlora_llava/configs/vision_flan_7b.yaml"
 LEAST = {"model": "m", "data": "d", "images": "i", "output": "o"}
 
 

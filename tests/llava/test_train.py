@@ -14,11 +14,17 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from integration.llava import chat, digits, estimate, evaluate, example, interference, selection, small, train
-from integration.llava.data import Collator
-from integration.llava.model import TASKS, load_llava
-from integration.llava.settings import METHODS, Settings
-from integration.llava.train import LengthGrouped
+from mixlora_llava import chat
+from mixlora_llava.analysis import interference, selection
+from mixlora_llava.data.dataset import Collator
+from mixlora_llava.example import digits
+from mixlora_llava.example import run as example
+from mixlora_llava.model import small
+from mixlora_llava.model.load import TASKS, load_llava
+from mixlora_llava.scoring import predict as evaluate
+from mixlora_llava.training import estimate, train
+from mixlora_llava.training.settings import METHODS, Settings
+from mixlora_llava.training.train import LengthGrouped
 
 ROOT = Path(__file__).parents[2]
 
@@ -133,8 +139,8 @@ def test_two_processes_train_on_texts_and_images(folder):
     given = settings(folder, "two", data=str(folder / "mixed.json"), training=training)
     (folder / "two.yaml").write_text(yaml.safe_dump(vars(given)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command += ["integration.llava.train", "--config", str(folder / "two.yaml")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command += ["mixlora_llava.training.train", "--config", str(folder / "two.yaml")]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'integration'}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     before = load_file(folder / "base" / "model.safetensors")
