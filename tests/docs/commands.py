@@ -44,8 +44,8 @@ def check_python(arguments: list[str]) -> None:
 
 
 def check_options(program: tuple[str, ...], arguments: list[str]) -> None:
-    """Ask a program for its help behind all other arguments: it reads these first, and ends at a value or choice that it
-    does not take. What it does not know it would only name after the help, so that each option is looked up in it."""
+    """Ask a program for its help behind all other arguments: it reads these first, and fails at a value or choice that
+    it does not take. It does not fail at an option that it does not know, so each option is looked up in the help."""
     options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
     text = ask_for_help((*program, *arguments))
     unknown = [option for option in options if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text)]
