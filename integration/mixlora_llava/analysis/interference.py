@@ -1,13 +1,9 @@
 """How much a step for one task helps or harms another: Equations 2 and 3.
 
-    python -m mixlora_llava.analysis.interference --config FILE --adapter DIR [--adapter DIR] --output DIR
-
 Each adapter is measured at its own weights, on batches of the configuration's data; ``--adapter`` twice compares LoRA
 with MixLoRA. The numbers go to ``interference.json``, the heat maps beside them.
 """
 
-import argparse
-import json
 import random
 import re
 from collections import defaultdict
@@ -21,9 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from ..data.dataset import Collator, Conversations
-from ..model.load import load_adapter, load_llava
-from ..training.settings import Settings
-from ..training.train import read_data
+from ..refusal import Refusal
 
 FACTOR = re.compile(r"layers\.(\d+)\.(self_attn|mlp)\..*\blora_([AB])\b")
 BLOCKS = {"self_attn": "attention", "mlp": "mlp"}
@@ -48,7 +42,7 @@ def factor_groups(model: nn.Module) -> dict[Group, list[nn.Parameter]]:
         if match := FACTOR.search(name):
             groups[Group(int(match[1]), BLOCKS[match[2]], match[3])].append(parameter)
     if not groups:
-        raise ValueError(f"{type(model).__name__} has no factors lora_A and lora_B in its decoder's layers")
+        raise Refusal(f"{type(model).__name__} has no factors lora_A and lora_B in its decoder's layers")
     return dict(groups)
 
 
@@ -160,7 +154,7 @@ def sample_batches(
     for task in tasks:
         members = [index for index, record in enumerate(data.records) if record.task == task]
         if len(members) < count * size:
-            raise ValueError(f"{task} has {len(members)} records, {count} batches of {size} need {count * size}")
+            raise Refusal(f"{task} has {len(members)} records, {count} batches of {size} need {count * size}")
         drawn = source.sample(members, count * size)
         batches[task] = [
             collator([data[index] for index in drawn[start : start + size]]) for start in range(0, len(drawn), size)
@@ -206,38 +200,3 @@ def colour_limit(scores: list[Tensor]) -> float:
     sizes = torch.cat([score[~torch.eye(len(score), dtype=torch.bool)].abs() for score in scores])
     sizes = sizes[sizes.isfinite()]  # a task without a gradient has no scores
     return max(torch.quantile(sizes, 0.95).item(), 1e-6) if len(sizes) else 1.0
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, required=True, help="of the training, for model and data")
-    parser.add_argument("--adapter", type=Path, action="append", required=True)
-    parser.add_argument("--tasks", nargs="+", help="by default, all of the data's")
-    parser.add_argument("--batches", type=int, default=4, help="of each task")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device", default=None)
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    settings, results = Settings.read(options.config), {}
-    for folder in options.adapter:
-        model, processor = load_llava(settings.model, settings.dtype)
-        model.to(options.device or model.device)
-        data = read_data(settings, processor)
-        adapted, embeddings = load_adapter(model, folder)
-        table = None if embeddings is None else torch.stack([embeddings[task] for task in data.task_ids])
-        collator = Collator(processor.tokenizer.pad_token_id, table)
-        tasks = options.tasks or list(data.task_ids)
-        results[folder.name] = measure(
-            adapted, sample_batches(data, collator, tasks, options.batches, options.batch_size)
-        )
-    options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "interference.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-    plot(results, options.output / "interference.png")
-    layers = sorted({key.rpartition(".")[0] for key in next(iter(results.values()))["groups"]})
-    for key in layers:
-        plot(results, options.output / f"interference_{key}.png", key)
-    print(f"numbers and {len(layers) + 1} heat maps in {options.output}")
-
-
-if __name__ == "__main__":
-    main()

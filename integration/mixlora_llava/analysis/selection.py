@@ -1,12 +1,9 @@
 """Which factors each instance chose, and how instances of a task lie together.
 
-    python -m mixlora_llava.analysis.selection --model MODEL --adapter DIR --questions DIR --images DIR --output DIR
-
 Writes the choices (``selection.npz``), how often each factor was chosen by task (``usage.json`` and a histogram), and
 t-SNE maps with the Jaccard metric as in Figures 5 and 6 (``tsne.json`` and a picture).
 """
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -20,14 +17,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 from torch import nn
 
-from mixlora_kernels.peft import task_embedding
-from mixlora_kernels.peft.side_information import find_side_information
-
-from ..data.conversation import TEMPLATES
-from ..data.images import find_image, load_image
-from ..model.generate import build_prompt
-from ..model.load import load_adapter, load_llava, read_source
-from ..scoring.predict import question_files, read_questions
+from .prompts import forward_prompts
 
 LAYER = re.compile(r"layers\.(\d+)\.(self_attn|mlp)\.(\w+)$")
 BLOCKS = {"attention": "self_attn", "mlp": "mlp"}
@@ -87,33 +77,20 @@ class Selections(NamedTuple):
         return int(match[1]), match[2]
 
 
-@torch.inference_mode()
 def record(
     model: nn.Module, processor, questions: dict[str, list[dict]], images: str | Path, *, template: str = "v1",
     batch_size: int = 8, embeddings: dict[str, torch.Tensor] | None = None,
 ) -> Selections:  # fmt: skip
-    """Note what each question's prompt routes to, before any answer; see ``evaluate`` for the questions."""
-    side, device, dtype = find_side_information(model), next(model.parameters()).device, next(model.parameters()).dtype
-    tasks, parts = [], {}
-    processor.tokenizer.padding_side = "right"
-    for task, rows in questions.items():
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size]
-            prompts = [build_prompt(row["prompt"], template) for row in batch]
-            pictures = [load_image(find_image(images, row["image_path"])) for row in batch]
-            inputs = processor(text=prompts, images=pictures, padding=True, return_tensors="pt").to(device)
-            inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
-            inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-            if embeddings is None:
-                model(**inputs, use_cache=False)
-            else:
-                with task_embedding(model, embeddings[task].to(device).expand(len(batch), -1)):
-                    model(**inputs, use_cache=False)
-            for (name, _), routing in side.last.items():
-                for pool, index in (("A", routing.index_a), ("B", routing.index_b)):
-                    parts.setdefault((name, pool), []).append(index.cpu().numpy())
-            tasks += [task] * len(batch)
-    factors = next(iter(side.last.values())).probs_a.shape[1]
+    """Note what each question's prompt routes to, before any answer; see ``forward_prompts``."""
+    tasks, parts, factors = [], {}, 0
+    for task, count, routings in forward_prompts(
+        model, processor, questions, images, template=template, batch_size=batch_size, embeddings=embeddings
+    ):
+        for name, routing in routings.items():
+            for pool, index in (("A", routing.index_a), ("B", routing.index_b)):
+                parts.setdefault((name, pool), []).append(index.cpu().numpy())
+            factors = routing.probs_a.shape[1]
+        tasks += [task] * count
     return Selections(tasks, {key: np.concatenate(value) for key, value in parts.items()}, factors)
 
 
@@ -189,26 +166,3 @@ def write(selections: Selections, folder: str | Path, layers: list[int] | None =
     plot_maps(selections, maps, folder / "tsne.png")
     plot_usage(selections, folder / "usage.png", "mlp.down_proj")
     return {f"{found['layer']}.{found['block']}.{found['pool']}": found["silhouette"] for found in maps}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder or hub name of a LLaVA, or its parts as JSON")
-    parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--questions", type=Path, required=True, help="folder of JSONL files, one per task, or one")
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--per-task", type=int, default=300)
-    parser.add_argument("--layers", type=int, nargs="+", help="for the maps")
-    parser.add_argument("--template", choices=list(TEMPLATES), default="v1")
-    parser.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args(arguments)
-    model, processor = load_llava(read_source(options.model))
-    model, embeddings = load_adapter(model, options.adapter)
-    files = question_files(options.questions)
-    questions = {file.stem: read_questions(file)[: options.per_task] for file in files}
-    selections = record(model, processor, questions, options.images, template=options.template, embeddings=embeddings)
-    print(json.dumps(write(selections, options.output, options.layers), indent=1))
-
-
-if __name__ == "__main__":
-    main()

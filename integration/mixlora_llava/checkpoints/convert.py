@@ -1,15 +1,9 @@
 """Released MixLoRA checkpoints to this package's adapter, and back.
 
-    python -m mixlora_llava.checkpoints.convert CHECKPOINT ADAPTER                    # released to adapter
-    python -m mixlora_llava.checkpoints.convert ADAPTER CHECKPOINT --back [--base CHECKPOINT]
-
 The released files hold the whole model. What becomes the adapter: the pools of factors, the routers, and the projector,
-which was trained with them. Everything else is frozen; its keys are named in the report. ``--base`` fills them in on
-the way back.
+which was trained with them. Everything else is frozen; its keys are named in the report.
 """
 
-import argparse
-import json
 import re
 import types
 from collections import defaultdict
@@ -22,24 +16,18 @@ from torch import Tensor
 
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
+from ..refusal import Refusal
+from .layouts import (
+    ARGUMENTS,
+    LAYOUTS,
+    RELEASED_FACTOR,
+    RELEASED_LAYER,
+    RELEASED_PROJECTOR,
+    ROUTERS,
+    TASK_DIM,
+    WEIGHTS,
+)  # fmt: skip
 from .reading import load, stream
-
-ARGUMENTS, WEIGHTS, CONFIG = "cmoa_args.bin", "adapter_model.safetensors", "adapter_config.json"
-RELEASED_LAYER = re.compile(r"base_model\.model\.model\.layers\.(\d+)\.((?:self_attn|mlp)\.\w+)\.(.+)")
-RELEASED_FACTOR = re.compile(r"lora_([AB])\.default\.(\d+)")
-RELEASED_PROJECTOR = "base_model.model.model.mm_projector."
-ROUTERS = {
-    "cmoa_selector.loraA_selector.weight": "router_A",
-    "cmoa_selector.loraB_selector.weight": "router_B",
-    "cmoa_loarB_extra_selector.loraB_selector.weight": "router_B",
-    "cmoa_loarB_extra_selector.loraA_param2loraB_selector.weight": "router_AB",
-}
-TASK_DIM = 4096  # Vicuna-7B's width, which encodes the task definitions
-# Where the decoder's layers and the projector are, in transformers' LLaVA and in the original one.
-LAYOUTS = {
-    "transformers": ("model.language_model.layers", "model.multi_modal_projector.linear_1"),
-    "original": ("model.layers", "model.mm_projector"),
-}
 
 
 def to_adapter(released: str | Path, folder: str | Path, layout: str = "transformers") -> dict:
@@ -75,7 +63,7 @@ def to_adapter(released: str | Path, folder: str | Path, layout: str = "transfor
         else:
             unused.append(key)
     if not found:
-        raise ValueError(f"{released} has no MixLoRA layer: no key like {RELEASED_LAYER.pattern}")
+        raise Refusal(f"{released} has no MixLoRA layer: no key like {RELEASED_LAYER.pattern}")
     if config.routing == "task":
         config.task_dim = next(iter(found.values()))["router_A"].shape[1]
     parts = {name.split(".layers.")[1].split(".", 1)[1] for name in found}
@@ -113,7 +101,7 @@ def read_arguments(arguments: types.SimpleNamespace) -> ConditionalMixLoRAConfig
         "ifs_weight": getattr(arguments, "ifs_weight", 1) != 1,
     }
     if wrong := {name: getattr(arguments, name) for name, refuse in refused.items() if refuse}:
-        raise ValueError(f"{ARGUMENTS} has settings that MixLoRA as published does not have: {wrong}")
+        raise Refusal(f"{ARGUMENTS} has settings that MixLoRA as published does not have: {wrong}")
     routing = {"task_embed": "task", "random": "random"}.get(kind, "instance")
     return ConditionalMixLoRAConfig.published(
         r=arguments.n_selected,
@@ -140,7 +128,7 @@ def assemble(name: str, found: dict, config: ConditionalMixLoRAConfig) -> dict[s
     E, r = config.num_factors, config.r
     for pool in "AB":
         if sorted(found[pool]) != list(range(E)):
-            raise ValueError(f"{name} needs the factors 0 to {E - 1} of lora_{pool}, got {sorted(found[pool])}")
+            raise Refusal(f"{name} needs the factors 0 to {E - 1} of lora_{pool}, got {sorted(found[pool])}")
     pools = {f"lora_{pool}": torch.cat([found[pool][e] for e in range(E)]) for pool in "AB"}
     d_in = pools["lora_A"].shape[1]
     d_route = config.task_dim or d_in
@@ -152,7 +140,7 @@ def assemble(name: str, found: dict, config: ConditionalMixLoRAConfig) -> dict[s
     routers = {key: tensor for key, tensor in found.items() if key.startswith("router")}
     got = {key: tuple(tensor.shape) for key, tensor in routers.items()}
     if got != expected:
-        raise ValueError(f"{name} needs routers of the shapes {expected}, got {got}")
+        raise Refusal(f"{name} needs routers of the shapes {expected}, got {got}")
     if "router_AB" in routers:
         routers["router_AB"] = routers["router_AB"].view(E, r, d_in).transpose(0, 1)
     return {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in (pools | routers).items()}
@@ -174,7 +162,7 @@ def to_released(adapter: str | Path, folder: str | Path, base: str | Path | None
     """
     config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config, ConditionalMixLoRAConfig):
-        raise ValueError(f"{adapter} holds no MixLoRA adapter, its type is {config.peft_type}")
+        raise Refusal(f"{adapter} holds no MixLoRA adapter, its type is {config.peft_type}")
     kinds = {
         ("instance", "published"): "input_lora_a_param",
         ("instance", "none"): "input",
@@ -182,7 +170,7 @@ def to_released(adapter: str | Path, folder: str | Path, base: str | Path | None
     }
     kind = "random" if config.routing == "random" else kinds.get((config.routing, config.conditioning))
     if kind is None or config.gate != "binary":
-        raise ValueError(
+        raise Refusal(
             "the released code has no counterpart of this adapter's "
             f"routing={config.routing!r}, conditioning={config.conditioning!r}, gate={config.gate!r}"
         )
@@ -223,22 +211,3 @@ def disassemble(name: str, parameter: str, tensor: Tensor, config: ConditionalMi
     if parameter == "router_AB":
         tensor = tensor.transpose(0, 1).flatten(1)  # [E, r * d_in]
     return {name + released: tensor.contiguous()}
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
-    parser.add_argument("--layout", choices=list(LAYOUTS), default="transformers", help="of the model to be adapted")
-    parser.add_argument("--back", action="store_true", help="from an adapter to the released layout")
-    parser.add_argument("--base", type=Path, help="with --back: a released checkpoint to take the frozen model from")
-    options = parser.parse_args(arguments)
-    if options.back:
-        report = to_released(options.source, options.target, options.base)
-    else:
-        report = to_adapter(options.source, options.target, options.layout)
-    print(json.dumps(report, indent=2))
-
-
-if __name__ == "__main__":
-    main()

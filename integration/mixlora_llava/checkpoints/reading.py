@@ -11,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..refusal import Missing, Refusal
+
 NAMES = ("pytorch_model.bin", "model.safetensors")
 
 
@@ -32,11 +34,11 @@ def find_files(checkpoint: str | Path) -> list[Path]:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
             files = [checkpoint / Path(shard).name for shard in shards]
             if missing := [file.name for file in files if not file.is_file()]:
-                raise FileNotFoundError(f"{checkpoint} lacks the shards {missing} that {index.name} names")
+                raise Missing(f"{checkpoint} lacks the shards {missing} that {index.name} names")
             return files
         if (checkpoint / name).is_file():
             return [checkpoint / name]
-    raise FileNotFoundError(f"{checkpoint} holds none of {', '.join(NAMES)} and no index of shards")
+    raise Missing(f"{checkpoint} holds none of {', '.join(NAMES)} and no index of shards")
 
 
 def stream(checkpoint: str | Path) -> Iterator[tuple[str, Tensor]]:
@@ -53,11 +55,11 @@ def stream(checkpoint: str | Path) -> Iterator[tuple[str, Tensor]]:
                     for key in tensors.offset_keys():
                         yield key, tensors.get_tensor(key)
             except SafetensorError as error:
-                raise ValueError(f"{file} is truncated or corrupt ({error})") from error
+                raise Refusal(f"{file} is truncated or corrupt ({error})") from error
         else:
             state = load(file)
             if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-                raise ValueError(f"{file} is not a dictionary of tensors")
+                raise Refusal(f"{file} is not a dictionary of tensors")
             yield from state.items()
 
 
@@ -70,12 +72,12 @@ def load(file: str | Path):
     with Path(file).open("rb") as start:
         archive = start.read(2) == b"PK"
     if archive and not zipfile.is_zipfile(file):
-        raise ValueError(f"{file} is truncated: its table of contents, at the end, is missing")
+        raise Refusal(f"{file} is truncated: its table of contents, at the end, is missing")
     try:
         with torch.serialization.safe_globals([types.SimpleNamespace]):
             # torch before 1.6 wrote bare pickles, which cannot be mapped.
             return torch.load(file, map_location="cpu", weights_only=True, mmap=archive)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{file} holds more than tensors and plain values, and was not loaded ({error})") from error
+        raise Refusal(f"{file} holds more than tensors and plain values, and was not loaded ({error})") from error
     except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} is truncated or corrupt ({error})") from error
+        raise Refusal(f"{file} is truncated or corrupt ({error})") from error

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..refusal import Refusal
 from .conversation import IMAGE, TEMPLATES, BadRecord, Turn, render
 from .images import BadImage, load_image
 from .records import Record, name_of, read_entries, read_record
@@ -33,9 +34,9 @@ class Encoder:
     def __init__(self, processor, template: str = "v1", max_length: int = 1792):
         self.processor, self.tokenizer = processor, processor.tokenizer
         if not self.tokenizer.is_fast:
-            raise ValueError(f"{type(self.tokenizer).__name__} does not say where its tokens lie: use a fast tokenizer")
+            raise Refusal(f"{type(self.tokenizer).__name__} does not say where its tokens lie: use a fast tokenizer")
         if template not in TEMPLATES:
-            raise ValueError(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
+            raise Refusal(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
         self.template, self.max_length = TEMPLATES[template], max_length
         self.image_id = self.tokenizer.convert_tokens_to_ids(IMAGE)
         self.varies = hasattr(processor.image_processor, "image_grid_pinpoints")  # LLaVA-Next: tokens by image size
@@ -172,10 +173,10 @@ class Conversations(Dataset):
             message = f"{file}: {len(entries) - len(records)} of {len(entries)} records cannot be used. "
             message += describe_problems(problems)
             if strict:
-                raise ValueError(message)
+                raise Refusal(message)
             logger.warning(message)
         if not records:
-            raise ValueError(f"{file} has no record that can be used")
+            raise Refusal(f"{file} has no record that can be used")
         if again := [name for name, count in Counter(record.id for record in records).items() if count > 1]:
             logger.warning("%s: %d ids name several records, all of which are used: %s", file, len(again), _some(again))
         return cls(records, lengths, encoder, dict(problems), strict)
@@ -195,13 +196,13 @@ class Conversations(Dataset):
                 return self.encoder(record) | {"task": self.task_ids.get(record.task, -1)}
             except BadImage as error:
                 if self.strict:
-                    raise ValueError(f"record {record.id}: {error}") from error
+                    raise Refusal(f"record {record.id}: {error}") from error
                 known = self.problems.setdefault(error.why, [])
                 if record.id not in known:
                     known.append(record.id)
                     logger.warning("record %s is left out, the next one takes its place: %s", record.id, error)
                 last = error
-        raise ValueError(
+        raise Refusal(
             f"record {record.id} and {step} before it cannot be used ({last}): is the image folder still there?"
         )
 

@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
+from ..refusal import Refusal
 from .text import is_text, shown
 
 # Raster formats only: PIL also knows formats that it hands to other programs.
@@ -19,7 +20,7 @@ MAX_RATIO = 200
 T = TypeVar("T")
 
 
-class BadImage(ValueError):
+class BadImage(Refusal):
     """An image that cannot be used.
 
     Attributes:

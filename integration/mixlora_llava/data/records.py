@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..refusal import Refusal
 from .conversation import BadRecord, Turn, read_turns
 from .images import check_image, find_image
 from .text import is_text, shown
@@ -40,7 +41,7 @@ def read_entries(file: str | Path, limit: int | None = None) -> list[Any]:
     text = Path(file).read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     start = _after_space(text, 0)
     if text[start : start + 1] != "[":
-        raise ValueError(f"{file} must hold a list of records in JSON, got {shown(text[start : start + 20])!r}")
+        raise Refusal(f"{file} must hold a list of records in JSON, got {shown(text[start : start + 20])!r}")
     try:
         entries: list[Any] = []
         for entry in _elements(text, start + 1):
@@ -49,7 +50,7 @@ def read_entries(file: str | Path, limit: int | None = None) -> list[Any]:
                 break
         return entries
     except json.JSONDecodeError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise Refusal(f"{file} is not JSON: {error}") from error
 
 
 def _elements(text: str, at: int) -> Iterator[Any]:

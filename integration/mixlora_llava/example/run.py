@@ -1,40 +1,25 @@
-"""The whole system on real handwritten digits, in minutes on two cores and without a download.
+"""The example: what is done, in which order, and what has to hold; ``report.md`` tells it."""
 
-    python -m mixlora_llava.example.run [--output DIR] [--quick]
-
-A small LLaVA learns to caption images of digits, and to answer questions about captions in words; that stands for the
-pretrained model. MixLoRA, with tied pairs, and LoRA then tune it on six tasks of visual instructions.
-Everything is evaluated, killed and resumed, and analysed, as ``report.md`` tells.
-"""
-
-import argparse
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-import yaml
 from safetensors.torch import load_file
-from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from ..analysis import interference, selection
-from ..data.dataset import IGNORED, Collator, Conversations, Encoder
-from ..model import small
+from ..data.dataset import Collator
 from ..model.load import load_adapter, load_llava
 from ..scoring import scores
-from ..scoring.judge import exact
+from ..scoring.exact import exact
 from ..scoring.predict import predict, read_questions
+from ..training.prepare import read_data
 from ..training.settings import Settings
-from ..training.train import LlavaTrainer, read_data, train
+from ..training.train import train
 from . import digits
+from .pretraining import pretrain
 from .report import plot_losses, plot_samples, report
+from .resuming import kill_and_resume
 
 TEMPLATE = "bare"
 MARGIN = 25.0  # points of accuracy that MixLoRA has to be above the untuned model
@@ -64,43 +49,15 @@ class Size(NamedTuple):
 SIZES = {False: Size(700, 350, 40, 600, 100), True: Size(350, 150, 12, 300, 40)}
 
 
-def main(arguments: list[str] | None = None) -> dict:
-    """Run it; returns the report's figures.
+def run(folder: Path, size: Size) -> dict:
+    """Do everything, in ``folder``; returns the report's figures.
 
     Raises:
         RuntimeError: the loss did not fall, the margin was not reached, or the resumed run ended elsewhere.
     """
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path("llava_example"))
-    parser.add_argument("--quick", action="store_true", help="fewer steps and questions")
-    options = parser.parse_args(arguments)
-    if options.output.exists() and any(options.output.iterdir()):
-        parser.error(f"{options.output} is not empty: what lies there would be gone on with; give another --output")
-    with one_thread():
-        return run(options.output, SIZES[options.quick])
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Products as small as these gain nothing from a second thread; where other programs use the cores, threads that
-    wait for one another take twenty times as long. The run that is killed must add in the same order as the others, and
-    inherits this by its environment."""
-    threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
-    torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        os.environ.pop("OMP_NUM_THREADS")
-        os.environ |= {} if variable is None else {"OMP_NUM_THREADS": variable}
-
-
-def run(folder: Path, size: Size) -> dict:
-    """See ``main``."""
     start, computing = time.monotonic(), time.process_time()
     digits.write(folder / "data", per_task=size.per_task, held_out=size.held_out)
-    pretrain(folder, size.pretraining)
+    pretrain(folder, size.pretraining, TEMPLATE)
     losses = {name: train(settings(folder, name, size.tuning, **method))["loss"] for name, method in TUNED.items()}
     results = {name: evaluate(folder, name) for name in ("untuned", *TUNED)}
     figures = {
@@ -110,7 +67,9 @@ def run(folder: Path, size: Size) -> dict:
         "parameters": {name: adapter_parameters(folder / name) for name in TUNED},
         "loss": {name: ends(list(loss.values())) for name, loss in losses.items()},
         "questions": size.held_out,
-        "resumed": kill_and_resume(folder, size.killed),
+        "resumed": kill_and_resume(
+            *(settings(folder, name, size.killed, **TUNED["mixlora"]) for name in ("whole", "killed"))
+        ),
         "silhouettes": analyse_selection(folder),
         "interference": analyse_interference(folder),
     }
@@ -121,47 +80,7 @@ def run(folder: Path, size: Size) -> dict:
     (folder / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     (folder / "report.md").write_text(report(figures, MARGIN), encoding="utf-8")
     check(figures)
-    print(f"{folder / 'report.md'} after {figures['minutes']:.1f} minutes")
     return figures
-
-
-def pretrain(folder: Path, steps: int) -> None:
-    """Make the model that is to be tuned: the tower first, then, frozen, with the rest on captions and on reading."""
-    model, processor = small.small_llava(digits.texts())
-    data = Conversations.read(folder / "data/pretraining.json", folder / "data/images", Encoder(processor, TEMPLATE))
-    set_seed(0)
-    pretrain_tower(model.model.vision_tower, data, steps)
-    model.model.vision_tower.requires_grad_(False)
-    arguments = TrainingArguments(
-        output_dir=str(folder / "pretraining"), max_steps=steps, per_device_train_batch_size=32, learning_rate=2e-3,
-        lr_scheduler_type="cosine", warmup_steps=20, weight_decay=0.05, logging_steps=50, save_strategy="no",
-        report_to="none", remove_unused_columns=False, disable_tqdm=True, use_cpu=True,
-    )  # fmt: skip
-    collator = Collator(processor.tokenizer.pad_token_id)
-    LlavaTrainer(model=model, args=arguments, train_dataset=data, data_collator=collator).train()
-    small.save(model.eval(), processor, folder / "base")
-
-
-def pretrain_tower(tower: torch.nn.Module, data: Conversations, steps: int) -> None:
-    """Teach the vision tower which words an image's caption has; it stands for CLIP's pretraining."""
-    items = [data[index] for index, record in enumerate(data.records) if record.image is not None]
-    pixels = torch.cat([item["pixel_values"] for item in items])  # [N, 3, 16, 16]
-    words = torch.zeros(len(items), len(data.encoder.tokenizer))
-    for row, item in zip(words, items):
-        row[item["labels"][item["labels"] != IGNORED]] = 1
-    head = torch.nn.Linear(tower.config.hidden_size, words.shape[1])
-    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=2e-3, weight_decay=0.05)
-    tower.train()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * (1 - step / steps)
-        rows = torch.randint(len(items), (64,))
-        logits = head(tower(pixels[rows]).last_hidden_state[:, 1:].mean(1))
-        target = words[rows] / words[rows].sum(1, keepdim=True)
-        loss = torch.nn.functional.cross_entropy(logits, target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
 
 
 def settings(folder: Path, name: str, steps: int, **method) -> Settings:
@@ -206,53 +125,6 @@ def standard_error(result: dict) -> float:
     """Of ``seen``, from the number of questions alone; another seed of the training would add to it."""
     rows = [result["tasks"][task] for task in digits.TASKS]
     return sum(row["accuracy"] * (100 - row["accuracy"]) / row["count"] for row in rows) ** 0.5 / len(rows)
-
-
-class Kill(TrainerCallback):
-    """Ends the process as ``kill -9`` does, within the step after ``step``."""
-
-    def __init__(self, step: int):
-        self.step = step
-
-    def on_pre_optimizer_step(self, args, state, control, **kwargs) -> None:
-        if state.global_step == self.step:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def train_until_killed(config: Path, step: int) -> None:
-    """Train in a process of its own that is killed after ``step`` steps.
-
-    A process that kills itself does so at that very step, however the machine is loaded; the system leaves it no more
-    time to tidy up than it leaves one that is killed from outside.
-
-    Raises:
-        RuntimeError: it ended otherwise.
-    """
-    code = "import sys; from mixlora_llava.example.run import Kill, Settings, train; "
-    code += "train(Settings.read(sys.argv[1]), callbacks=[Kill(int(sys.argv[2]))])"
-    paths = os.pathsep.join(path for path in sys.path if path)  # it finds what this process found
-    log = config.with_suffix(".log")
-    with log.open("w", encoding="utf-8") as stream:
-        process = subprocess.run(
-            [sys.executable, "-c", code, str(config.resolve()), str(step)],
-            env=os.environ | {"PYTHONPATH": paths}, stdout=stream, stderr=stream,
-        )  # fmt: skip
-    if process.returncode != -signal.SIGKILL:
-        raise RuntimeError(f"the run ended with {process.returncode} instead of being killed: see {log}")
-
-
-def kill_and_resume(folder: Path, steps: int) -> dict:
-    """Kill a run a step after its second checkpoint, let it go on, and compare it with one that was left alone."""
-    whole, killed = (settings(folder, name, steps, **TUNED["mixlora"]) for name in ("whole", "killed"))
-    train(whole)
-    file = folder / "killed.yaml"
-    file.write_text(yaml.safe_dump(vars(killed)), encoding="utf-8")
-    train_until_killed(file, 2 * (steps // 4) + 1)
-    reached = max(int(path.name.rpartition("-")[2]) for path in (folder / "killed").glob("checkpoint-*"))
-    train(killed)
-    one, other = (load_file(folder / name / "adapter_model.safetensors") for name in ("whole", "killed"))
-    identical = one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-    return {"killed_after": reached, "steps": steps, "tensors": len(one), "identical": identical}
 
 
 def analyse_selection(folder: Path) -> dict:
@@ -304,7 +176,3 @@ def check(figures: dict) -> None:
         failed.append("the run that was killed and resumed ended with other weights")
     if failed:
         raise RuntimeError("; ".join(failed))
-
-
-if __name__ == "__main__":
-    main()

@@ -3,7 +3,7 @@
     python -m lmms_eval --model mixlora_llava --model_args pretrained=MODEL,adapter=DIR --tasks mme,pope,textvqa_val \\
         --batch_size 8
 
-The sets that lmms-eval lacks: ``--include_path integration/mixlora_llava/lmms/tasks --tasks mixlora_unseen``.
+The sets that lmms-eval lacks: ``--include_path "$(mixlora --path lmms_tasks)" --tasks mixlora_unseen``.
 """
 
 import json

@@ -1,6 +1,8 @@
 """LLaVA from its parts, or whole; and adapters back into it."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -24,6 +26,8 @@ import mixlora_kernels.peft  # noqa: F401  peft has to know the method before it
 
 from ..checkpoints.reading import stream
 from ..data.conversation import IMAGE
+from ..data.text import shown
+from ..refusal import Missing, Refusal
 
 PROJECTOR = "mm_projector."
 TASKS = "task_embeddings.safetensors"  # beside an adapter that routes by task
@@ -44,7 +48,8 @@ def load_llava(source: str | Path | dict, dtype: torch.dtype | str = "auto"):
     if isinstance(source, dict):
         model = compose_llava(**source, tokenizer=processor.tokenizer, dtype=dtype)
     else:
-        model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+        with reading("model", source):
+            model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
     return model.eval(), processor
 
 
@@ -59,32 +64,55 @@ def read_source(text: str) -> str | dict:
     try:
         parts = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"a model's parts must be JSON, got {text}: {error}") from error
+        raise Refusal(f"a model's parts must be JSON, got {text}: {error}") from error
     if not {"language", "vision"} <= parts.keys() <= {"language", "vision", "projector"}:
-        raise ValueError(f"a model's parts are language, vision and, if any, projector, got {', '.join(parts)}")
+        raise Refusal(f"a model's parts are language, vision and, if any, projector, got {', '.join(parts)}")
     return parts
+
+
+@contextmanager
+def reading(what: str, source: str | Path) -> Iterator[None]:
+    """Turns what transformers raises where it finds no model into one sentence that says what to do.
+
+    Raises:
+        Missing: there is no such folder, and the hub's cache and the hub itself gave nothing.
+        Refusal: there is such a folder, and it holds something else.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        why = shown(str(error).strip().partition("\n")[0], 200)
+        if Path(source).exists():
+            raise Refusal(f"{source} holds no {what} that transformers can read ({why})") from error
+        raise Missing(
+            f"missing: the {what} {source}, which is no folder here, and the hub gave nothing ({why}); fetch it where "
+            f"there is a connection with: hf download {source}, or give the folder of a copy"
+        ) from error
+
+
+def read_config(source: str | Path, what: str):
+    """The configuration of a model, alone."""
+    with reading(what, source):
+        return AutoConfig.from_pretrained(source)
 
 
 def load_processor(source: str | Path | dict):
     """The processor alone; see ``load_llava``."""
     if not isinstance(source, dict):
-        try:
+        with reading("model with its processor", source):
             processor = AutoProcessor.from_pretrained(source)
             config = AutoConfig.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"{source} is no folder of a model with its processor, and no hub name: {error}"
-            ) from error
         vision, strategy = config.vision_config, config.vision_feature_select_strategy
     else:
-        tokenizer = AutoTokenizer.from_pretrained(source["language"], use_fast=True)
+        with reading("language model", source["language"]):
+            tokenizer = AutoTokenizer.from_pretrained(source["language"], use_fast=True)
         tokenizer.add_tokens([IMAGE], special_tokens=True)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-        images = AutoImageProcessor.from_pretrained(source["vision"])
+        with reading("vision tower", source["vision"]):
+            images, vision = (kind.from_pretrained(source["vision"]) for kind in (AutoImageProcessor, AutoConfig))
         processor = LlavaProcessor(image_processor=images, tokenizer=tokenizer, image_token=IMAGE)
-        vision, strategy = AutoConfig.from_pretrained(source["vision"]), "default"
-        vision = getattr(vision, "vision_config", vision)
+        vision, strategy = getattr(vision, "vision_config", vision), "default"
     # How many tokens an image takes, where the processor was saved without it; 1 is CLIP's class token, which the
     # strategy "default" takes off again.
     processor.patch_size = processor.patch_size or vision.patch_size
@@ -98,10 +126,10 @@ def empty_llava(source: str | Path | dict, dtype: torch.dtype | str = "auto"):
     """As ``load_llava`` without its weights, on the meta device: enough to count parameters and bytes."""
     with torch.device("meta"):
         if isinstance(source, dict):
-            text, vision = (AutoConfig.from_pretrained(source[part]) for part in ("language", "vision"))
+            text, vision = (read_config(source[part], f"{part} part") for part in ("language", "vision"))
             model = LlavaForConditionalGeneration(compose_config(text, vision))
         else:
-            model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(source))
+            model = AutoModelForImageTextToText.from_config(read_config(source, "model"))
     if dtype == "auto":
         dtype = model.config.dtype or model.config.get_text_config().dtype or torch.float32
     return model.to(getattr(torch, dtype) if isinstance(dtype, str) else dtype)
@@ -118,8 +146,10 @@ def compose_llava(language: str, vision: str, projector: str | None = None, *, t
     Raises:
         ValueError: the projector's file does not hold one linear map of the right size.
     """
-    text = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
-    tower = AutoModel.from_pretrained(vision, dtype=text.dtype)
+    with reading("language model", language):
+        text = AutoModelForCausalLM.from_pretrained(language, dtype=dtype)
+    with reading("vision tower", vision):
+        tower = AutoModel.from_pretrained(vision, dtype=text.dtype)
     tower = getattr(tower, "vision_model", tower)
     config = compose_config(text.config, tower.config, tokenizer.convert_tokens_to_ids(IMAGE), tokenizer.pad_token_id)
     with torch.device("meta"):
@@ -159,7 +189,7 @@ def linear_projector(model: nn.Module, weights: dict[str, torch.Tensor] | None =
         ValueError: another activation, or shapes that do not fit.
     """
     if model.config.projector_hidden_act != "linear":
-        raise ValueError(f"projector_hidden_act must be 'linear', got {model.config.projector_hidden_act!r}")
+        raise Refusal(f"projector_hidden_act must be 'linear', got {model.config.projector_hidden_act!r}")
     projector = model.model.multi_modal_projector
     first, second = projector.linear_1, projector.linear_2
     nn.init.eye_(second.weight)
@@ -169,7 +199,7 @@ def linear_projector(model: nn.Module, weights: dict[str, torch.Tensor] | None =
         return
     for name, parameter in first.named_parameters():
         if weights[name].shape != parameter.shape:
-            raise ValueError(f"projector {name} must be {tuple(parameter.shape)}, got {tuple(weights[name].shape)}")
+            raise Refusal(f"projector {name} must be {tuple(parameter.shape)}, got {tuple(weights[name].shape)}")
         parameter.copy_(weights[name])
 
 
@@ -181,7 +211,7 @@ def read_projector(file: str | Path) -> dict[str, torch.Tensor]:
     """
     found = {key.rpartition(PROJECTOR)[2]: tensor for key, tensor in stream(file) if PROJECTOR in key}
     if found.keys() != {"weight", "bias"}:
-        raise ValueError(f"{file} must hold one linear map, {PROJECTOR}weight and {PROJECTOR}bias, got {sorted(found)}")
+        raise Refusal(f"{file} must hold one linear map, {PROJECTOR}weight and {PROJECTOR}bias, got {sorted(found)}")
     return found
 
 
@@ -193,7 +223,7 @@ def load_adapter(model: nn.Module, folder: str | Path):
     """
     try:
         adapted = PeftModel.from_pretrained(model, folder).eval()
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{folder} holds no adapter of this model: {str(error)[:500]}") from error
+    except (RuntimeError, ValueError, OSError) as error:
+        raise Refusal(f"{folder} holds no adapter of this model: {str(error)[:500]}") from error
     file = Path(folder, TASKS)
     return adapted, load_file(file) if file.is_file() else None

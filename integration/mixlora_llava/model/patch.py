@@ -2,24 +2,17 @@
 
 import copy
 import re
-from typing import NamedTuple
 
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from mixlora_kernels.peft.linears import is_linear
+from mixlora_kernels.peft.targets import decoder_linears
 
+from ..refusal import Refusal
 
-class Parts(NamedTuple):
-    """Where in a LLaVA the text decoder and the projector are, as names of modules."""
-
-    decoder: str
-    projector: str
-
-
-# transformers' LLaVA and LLaVA-Next; the original LlavaLlamaForCausalLM, whose decoder has the other parts beside it.
-STRUCTURES = (Parts("model.language_model", "model.multi_modal_projector"), Parts("model", "model.mm_projector"))
+# Where the projector is: in transformers' LLaVA and LLaVA-Next, and in the original LlavaLlamaForCausalLM.
+PROJECTORS = ("model.multi_modal_projector", "model.mm_projector")
 
 
 class Patched:
@@ -28,11 +21,9 @@ class Patched:
     Attributes:
         model: the model to train, save and generate with.
         modules: names of the adapted layers.
-        parts: where decoder and projector are.
     """
 
-    def __init__(self, base: nn.Module, config: PeftConfig, parts: Parts):
-        self.parts = parts
+    def __init__(self, base: nn.Module, config: PeftConfig):
         self._trained_before = {name: p.requires_grad for name, p in base.named_parameters()}
         before = {name: module for name, module in base.named_modules()}
         self.model: PeftModel = get_peft_model(base, config)
@@ -76,8 +67,8 @@ def patch_llava(model: nn.Module, config: PeftConfig, *, train_projector: bool =
     """Adapt all linear layers of a LLaVA's decoder and freeze everything else.
 
     Args:
-        model: transformers' LLaVA or LLaVA-Next, or the original ``LlavaLlamaForCausalLM``; told by where its decoder
-            and projector are. It is changed in place.
+        model: transformers' LLaVA or LLaVA-Next, or the original ``LlavaLlamaForCausalLM``; told by where its
+            projector is. It is changed in place.
         config: a ``ConditionalMixLoRAConfig``, or another method's, such as ``LoraConfig``. Its ``target_modules``,
             where given, are kept.
         train_projector: train the projector in full, as the released recipe does. Of a linear projector (see
@@ -86,55 +77,40 @@ def patch_llava(model: nn.Module, config: PeftConfig, *, train_projector: bool =
     Raises:
         ValueError: the model is no LLaVA, is adapted already, or nothing in it matched; it is unchanged.
     """
-    parts = find_parts(model)
+    projector = find_projector(model)
     if any(hasattr(module, "base_layer") for module in model.modules()):
-        raise ValueError(f"{type(model).__name__} is adapted already: undo() that first")
+        raise Refusal(f"{type(model).__name__} is adapted already: undo() that first")
     config = copy.deepcopy(config)
     if config.target_modules is None:
-        config.target_modules = decoder_linears(model, parts)
+        config.target_modules = decoder_linears(model, config)
+        config.layers_to_transform = config.layers_pattern = None  # the expression holds their choice
     if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
         pattern = re.compile(config.target_modules)
         if not any(pattern.fullmatch(name) for name, _ in model.named_modules()):
-            raise ValueError(f"nothing in {type(model).__name__} matches target_modules={config.target_modules!r}")
+            raise Refusal(f"nothing in {type(model).__name__} matches target_modules={config.target_modules!r}")
     if train_projector:
-        config.modules_to_save = [*(config.modules_to_save or []), projector_to_train(model, parts)]
-    return Patched(model, config, parts)
+        config.modules_to_save = [*(config.modules_to_save or []), projector_to_train(model, projector)]
+    return Patched(model, config)
 
 
-def find_parts(model: nn.Module) -> Parts:
-    """Where the decoder, with its ``layers``, and the projector are.
+def find_projector(model: nn.Module) -> str:
+    """The name of a LLaVA's projector.
 
     Raises:
-        ValueError: not in any place known.
+        ValueError: the model has none in a place known.
     """
     names = dict(model.named_modules())
-    for parts in STRUCTURES:
-        if f"{parts.decoder}.layers" in names and parts.projector in names:
-            return parts
-    places = "; ".join(f"{parts.decoder}.layers and {parts.projector}" for parts in STRUCTURES)
-    raise ValueError(f"{type(model).__name__} is no LLaVA: it has neither of these pairs of modules: {places}")
+    for projector in PROJECTORS:
+        if projector in names:
+            return projector
+    raise Refusal(f"{type(model).__name__} is no LLaVA: it has no {' and no '.join(PROJECTORS)}")
 
 
-def decoder_linears(model: nn.Module, parts: Parts) -> str:
-    """An expression for every linear layer within the decoder's layers.
-
-    Raises:
-        ValueError: there is none.
-    """
-    layers = f"{parts.decoder}.layers"
-    inside = {
-        name.partition(".")[2] for name, module in model.get_submodule(layers).named_modules() if is_linear(module)
-    }
-    if not inside:
-        raise ValueError(f"nothing to adapt: {layers} of {type(model).__name__} has no linear layers")
-    return rf"{re.escape(layers)}\.\d+\.({'|'.join(map(re.escape, sorted(inside)))})"
-
-
-def projector_to_train(model: nn.Module, parts: Parts) -> str:
-    """The module to be trained in full for the projector."""
-    projector = model.get_submodule(parts.projector)
+def projector_to_train(model: nn.Module, projector: str) -> str:
+    """The module to be trained in full for the projector of that name."""
     linear = getattr(getattr(model, "config", None), "projector_hidden_act", None) == "linear"
-    return f"{parts.projector}.linear_1" if linear and hasattr(projector, "linear_1") else parts.projector
+    first = f"{projector}.linear_1"
+    return first if linear and first in dict(model.named_modules()) else projector
 
 
 def _count(parameter: nn.Parameter) -> int:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .patch import find_parts
+from ..refusal import Refusal
 
 
 def read_definitions(file: str | Path, tasks: list[str]) -> dict[str, str]:
@@ -18,11 +18,11 @@ def read_definitions(file: str | Path, tasks: list[str]) -> dict[str, str]:
     try:
         definitions = json.loads(Path(file).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise Refusal(f"{file} is not JSON: {error}") from error
     if not isinstance(definitions, dict):
-        raise ValueError(f"{file} must hold an object of a text per task, got {type(definitions).__name__}")
+        raise Refusal(f"{file} must hold an object of a text per task, got {type(definitions).__name__}")
     if missing := [task for task in tasks if not isinstance(definitions.get(task), str)]:
-        raise ValueError(f"{file} has no definition of the tasks {missing}")
+        raise Refusal(f"{file} has no definition of the tasks {missing}")
     return {task: definitions[task] for task in tasks}
 
 
@@ -32,7 +32,7 @@ def embed_tasks(model: nn.Module, tokenizer, definitions: dict[str, str]) -> dic
 
     Call it before the model is patched: the encoder is the pretrained model.
     """
-    decoder = model.get_submodule(find_parts(model).decoder)
+    decoder = model.get_decoder()
     device = next(decoder.parameters()).device
     return {
         task: decoder(input_ids=tokenizer(text, return_tensors="pt").input_ids.to(device))

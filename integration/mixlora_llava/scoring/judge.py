@@ -1,27 +1,13 @@
-"""Whether a prediction is right: Appendix C's judge, or an exact comparison where there is no judge."""
+"""Whether a prediction is right by a language model: Appendix C's judge."""
 
 import re
-from collections.abc import Callable
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ..data.conversation import TEMPLATES
-
-EXACT = "exact"
-# Decides for rows of the released format: True right, False wrong, None when the judge said neither.
-Judge = Callable[[list[dict]], list[bool | None]]
-
-
-def exact(rows: list[dict]) -> list[bool]:
-    """Whether prediction and target are the same words, whatever their case, punctuation and articles."""
-    return [_words(row["predict"]) == _words(row["target"]) for row in rows]
-
-
-def _words(text: str) -> list[str]:
-    words = re.sub(r"[^\w\s]", "", text.lower()).split()
-    return [word for word in words if word not in ("a", "an", "the")] or words
+from .exact import EXACT, Judge, exact
 
 
 def judge_prompt(row: dict) -> str:

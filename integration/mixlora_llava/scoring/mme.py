@@ -1,16 +1,14 @@
 """MME: the scores of its official tool, and files that the tool itself can read.
 
-    python -m mixlora_llava.scoring.mme RESULTS_DIR
-
 A results folder holds a ``.txt`` per subtask with lines ``image<TAB>question<TAB>ground truth<TAB>response``. Two
 consecutive lines share an image.
 """
 
-import argparse
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+
+from ..refusal import Missing, Refusal
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -50,16 +48,16 @@ def score_subtask(lines: list[str], name: str = "subtask") -> dict[str, float | 
     for number, line in enumerate(lines, 1):
         fields = line.split("\t")
         if len(fields) != 4:
-            raise ValueError(
+            raise Refusal(
                 f"{name}, line {number}: needs the four fields image, question, ground truth and response with a tab "
                 f"between each, got {len(fields)}: {line!r}"
             )
         truth = fields[2].lower()
         if truth not in ("yes", "no"):
-            raise ValueError(f"{name}, line {number}: the ground truth must be yes or no, got {fields[2]!r}")
+            raise Refusal(f"{name}, line {number}: the ground truth must be yes or no, got {fields[2]!r}")
         answers.append((truth, read_answer(fields[3])))
     if not lines or len(lines) % 2:
-        raise ValueError(f"{name}: two lines belong to each image, got {len(lines)} lines in all")
+        raise Refusal(f"{name}: two lines belong to each image, got {len(lines)} lines in all")
     right = [truth == answer for truth, answer in answers]
     acc = sum(right) / len(right)
     acc_plus = sum(one and other for one, other in zip(right[::2], right[1::2])) / (len(right) // 2)
@@ -83,7 +81,7 @@ def score_folder(folder: str | Path) -> dict:
     """
     files = {name: Path(folder, f"{name}.txt") for name in PERCEPTION + COGNITION}
     if missing := [file.name for file in files.values() if not file.is_file()]:
-        raise FileNotFoundError(f"{folder} lacks {', '.join(missing)}")
+        raise Missing(f"{folder} lacks {', '.join(missing)}")
     subtasks = {}
     for name, file in files.items():
         try:
@@ -91,7 +89,7 @@ def score_folder(folder: str | Path) -> dict:
             with file.open(encoding="utf-8") as stream:
                 lines = stream.readlines()
         except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not UTF-8: {error}") from error
+            raise Refusal(f"{file} is not UTF-8: {error}") from error
         subtasks[name] = score_subtask(lines, file.name)
     perception = sum(subtasks[name]["score"] for name in PERCEPTION)
     cognition = sum(subtasks[name]["score"] for name in COGNITION)
@@ -114,7 +112,7 @@ def write_subtask(file: str | Path, predictions: Iterable[dict]) -> None:
     predictions = list(predictions)
     for one, other in zip(predictions[::2], predictions[1::2]):
         if one["image_path"] != other["image_path"]:
-            raise ValueError(
+            raise Refusal(
                 f"{file}: two consecutive questions belong to an image, got {one['question_id']} of "
                 f"{one['image_path']} and {other['question_id']} of {other['image_path']}"
             )
@@ -122,7 +120,7 @@ def write_subtask(file: str | Path, predictions: Iterable[dict]) -> None:
     for row in predictions:
         truth = row["target"].strip()
         if truth.lower() not in ("yes", "no"):
-            raise ValueError(f"{file}: {row['question_id']} needs the target yes or no, got {row['target']!r}")
+            raise Refusal(f"{file}: {row['question_id']} needs the target yes or no, got {row['target']!r}")
         fields = (
             Path(row["image_path"]).name,
             row.get("metadata", {}).get("question", row["prompt"]),
@@ -131,13 +129,3 @@ def write_subtask(file: str | Path, predictions: Iterable[dict]) -> None:
         )
         lines.append("\t".join(re.sub(r"[\t\r\n]", " ", field) for field in fields) + "\n")
     Path(file).write_text("".join(lines), encoding="utf-8")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="folder with a .txt per subtask")
-    print(json.dumps(score_folder(parser.parse_args(arguments).results), indent=2))
-
-
-if __name__ == "__main__":
-    main()

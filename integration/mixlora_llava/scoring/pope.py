@@ -1,14 +1,13 @@
 """POPE: the figures of its official script.
 
-    python -m mixlora_llava.scoring.pope ANSWERS.jsonl LABELS.jsonl
-
 An answers file holds a JSON object per line with ``answer``, a labels file one with ``label``.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+
+from ..refusal import Refusal
 
 
 def says_yes(answer: str) -> bool:
@@ -36,10 +35,10 @@ def score(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float | in
         ValueError: nothing to score, or an answer that is no text.
     """
     if not answers or not labels:
-        raise ValueError(f"nothing to score: {len(answers)} answers and {len(labels)} labels")
+        raise Refusal(f"nothing to score: {len(answers)} answers and {len(labels)} labels")
     for number, answer in enumerate(answers, 1):
         if not isinstance(answer, str):
-            raise ValueError(f"answer {number} must be a text, got {answer!r}")
+            raise Refusal(f"answer {number} must be a text, got {answer!r}")
     said = [says_yes(answer) for answer in answers]
     pairs = list(zip(said, (label != "no" for label in labels)))
     tp, fp, tn, fn = (
@@ -77,23 +76,11 @@ def read_field(file: str | Path, field: str) -> list[str]:
         with Path(file).open(encoding="utf-8") as stream:  # as in the script, a carriage return alone ends a line too
             lines = stream.readlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from error
+        raise Refusal(f"{file} is not UTF-8: {error}") from error
     values = []
     for number, line in enumerate(lines, 1):
         try:
             values.append(json.loads(line)[field])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}, line {number}: no JSON object with {field!r}") from error
+            raise Refusal(f"{file}, line {number}: no JSON object with {field!r}") from error
     return values
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("answers", type=Path)
-    parser.add_argument("labels", type=Path)
-    options = parser.parse_args(arguments)
-    print(json.dumps(score(read_field(options.answers, "answer"), read_field(options.labels, "label")), indent=2))
-
-
-if __name__ == "__main__":
-    main()

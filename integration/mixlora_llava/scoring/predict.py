@@ -1,12 +1,9 @@
-"""Predictions in the released format, and their scores.
-
-    python -m mixlora_llava.scoring.predict --model MODEL [--adapter DIR] --questions DIR --images DIR --output DIR
+"""Answers to files of questions, in the released format.
 
 Questions are JSONL files, one per task, with ``unique_id, image_path, prompt, target``. A run that was stopped goes on
 where it stopped. Every answer says which model and adapter gave it, and another's answers are not gone on with.
 """
 
-import argparse
 import json
 import logging
 import uuid
@@ -14,14 +11,10 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..data.conversation import TEMPLATES
 from ..data.images import BadImage, find_image, load_image
 from ..model.digest import model_digest
 from ..model.generate import answer, build_prompt
-from ..model.load import load_adapter, load_llava, read_source
-from ..model.task_embeddings import embed_tasks, read_definitions
-from . import scores
-from .judge import EXACT, load_judge
+from ..refusal import Refusal
 
 logger = logging.getLogger(__name__)
 FIELDS = ("unique_id", "image_path", "prompt", "target")
@@ -36,7 +29,7 @@ def question_files(place: Path) -> list[Path]:
     """
     files = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
     if not files or not files[0].is_file():
-        raise ValueError(f"{place} is neither a file of questions nor a folder with files TASK.jsonl")
+        raise Refusal(f"{place} is neither a file of questions nor a folder with files TASK.jsonl")
     return files
 
 
@@ -51,16 +44,21 @@ def read_questions(file: str | Path) -> list[dict]:
         try:
             question = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {number}: not JSON ({error})") from error
+            raise Refusal(f"{file}, line {number}: not JSON ({error})") from error
         if not isinstance(question, dict) or (missing := [name for name in FIELDS if name not in question]):
-            raise ValueError(f"{file}, line {number}: lacks {missing if isinstance(question, dict) else FIELDS}")
+            raise Refusal(f"{file}, line {number}: lacks {missing if isinstance(question, dict) else FIELDS}")
         if wrong := [name for name in FIELDS[1:] if not isinstance(question[name], str)]:
-            raise ValueError(f"{file}, line {number}: {wrong} must be texts")
+            raise Refusal(f"{file}, line {number}: {wrong} must be texts")
         if question["unique_id"] in ids:
-            raise ValueError(f"{file}, line {number}: the id {question['unique_id']!r} occurs twice")
+            raise Refusal(f"{file}, line {number}: the id {question['unique_id']!r} occurs twice")
         ids.add(question["unique_id"])
         questions.append(question)
     return questions
+
+
+def read_tasks(place: Path, most: int) -> dict[str, list[dict]]:
+    """The first questions of every task, ``most`` of each, by the task's name; see ``question_files``."""
+    return {file.stem: read_questions(file)[:most] for file in question_files(place)}
 
 
 def predict(
@@ -121,11 +119,11 @@ def _check_answers(output: Path, rows: list[dict], questions: list[dict], templa
     """Refuse to go on with answers that this model would not have given to these questions."""
     asked = [(q["unique_id"], build_prompt(q["prompt"], template), q["target"]) for q in questions[: len(rows)]]
     if [(row["question_id"], row["prompt"], row["target"]) for row in rows] != asked:
-        raise ValueError(f"{output} holds answers to other questions: give another output, or delete it")
+        raise Refusal(f"{output} holds answers to other questions: give another output, or delete it")
     if others := {row["metadata"].get(DIGEST) for row in rows} - {digest}:
         names = ", ".join(sorted({row["model_id"] for row in rows} - {""})) or "unnamed"
         whose = "an unknown model" if others == {None} else f"another model or adapter ({names}; digest {others.pop()})"
-        raise ValueError(
+        raise Refusal(
             f"{output} holds answers of {whose}, this one's digest is {digest}: give another output, or delete it"
         )
 
@@ -172,47 +170,3 @@ def _finished(output: Path) -> list[dict]:
 def _averages_padding(model: nn.Module) -> bool:
     configs = getattr(model, "peft_config", {}).values()
     return any(getattr(config, "pool", None) == "all" for config in configs)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder or hub name of a LLaVA, or its parts as JSON")
-    parser.add_argument("--adapter", type=Path, help="without it, the untuned model answers")
-    parser.add_argument("--questions", type=Path, required=True, help="folder of JSONL files, or one file")
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--template", choices=list(TEMPLATES), default="v1")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--device", default=None, help="a torch device; the model stays where it loads by default")
-    parser.add_argument("--judge", default=EXACT, help=f"{EXACT!r}, or the folder or hub name of a causal model")
-    parser.add_argument("--task-definitions", type=Path, help="for routing by task: a JSON file of a text per task")
-    options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO)
-    files = question_files(options.questions)
-    model, processor = load_llava(read_source(options.model))
-    model.to(options.device or model.device)
-    embeddings = None
-    if options.task_definitions:
-        definitions = read_definitions(options.task_definitions, [file.stem for file in files])
-        embeddings = embed_tasks(model, processor.tokenizer, definitions)
-    if options.adapter:
-        model, saved = load_adapter(model, options.adapter)
-        embeddings = embeddings or saved
-    digest = model_digest(model)
-    for file in files:
-        if embeddings is not None and file.stem not in embeddings:
-            parser.error(f"the task {file.stem} has no embedding: give --task-definitions")
-        predict(
-            model, processor, read_questions(file), options.images, options.output / file.name,
-            batch_size=options.batch_size, template=options.template, max_new_tokens=options.max_new_tokens,
-            model_id=str(options.adapter or options.model), embedding=embeddings and embeddings[file.stem],
-            digest=digest,
-        )  # fmt: skip
-    report = scores.score_folder(options.output, load_judge(options.judge, options.device))
-    (options.output / "scores.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
-    print(json.dumps(report, indent=2))
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from . import mme, pope
-from .judge import Judge
+from .exact import Judge
 
 # The seven sets that the paper's MMAvg is the mean of, and the files of their predictions.
 MM_SETS = {

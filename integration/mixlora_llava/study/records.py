@@ -10,6 +10,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
+from ..refusal import Refusal
 from .tuning import SEARCHED, Run
 
 PACKAGES = ("torch", "transformers", "peft", "mlxtend", "numpy")
@@ -56,9 +57,9 @@ def read(folder: Path) -> list[Record]:
             content = json.loads(file.read_text(encoding="utf-8"))
             record = Record(Run(**content["run"]), content["found"], content["base"], content["made"])
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file} is no raw result of the study: {error!r}") from error
+            raise Refusal(f"{file} is no raw result of the study: {error!r}") from error
         if record.run.name != file.stem:
-            raise ValueError(f"{file} holds the run {record.run.name}")
+            raise Refusal(f"{file} holds the run {record.run.name}")
         found.append(record)
     return found
 
@@ -94,6 +95,7 @@ def commit() -> str | None:
         ).stdout.strip()  # fmt: skip
 
     try:
+        git("ls-files", "--error-unmatch", str(Path(__file__).resolve()))  # an installed copy may lie in another's tree
         head = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "--", "mixlora_kernels/**.py", "integration/mixlora_llava/**.py")
     except (OSError, subprocess.CalledProcessError):

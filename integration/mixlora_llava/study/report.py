@@ -1,13 +1,11 @@
-"""The report: everything that it says is computed from the raw results beside it.
-
-python -m mixlora_llava.study report --results DIR
-"""
+"""The report: everything that it says is computed from the raw results beside it."""
 
 import json
 from collections import Counter
 from pathlib import Path
 from statistics import mean, median
 
+from ..refusal import Refusal
 from . import figures, plan, records, tables, timing
 from .comparison import CONFIDENCE, by_seed, summary
 from .pictures import SPLITS
@@ -24,9 +22,9 @@ def write(folder: Path) -> Path:
     """
     found = records.read(folder / "runs")
     if not found:
-        raise ValueError(f"{folder / 'runs'} has no raw results: python -m mixlora_llava.study run makes them")
+        raise Refusal(f"{folder / 'runs'} has no raw results: mixlora study run makes them")
     if len(bases := {record.base for record in found}) > 1:
-        raise ValueError(f"{folder / 'runs'} has results of several bases: {sorted(bases)}")
+        raise Refusal(f"{folder / 'runs'} has results of several bases: {sorted(bases)}")
     table = cells(found)
     drawn = figures.draw(folder, found, table)
     parts = [
@@ -99,8 +97,8 @@ def provenance(found: list[Record]) -> str:
 
 {named}; Python {every("python")}; commits {every("commit")}; {every("cpu")}; base {found[0].base}; runs begun from
 {dates[0]} to {dates[-1]}; {hours:.1f} hours of one core.
-`python -m mixlora_llava.study report` draws everything again from the raw results in `runs/`, and
-`python -m mixlora_llava.study run` goes on with what is missing."""
+`mixlora study report` draws everything again from the raw results in `runs/`, and
+`mixlora study run` goes on with what is missing."""
 
 
 def plan_text(folder: Path, seconds: float | None = None) -> str:
@@ -117,7 +115,7 @@ def plan_text(folder: Path, seconds: float | None = None) -> str:
     if seconds is None:
         each = [400 * record.found["cpu_seconds"] / record.run.steps for record in done if "step_ms" in record.found]
         if not each:
-            raise ValueError("no run is done from which a time could be taken: give --seconds")
+            raise Refusal("no run is done from which a time could be taken: give --seconds")
         seconds = median(each)
     rows, runs, total = [], 0, 0.0
     for number, (wave, count) in enumerate(plan.least().items(), 1):

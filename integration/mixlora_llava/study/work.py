@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ..refusal import Refusal
 from . import base as bases
 from . import plan, records
 from .tuning import Run, run
@@ -59,7 +60,7 @@ def go_on(
         print(f"base {base.digest}: captions right by word {base.seen}", flush=True)
         done = {record.run._replace(detail=False): record for record in records.read(folder)}
         if others := {record.base for record in done.values()} - {base.digest}:
-            raise ValueError(
+            raise Refusal(
                 f"{folder} holds results of the bases {sorted(others)}, this is {base.digest}: accuracies of different "
                 "bases are not compared; give another --results, or the cache with the base that those were made with"
             )

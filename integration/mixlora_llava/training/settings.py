@@ -14,6 +14,7 @@ from mixlora_kernels import MixLoRAConfig
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
 from ..data.conversation import TEMPLATES
+from ..refusal import Refusal
 from .yaml_file import read_yaml
 
 # The one switch: what the paper compares, in Tables 1 and 2 and Figure 4.
@@ -131,7 +132,7 @@ class Settings(BaseModel):
             faults = error.errors(include_url=False)
             unknown = any(fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1 for fault in faults)
             known = f". Known fields are {', '.join(cls.model_fields)}" if unknown else ""
-            raise ValueError(f"{file}: {'; '.join(map(_fault, faults))}{known}") from error
+            raise Refusal(f"{file}: {'; '.join(map(_fault, faults))}{known}") from error
 
     @property
     def routing(self) -> str | None:

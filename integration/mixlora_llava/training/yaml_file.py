@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from ..refusal import Refusal
+
 
 class Loader(yaml.SafeLoader):
     """PyYAML reads YAML 1.1, where a number with an exponent needs a dot and a sign, and the last of two equal keys
@@ -34,7 +36,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     try:
         given = yaml.load(Path(file).read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} cannot be read as YAML: {error}") from error
+        raise Refusal(f"{file} cannot be read as YAML: {error}") from error
     if not isinstance(given, dict):
-        raise ValueError(f"{file} must hold fields and values, got {type(given).__name__}")
+        raise Refusal(f"{file} must hold fields and values, got {type(given).__name__}")
     return given

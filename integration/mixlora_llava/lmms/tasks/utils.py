@@ -3,7 +3,7 @@
 import os
 
 from mixlora_llava.data.images import find_image, load_image
-from mixlora_llava.scoring.judge import exact
+from mixlora_llava.scoring.exact import exact
 
 
 def doc_to_visual(doc: dict) -> list:

@@ -1,26 +1,22 @@
-"""The study's command.
+"""Repeat the study that compares MixLoRA with LoRA.
 
-    python -m mixlora_llava.study run [--quick] [--workers N] [--minutes M] [--results DIR] [--cache DIR]
-    python -m mixlora_llava.study report [--results DIR]
-    python -m mixlora_llava.study time
-    python -m mixlora_llava.study plan [--seconds S]
+    mixlora study run [--quick]      # make the base, carry out what is missing, write the report
+    mixlora study report             # draw everything again from the raw results alone
+    mixlora study time               # measure what steps take when nothing else runs
+    mixlora study plan               # say which runs there are, and what they take
 
-``run`` makes the base, carries out what is missing and writes the report; stopped at any time, it goes on. ``report``
-draws everything again from the raw results alone. ``time`` measures what steps take when nothing else runs.
+A run of the study that was stopped goes on where it stopped.
 """
 
 import argparse
 from pathlib import Path
 
-from . import base, plan, report, timing, work
-
-CHECKOUT = Path(__file__).with_name("results")  # an installed package has none
+CHECKOUT = Path(__file__).parents[1] / "study" / "results"  # an installed package has none
 RESULTS = CHECKOUT if CHECKOUT.is_dir() else Path("llava_study")
 QUICK_RESULTS = Path("llava_study_quick")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m mixlora_llava.study", description=__doc__.splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["run", "report", "time", "plan"], nargs="?", default="run")
     parser.add_argument("--quick", action="store_true", help="a small base and four methods: minutes instead of hours")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
@@ -28,7 +24,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="folder with runs/; by default the checkout's own")
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/mixlora_study", help="folder of the base")
     parser.add_argument("--seconds", type=float, help="of a run of 400 steps, for plan; by default as measured")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..study import base, plan, report, timing, work
+
     results = options.results or (QUICK_RESULTS if options.quick else RESULTS)
     if options.what == "plan":
         print(report.plan_text(results / "runs", options.seconds))
@@ -42,7 +42,3 @@ def main(arguments: list[str] | None = None) -> None:
             seconds=options.minutes and 60 * options.minutes,
         )  # fmt: skip
     print(report.write(results))
-
-
-if __name__ == "__main__":
-    main()
