@@ -54,8 +54,9 @@ def check_options(program: tuple[str, ...], arguments: list[str]) -> None:
 
 @cache
 def ask_for_help(command: tuple[str, ...]) -> str:
-    done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"{' '.join(command)} --help ends with {done.returncode}: {done.stderr[-2000:]}"
+    asked = command if "--help" in command else (*command, "--help")
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{' '.join(asked)} ends with {done.returncode}: {done.stderr[-2000:]}"
     return done.stdout
 
 

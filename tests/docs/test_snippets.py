@@ -38,6 +38,7 @@ def test_a_page_runs_from_top_to_bottom(name, tmp_path):
     assert str([block.line for block in BLOCKS[name] if block.runs]) in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", NOT_RUN)
 def test_what_is_not_run_says_why_and_could_be(block: Block):
     assert len(block.reason.split()) > 2, f"line {block.line}: a reason is a sentence, got {block.reason!r}"
@@ -49,6 +50,7 @@ def test_what_is_not_run_says_why_and_could_be(block: Block):
         check_imports(ast.parse(block.text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("line", INLINE)
 def test_a_command_in_a_sentence_exists(line):
     check(line)
