@@ -27,7 +27,7 @@ def routing_report(model: nn.Module, near: float = NEAR) -> RoutingReport:
             choice to count as a near-tie.
 
     Returns:
-        By adapter and layer: ``instances``; and for each of the pools A and B ``usage_a`` [E], the number of
+        By adapter and layer, ``instances``; and for each of the pools A and B ``usage_a`` [E], the number of
         instances that chose each factor, ``near_ties_a``, the share of instances at a near-tie at the border of the
         r chosen, ``entropy_a``, the mean entropy of the probabilities in nats (at most ln E); likewise ``_b``. Its
         attribute ``left_alone`` names the experts of a mixture of experts that no adapter was put into.

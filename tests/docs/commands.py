@@ -89,6 +89,8 @@ def check_accelerate(arguments: list[str]) -> None:
     from accelerate.commands.launch import launch_command_parser
 
     assert arguments[0] == "launch", "accelerate is only known to launch"
+    if not arguments[1:]:
+        return  # a page names the command
     parsed = launch_command_parser().parse_args(arguments[1:])
     if parsed.module:
         check_python(["-m", parsed.training_script, *parsed.training_script_args])
