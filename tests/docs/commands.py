@@ -46,16 +46,20 @@ def check_python(arguments: list[str]) -> None:
 def check_options(program: tuple[str, ...], arguments: list[str]) -> None:
     """Ask a program for its help behind all other arguments: it reads these first, and fails at a value or choice that
     it does not take. It does not fail at an option that it does not know, so each option is looked up in the help."""
-    options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
-    text = ask_for_help((*program, *arguments))
+    asked = [*program, *arguments, *([] if "--help" in arguments else ["--help"])]
+    check_known([argument.partition("=")[0] for argument in arguments if argument.startswith("-")], *asked)
+
+
+def check_known(options: list[str], *asked: str) -> None:
+    """Each option is in the help that a command line asks for."""
+    text = ask_for_help(asked)
     unknown = [option for option in options if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text)]
-    assert not unknown, f"{' '.join(program)} has no options {unknown}"
+    assert not unknown, f"{' '.join(asked)} shows no options {unknown}"
 
 
 @cache
-def ask_for_help(command: tuple[str, ...]) -> str:
-    asked = command if "--help" in command else (*command, "--help")
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=300)
+def ask_for_help(asked: tuple[str, ...]) -> str:
+    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, f"{' '.join(asked)} ends with {done.returncode}: {done.stderr[-2000:]}"
     return done.stdout
 
@@ -106,10 +110,10 @@ def check_vllm(arguments: list[str]) -> None:
         spec = find_spec(module)
         assert spec and re.search(rf"^class {name}\b", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
     if find_spec("vllm"):
-        from vllm.entrypoints.openai.cli_args import make_arg_parser
-        from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-        make_arg_parser(FlexibleArgumentParser()).parse_args(arguments[1:])
+        executable = str(Path(sys.executable).with_name("vllm"))
+        check_known(
+            [argument for argument in arguments if argument.startswith("--")], executable, "serve", "--help=all"
+        )
 
 
 def check_curl(arguments: list[str]) -> None:

@@ -71,7 +71,7 @@ def check_imports(tree: ast.Module) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("mixlora train --config x --no-such-option", "no options"),
+        ("mixlora train --config x --no-such-option", "shows no options"),
         ("mixlora evaluate --batch-size many", "ends with 2"),
         ("mixlora no-such-command", "ends with 2"),
         ('pip install ".[no-such-extra]"', "extras"),
