@@ -79,5 +79,5 @@ def test_sources_of_models():
         read_source("{language: a}")
     with pytest.raises(ValueError, match=r"parts are language, vision .* got language, tower"):
         read_source('{"language": "a", "tower": "b"}')
-    with pytest.raises(ValueError, match="nowhere is no folder of a model"):
+    with pytest.raises(ValueError, match="model with its processor /nowhere, which is no folder here"):
         load_llava("/nowhere")
