@@ -1,4 +1,4 @@
-"""The files that travel with the package and are found by name: configurations, Accelerate's, lmms-eval's tasks."""
+"""The files that travel with the package and are found by name: configurations, and what other commands are given."""
 
 from pathlib import Path
 
@@ -8,9 +8,10 @@ HOME = Path(__file__).parent
 
 
 def names() -> dict[str, Path]:
-    """Every shipped file by name; ``lmms_tasks`` is a folder."""
+    """Every shipped file by name: configurations, Accelerate's, ms-swift's plug-in; lmms-eval's tasks are a folder."""
     files = sorted([*(HOME / "configs").glob("*.yaml"), *(HOME / "accelerate").glob("*.yaml")])
-    return {**{file.stem: file for file in files}, "lmms_tasks": HOME / "lmms" / "tasks"}
+    plugin, tasks = HOME / "frameworks" / "ms_swift_plugin.py", HOME / "lmms" / "tasks"
+    return {file.stem: file for file in [*files, plugin]} | {"lmms_tasks": tasks}
 
 
 def path(name: str) -> Path:
