@@ -17,27 +17,40 @@ BENCHMARK = [*PEFT, "matplotlib>=3.8", "scikit-learn>=1.4", "pillow>=10"]
 LLAVA = [*BENCHMARK, "pyyaml>=6", "pydantic>=2.6", "tensorboard>=2.17", "shtab>=1.7"]
 TRL = [*PEFT, oldest("trl"), "datasets>=4.7"]
 STUDY = [*LLAVA, "mlxtend>=0.23", "scipy>=1.10"]
+DOCS = ["sphinx>=8", "furo>=2025.12", "myst-nb>=1.4", "sphinx-copybutton>=0.5"]
 TEST = [
     *STUDY,
     *TRL,
+    *DOCS,  # CI builds the pages, too
     "bitsandbytes>=0.48",
     "torchao>=0.16",
     "pytest>=8",
     "hypothesis>=6.100",
     "ruff>=0.14",
     "mypy>=1.18",
+    "nbclient>=0.10",
+    "ipykernel>=6.29",
     f"{oldest('triton')}; platform_system == 'Linux'",
 ]
 
 # Not all that serving rests on is public in vLLM: other versions than the tested ones are refused when a server starts.
 VLLM = [*PEFT, f"{oldest('vllm')},<={VERSIONS['TESTED']['vllm'][1]}.999"]
 
-EXTRAS = {"peft": PEFT, "trl": TRL, "llava": LLAVA, "study": STUDY, "benchmark": BENCHMARK, "test": TEST, "vllm": VLLM}
+EXTRAS = {
+    "peft": PEFT,
+    "trl": TRL,
+    "llava": LLAVA,
+    "study": STUDY,
+    "benchmark": BENCHMARK,
+    "docs": DOCS,
+    "test": TEST,
+    "vllm": VLLM,
+}
 
 setup(
     name="mixlora_kernels",
     version=VERSIONS["__version__"],
-    description="Conditional Mixture-of-LoRA (MixLoRA, ACL 2024), cheaper than plain LoRA",
+    description="Conditional Mixture-of-LoRA (MixLoRA, ACL 2024): a layer, a method for PEFT, and serving with vLLM",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,4 +1,4 @@
-"""Conditional Mixture-of-LoRA (MixLoRA, ACL 2024), cheaper than plain LoRA."""
+"""Conditional Mixture-of-LoRA (MixLoRA, ACL 2024): the layer, the operation, and the paper's equations."""
 
 from . import reference
 from .adapter import MixLoRAAdapter

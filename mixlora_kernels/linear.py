@@ -54,7 +54,8 @@ class MixLoRALinear(nn.Module):
             in_features, out_features: d_in and d_out, where the module has no attributes of these names.
 
         Raises:
-            TypeError: ``linear`` is no module. ValueError: its d_in and d_out are not known.
+            TypeError: ``linear`` is no module.
+            ValueError: its d_in and d_out are not known.
         """
         if not isinstance(linear, nn.Module):
             raise TypeError(f"linear must be a torch.nn.Module, got {type(linear).__name__}")

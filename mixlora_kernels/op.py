@@ -72,7 +72,7 @@ def mixlora_siblings(
         config: what all of them compute.
 
     Returns:
-        The outputs [..., d_out], and the ``Routing`` of the B instances with the siblings before them: its tensors are
+        The outputs [..., d_out], and the ``Routing`` of the B instances with the siblings before them. Its tensors are
         [G, B, ...], and ``routing.member(g)`` is that of one sibling. ``context.routing`` has this form too.
 
     Raises:

@@ -35,7 +35,7 @@ def routing_report(model: nn.Module, near: float = NEAR) -> RoutingReport:
     factors, so that nearly every instance had the same ones and the layer is a plain LoRA of rank r.
 
     Returns:
-        By adapter and layer: ``instances``; and for each of the pools A and B ``usage_a`` [E], the number of
+        By adapter and layer, ``instances``; and for each of the pools A and B ``usage_a`` [E], the number of
         instances that chose each factor, ``most_used_a``, the share of all choices that fell on the r factors chosen
         most (1 where all instances chose alike, r / E where every factor was chosen as often), ``near_ties_a``, the
         share of instances at a near-tie at the border of the r chosen, ``entropy_a``, the mean entropy of the
