@@ -42,8 +42,8 @@ CONVERTING = ("3.7", "3.8", "3.9")
 
 @pytest.fixture(autouse=True)
 def nearest(monkeypatch):
-    """Where it rounds to bfloat16, Triton's interpreter cuts the last bits off: errors twice as large as a GPU's and all
-    of one sign."""
+    """Where it rounds to bfloat16, Triton's interpreter cuts the last bits off: errors twice as large as a GPU's, and
+    all of one sign."""
     if triton is None or not triton.__version__.startswith(CONVERTING):
         return
     from triton import language as tl
