@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from accesses import Unreadable, find_accesses
-from launches import record, size
+from launching.accesses import Unreadable, find_accesses
+from launching.launches import record, size
 
 ROOT = Path(__file__).resolve().parents[2]
 

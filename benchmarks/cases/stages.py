@@ -8,13 +8,14 @@ layer, as part of a layer of the same shape, and by itself in tests/backends.
 from collections.abc import Callable, Iterator
 
 import torch
-from measure import Candidate
-from problem import Case, draw_factors
+from harness.measure import Candidate
 
 from mixlora_kernels.backends import select
 from mixlora_kernels.backends.base import Factors, Group, Needs, Options
 from mixlora_kernels.dropout import draw_seeds, dropped_levels
 from mixlora_kernels.routing import Instances
+
+from .problem import Case, draw_factors
 
 COPIED = 1 << 30  # bytes
 MULTIPLIED = 8192  # rows and columns

@@ -1,17 +1,15 @@
 """Pictures of the rows: ratios, scaling, memory, bandwidth."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import matplotlib
 
 matplotlib.use("Agg")
-from implementations import NAMES, OF_MODELS
+from cases.implementations import IMPLEMENTATIONS
 from matplotlib import pyplot
 
-COLOURS = dict(zip(NAMES, ("#8c8c8c", "#e07b39", "#f2b684", "#5b8db8", "#a7c4dc", "#b5446e", "#2e8b57")))
-COLOURS |= dict(zip(OF_MODELS, ("#8fc9a6", "#1b5e3a", "#c4e3d1")))
+COLOURS = {name: implementation.colour for name, implementation in IMPLEMENTATIONS.items()}
 LAST_PASSES = ("forward+backward", "training step", "generation")
 
 
@@ -20,26 +18,12 @@ def draw(folder: Path, rows: Sequence[dict], machine: dict) -> list[Path]:
     numbers must not be read without it."""
     drawn = []
     rows = [row for row in rows if not row["note"]]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     for suite in dict.fromkeys(row["suite"] for row in rows):
-        chosen = [row for row in rows if row["suite"] == suite]
-        if suite == "stages":
-            chosen = [row for row in chosen if row["implementation"] == "mixlora" and row["share_of_copy"] is not None]
-            draw_suite = partial(
-                bars, label="share of a copy's bandwidth", height=share_of_copy, panel=("case",), by="pass"
-            )
-        elif suite == "scaling":
-            draw_suite = scaling
-        elif suite == "memory":
-            chosen = last_pass(chosen)
-            draw_suite = partial(bars, label="peak memory beyond inputs, MiB", height=peak_mib)
-        else:
-            chosen = last_pass(chosen)
-            draw_suite = partial(bars, label="time relative to the frozen layer", height=ratio_to_base)
-        if not chosen:
+        figure = PLOTS.get(suite, ratios)([row for row in rows if row["suite"] == suite])
+        if figure is None:
             continue
-        figure = draw_suite(chosen)
         figure.suptitle(f"{suite} on {machine['device']}")
-        versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         figure.supxlabel(f"{versions}, commit {machine['commit']}", fontsize=7, color="#6c6c6c")
         drawn.append(folder / f"{suite}.png")
         figure.savefig(drawn[-1], dpi=120)
@@ -47,16 +31,19 @@ def draw(folder: Path, rows: Sequence[dict], machine: dict) -> list[Path]:
     return drawn
 
 
-def share_of_copy(row: dict) -> float | None:
-    return row["share_of_copy"]
+def ratios(rows: Sequence[dict]):
+    return bars(last_pass(rows), lambda row: row["ratio_to_base"], "time relative to the frozen layer")
 
 
-def peak_mib(row: dict) -> float | None:
-    return row["peak_bytes"] / 2**20
+def peaks(rows: Sequence[dict]):
+    return bars(last_pass(rows), lambda row: row["peak_bytes"] / 2**20, "peak memory beyond inputs, MiB")
 
 
-def ratio_to_base(row: dict) -> float | None:
-    return row["ratio_to_base"]
+def shares(rows: Sequence[dict]):
+    """Of each stage; None where no row tells it."""
+    rows = [row for row in rows if row["implementation"] == "mixlora" and row["share_of_copy"] is not None]
+    label = "share of a copy's bandwidth"
+    return bars(rows, lambda row: row["share_of_copy"], label, ("case",), "pass") if rows else None
 
 
 def last_pass(rows: Sequence[dict]) -> list[dict]:
@@ -130,3 +117,6 @@ def _line(axis, points: Sequence[dict], name: str, label: str) -> None:
     axis.plot([row[name] for row in points], [row["median_ms"] for row in points], "o-", color=COLOURS[label],
               label=label)  # fmt: skip
     axis.set_xticks([row[name] for row in points])
+
+
+PLOTS = {"stages": shares, "scaling": scaling, "memory": peaks}  # others show ratios

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("mixlora_kernels", "torch", "triton", "transformers", "peft", "numpy")
 
 
@@ -64,7 +64,7 @@ def commit() -> str | None:
     """The commit of the source, with -dirty where the package or the benchmark differs from it; None without git."""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("status", "--porcelain", "--", "mixlora_kernels", "benchmarks/*.py")
+        changed = _git("status", "--porcelain", "--", "mixlora_kernels", "benchmarks/**.py")
     except (OSError, subprocess.CalledProcessError):
         return None
     return f"{head}-dirty" if changed else head

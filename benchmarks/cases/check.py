@@ -4,10 +4,12 @@ from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
-from problem import Problem
 from torch import Tensor
 
 import mixlora_kernels as mk
+
+from .implementations import IMPLEMENTATIONS, Implementation
+from .problem import Problem
 
 # Largest error accepted, relative to the largest element of the tensor compared. float32: the bar of the tests.
 # Half precision: u = A·x, s, the update and y are each rounded to 8 (11) bits, that is by up to 2^-8 (2^-11), and
@@ -21,24 +23,23 @@ class Disagreement(AssertionError):
 
 def truth(name: str, problem: Problem) -> dict[str, Tensor]:
     """The output ``y`` and the gradients of ``x`` and of what is trained, by name, all in float64."""
+    chosen, case = IMPLEMENTATIONS[name], problem.case
     y_frozen, dx_frozen = frozen_products(problem)
-    if name == "base":
+    if chosen.kind == "frozen":
         return {"y": y_frozen, "x": dx_frozen}
-    dtype = torch.float32 if name in ("peft_lora", "eager", "compiled", "mixlora") else problem.case.dtype
     # Its own parameters: what storing them in a lower dtype costs is no error of the computation.
+    dtype = torch.float32 if chosen.exact else case.dtype
     factors = {key: value.to(dtype).double().requires_grad_() for key, value in problem.factors.items()}
     x = problem.x.detach().double().requires_grad_()
-    if name.startswith("peft_lora"):
-        r = problem.case.r
-        factors = {"lora_A": factors["lora_A"], "lora_B": factors["lora_B"]}
-        y = y_frozen + 2 * (x @ factors["lora_A"][:r].T) @ factors["lora_B"][:r]
+    if chosen.kind == "lora":
+        y = y_frozen + 2 * (x @ factors["lora_A"][: case.r].T) @ factors["lora_B"][: case.r]
     else:
-        y = _mixlora(name, problem, x, y_frozen, factors)
+        y = _mixlora(chosen, problem, x, y_frozen, factors)
     y.backward(problem.dy.double())
     result = {"y": y.detach(), "x": x.grad + dx_frozen}
     result |= {key: value.grad for key, value in factors.items() if value.grad is not None}
-    if name.startswith("peft_lora"):
-        result |= {"lora_A": result["lora_A"][:r], "lora_B": result["lora_B"][:r].T}
+    if chosen.kind == "lora":
+        result |= {"lora_A": result["lora_A"][: case.r], "lora_B": result["lora_B"][: case.r].T}
     return result
 
 
@@ -49,14 +50,12 @@ def frozen_products(problem: Problem) -> tuple[Tensor, Tensor]:
     return F.linear(problem.x.detach().double(), weight), problem.dy.double() @ weight
 
 
-def _mixlora(name: str, problem: Problem, x: Tensor, y_frozen: Tensor, factors: dict[str, Tensor]) -> Tensor:
-    case = problem.case
-    config = mk.MixLoRAConfig.published(r=case.r, num_factors=case.E) if name == "published" else case.config
-    kept = case.kept and name != "published"  # the released code routes every step anew
+def _mixlora(chosen: Implementation, problem: Problem, x: Tensor, y_frozen: Tensor, factors: dict[str, Tensor]):
+    case, config = problem.case, chosen.configure(problem.case.config)
     instances = []
     for b in range(case.B):
-        chosen = tuple(t[b] for t in problem.routing[:3]) if kept else None
-        options = {"conditioning": config.conditioning, "gate": config.gate, "chosen": chosen}
+        kept = tuple(t[b] for t in problem.routing[:3]) if case.kept and chosen.keeps else None
+        options = {"conditioning": config.conditioning, "gate": config.gate, "chosen": kept}
         y, _ = mk.reference.mixlora(x[b], y_frozen[b], **factors, r=case.r, scaling=config.scaling, **options)
         instances.append(y)
     return torch.stack(instances)

@@ -15,6 +15,7 @@ import torch
 
 MAX_ROUNDS = 50
 LEAST_ROUNDS = 3  # where the machine is too busy for more
+TELLING = 0.1  # seconds from which on the time of a part tells that of the whole
 L2_BYTES = 256 << 20  # more than any second-level cache
 FILLINGS = 32  # of so many bytes each take some 2 ms at 4 TB/s, more than the host needs to queue a layer's kernels
 
@@ -44,6 +45,16 @@ class Candidate:
     def held(self) -> int:
         """What it keeps from one run to the next and its peak memory is to include, in bytes."""
         return 0
+
+    def trial(self, seconds: float) -> float:
+        """A first call: the seconds that its phases take, or are predicted to take from a part of the work, where that
+        part shows that they take more than ``seconds``."""
+        return time_growing(self._call, 1, seconds)
+
+    def _call(self, _part: int) -> None:
+        for phase in self.phases.values():
+            phase()
+        self.reset()
 
     def errors(self) -> dict[str, float]:
         """For each pass its error, after the phases have run; nothing where there is nothing to compare with.
@@ -82,6 +93,21 @@ class Clock:
             event.record()
         torch.cuda.synchronize()
         return [events[0].elapsed_time(event) for event in events[1:]]
+
+
+def time_growing(run: Callable[[int], None], whole: int, seconds: float) -> float:
+    """The seconds that ``run(whole)`` takes, which is not run where a part of it shows that it takes more than
+    ``seconds``: the part is doubled until then."""
+    part = 1
+    while True:
+        began = time.perf_counter()
+        run(part)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        taken = time.perf_counter() - began
+        if part == whole or (taken >= TELLING and taken * whole / part > seconds):
+            return taken * whole / part
+        part = min(2 * part, whole)
 
 
 def interleave(

@@ -5,14 +5,15 @@ import time
 from collections.abc import Callable, Iterator
 
 import torch
-from adapted import adapt_model, use_backend
-from implementations import adapt, configure, peft_lora
-from launches import Recorder
-from problem import Case, Problem, draw_factors
+from cases.adapted import adapt_model, use_backend
+from cases.implementations import IMPLEMENTATIONS
+from cases.problem import Case, Problem, draw_factors
+from cases.training import TrainingCase, build_decoder
 from torch import Tensor, nn
-from training import TrainingCase, build_decoder
 
 import mixlora_kernels as mk
+
+from .launches import Recorder
 
 UNITS = {
     "layer": ("base", "peft_lora", "mixlora", "mixlora_tied"),
@@ -95,13 +96,12 @@ def layer(name: str, dropout: float, backend: str) -> tuple[nn.Module, Callable[
     """One layer by itself, without a model around it."""
     case = Case(TINY.B, TINY.L, TINY.hidden, TINY.hidden, TINY.dtype, dropout=dropout)
     problem = Problem(case, CPU, seed=0)
-    module = problem.linear
-    if name == "peft_lora":
-        module = with_one_operation(peft_lora(problem, autocast_adapter_dtype=True))
-    elif name != "base":
-        config = configure(name, case.config)
-        module = adapt(name, module, config, draw_factors(case.d_in, case.d_out, config, CPU))
-        use_backend(module, backend)
+    chosen = IMPLEMENTATIONS[name]
+    config = chosen.configure(case.config)
+    module = chosen.adapt(problem.linear, config, draw_factors(case.d_in, case.d_out, config, CPU))
+    use_backend(module, backend)
+    if chosen.kind == "lora":
+        with_one_operation(module)
     return module.train(), module
 
 
@@ -110,7 +110,7 @@ def layer_step(name: str, backend: str) -> tuple[Callable[[], object], Callable[
     module, call = layer(name, 0.0, backend)
     token = torch.randn(TINY.B, 1, TINY.hidden, dtype=TINY.dtype)
     module.eval()
-    if not name.startswith("mixlora"):
+    if IMPLEMENTATIONS[name].kind != "mixlora":
         return lambda: call(token), lambda: None
     with torch.no_grad():
         _, routing = module(torch.randn(TINY.B, TINY.L, TINY.hidden, dtype=TINY.dtype), return_routing=True)

@@ -12,12 +12,13 @@ from typing import NamedTuple
 
 import torch
 import triton
-from accesses import find_accesses
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver as drivers
 
 from mixlora_kernels import routing
 from mixlora_kernels.backends import select
+
+from .accesses import find_accesses
 
 CAPABILITY = (9, 0)  # an H100's and an H200's
 SHARED = 232_448  # bytes of shared memory that one program may have there

@@ -5,10 +5,11 @@ from dataclasses import replace
 from statistics import median
 
 import torch
-from measure import paired_ratio
-from problem import Case, dtype_name
-from report import bar, judge
-from suites import BOTH, DECODE, DECODERS, PAPER_DROPOUT, POOLS, SMALL, Setting, step_case
+from cases.problem import Shaped, dtype_name
+from cases.suites import BOTH, DECODE, DECODERS, PAPER_DROPOUT, POOLS, SMALL, Setting, step_case
+from harness.measure import paired_ratio
+
+from .text import bar, judge
 
 TRAINING = "forward+backward"
 
@@ -24,7 +25,7 @@ def summarise(rows: Sequence[dict], setting: Setting) -> list[dict]:
     return [judge(bar) | ({"met": None} if setting.quick else {}) for bar in bars]
 
 
-def find(rows: Sequence[dict], suite: str, case: Case, implementation: str, which: str) -> dict | None:
+def find(rows: Sequence[dict], suite: str, case: Shaped, implementation: str, which: str) -> dict | None:
     wanted = {"suite": suite, "implementation": implementation, "pass": which} | case.fields
     del wanted["case"]  # its label may differ
     return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
@@ -106,7 +107,7 @@ def scaling_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
         full = replace(setting.shape(setting.square), L=max(lengths, default=1), dtype=dtype)
         few = replace(full, L=full.L // 4)
 
-        def times(case: Case, name: str = "mixlora") -> list[float]:
+        def times(case: Shaped, name: str = "mixlora") -> list[float]:
             row = find(rows, "scaling", case, name, TRAINING)
             return row["rounds_ms"] if row else []
 

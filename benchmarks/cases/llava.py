@@ -17,7 +17,6 @@ from transformers import (
 
 PATCH = 14  # pixels, as CLIP ViT-L/14's
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>")
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 # For each photograph (a Chinese temple, a dahlia) two questions with answers, all of one length in words.
 CONVERSATIONS = (

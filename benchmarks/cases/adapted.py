@@ -5,52 +5,52 @@ from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
-from implementations import adapt, configure
-from llava import PROJECTIONS
-from peft import LoraConfig, get_peft_model
-from problem import draw_factors
+from peft import get_peft_model
 from torch import Tensor, nn
 
 import mixlora_kernels as mk
+
+from .implementations import IMPLEMENTATIONS, mixlora, with_lora
+from .problem import draw_factors
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def adapt_model(name: str, model: nn.Module, config: mk.MixLoRAConfig, seed: int, exact: bool = False) -> nn.Module:
     """The model, which is frozen and changed in place, with adapters of which none is zero.
 
-    ``peft_lora`` and the forms of ``mixlora`` come as their users have them, through ``get_peft_model``; of the others
-    each projection is replaced. ``base`` has no adapters.
+    LoRA and the forms of ``mixlora`` come as their users have them, through ``get_peft_model``; of the others each
+    projection is replaced. ``base`` has no adapters.
 
     Args:
-        exact: the same function through the package's reference, to compare with; ``peft_lora`` has no other.
+        exact: the same function through the package's reference, to compare with; LoRA has no other.
     """
+    chosen = IMPLEMENTATIONS[name]
     model.requires_grad_(False)
-    if name == "base":
+    if chosen.kind == "frozen":
         return model
-    if name.startswith("peft_lora"):
+    if chosen.kind == "lora":
         torch.manual_seed(seed)
-        lora = LoraConfig(
-            r=config.r, lora_alpha=2 * config.r, lora_dropout=config.dropout, target_modules=projection_names(model),
-            init_lora_weights=False,
-        )  # fmt: skip
-        return get_peft_model(model, lora, autocast_adapter_dtype=name == "peft_lora")
-    config = configure(name, config) if exact or name.startswith("mixlora") else config
-    if name.startswith("mixlora") and not exact:
+        targets = {"target_modules": projection_names(model), "init_lora_weights": False}
+        return with_lora(model, config, chosen.exact, **targets)
+    config = chosen.configure(config)
+    if chosen.adapt is mixlora and not exact:
         from mixlora_kernels.peft import ConditionalMixLoRAConfig  # only here: the layers do without peft's inside
         from mixlora_kernels.peft.side_information import find_side_information
 
         targets = {"target_modules": projection_names(model)}
         model = get_peft_model(model, ConditionalMixLoRAConfig(**asdict(config), **targets))
-        find_side_information(model).shares = not name.endswith("_single")
+        find_side_information(model).shares = chosen.shares
         for number, (parent, leaf) in enumerate(projections(model)):
             layer = getattr(parent, leaf)
             layer.mixlora_adapter["default"].load_state_dict(factors_of(layer.base_layer, number, config, seed))
         return model
     for number, (parent, leaf) in enumerate(projections(model)):
         linear = getattr(parent, leaf)
-        layer = adapt("mixlora" if exact else name, linear, config, factors_of(linear, number, config, seed))
+        layer = (mixlora if exact else chosen.adapt)(linear, config, factors_of(linear, number, config, seed))
         if exact:
             layer.backend = "reference"
-        setattr(parent, leaf, layer if name == "published" else Remembering(layer))
+        setattr(parent, leaf, Remembering(layer) if chosen.keeps else layer)
     return model
 
 

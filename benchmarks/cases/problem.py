@@ -8,9 +8,36 @@ from torch import Tensor, nn
 
 import mixlora_kernels as mk
 
+SHAPE = ("B", "L", "d_in", "d_out", "E", "r", "dropout")
+
+
+class Shaped:
+    """What every kind of case tells; a field that it does not have is None in its rows."""
+
+    dtype: torch.dtype
+    E: int
+    r: int
+    dropout: float = 0.0
+    also: tuple[str, ...] = ()  # further attributes that rows tell
+
+    @property
+    def product(self):
+        """What the frozen product depends on: cases that share it share the implementation ``base``."""
+        return self
+
+    @property
+    def config(self) -> mk.MixLoRAConfig:
+        return mk.MixLoRAConfig(r=self.r, num_factors=self.E, dropout=self.dropout)
+
+    @property
+    def fields(self) -> dict:
+        """What a row says of its case."""
+        told = {name: getattr(self, name, None) for name in (*SHAPE, *self.also)}
+        return {"case": self.name, "dtype": dtype_name(self.dtype)} | told
+
 
 @dataclass(frozen=True)
-class Case:
+class Case(Shaped):
     """B instances of L tokens through a layer d_in -> d_out.
 
     ``kept`` marks a decoding step: no gradients, and the routing found earlier is used again. ``label`` stands in
@@ -37,18 +64,7 @@ class Case:
 
     @property
     def product(self) -> tuple:
-        """What the frozen product depends on: cases that share it share the implementation ``base``."""
         return self.B * self.L, self.d_in, self.d_out, self.dtype
-
-    @property
-    def config(self) -> mk.MixLoRAConfig:
-        return mk.MixLoRAConfig(r=self.r, num_factors=self.E, dropout=self.dropout)
-
-    @property
-    def fields(self) -> dict:
-        """What a row says of its case."""
-        names = ("B", "L", "d_in", "d_out", "E", "r", "dropout")
-        return {"case": self.name, "dtype": dtype_name(self.dtype)} | {name: getattr(self, name) for name in names}
 
 
 class Problem:
