@@ -161,6 +161,65 @@ def test_every_round_has_its_own_order():
     assert abs(first - rounds / 2) < 5 * (rounds / 4) ** 0.5  # standard deviations of a fair draw
 
 
+class Slow(measure.Candidate):
+    """A candidate whose call is predicted to take so many seconds, and whose phases must not be run if that is many."""
+
+    def __init__(self, name: str, seconds: float, log: list[str]):
+        self.name, self.case, self.seconds = name, Case(1, 1, 8, 8), seconds
+        self.phases = {"only": lambda: log.append(name)}
+
+    def trial(self, seconds: float) -> float:
+        return self.seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "predicted"),
+    [
+        ([1.0, 1000.0, 1.0], 4 * 1.0 + 4 * 1000.0),  # an examination and three rounds; the last is not asked
+        ([10.0, 10.0, 10.0], 4 * 10.0 + 4 * 10.0),  # each by itself would fit into twice the share
+        ([1.0, 2.0, 1.0], None),
+    ],
+)
+def test_a_case_that_does_not_fit_its_share_is_left_out(seconds, predicted, capsys):
+    log = []
+    slow = [Slow(f"c{number}", each, log) for number, each in enumerate(seconds)]
+    runner = Runner(CPU, print)
+    group = Group("layer", "a case", lambda report: slow, rounds=1, weight=1)
+    rows = runner.run(group, seconds=25)
+    if predicted is None:
+        assert len(rows) == 3 and runner.left_out == []
+        return
+    told = {"suite": "layer", "case": "a case", "predicted_seconds": predicted, "share_seconds": 25}
+    assert rows == [] and log == [] and runner.left_out == [told] and runner.failures == []
+    assert f"would take at least {predicted:.0f} s, its share of the time is 25 s" in capsys.readouterr().out
+    assert len(runner.run(group, seconds=25, whatever_it_takes=True)) == 3
+
+
+@pytest.mark.parametrize(("per_token", "limit", "runs"), [(1.0, 30.0, [1]), (0.01, 9.0, [1, 2, 4, 8, 16, 32, 64, 100])])
+def test_a_first_call_grows_until_it_tells(per_token, limit, runs, monkeypatch):
+    """A part that takes long enough to tell more than the limit is the last; a part that takes too little is doubled."""
+    now, seen = [0.0], []
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
+
+    def run(tokens: int) -> None:
+        seen.append(tokens)
+        now[0] += tokens * per_token
+
+    assert measure.time_growing(run, 100, limit) == pytest.approx(100 * per_token)
+    assert seen == runs
+
+
+def test_a_layers_first_call_is_of_a_part_of_its_tokens(monkeypatch):
+    """And leaves no gradient; a decoding step has one token alone."""
+    for kept, L, tokens in ((False, 7, [1, 2, 4, 7]), (True, 1, [1])):
+        problem = Problem(Case(2, L, 16, 8, E=8, r=2, kept=kept), CPU, seed=0)
+        layer = layers.Layer("mixlora", problem, implementations.build("mixlora", problem))
+        seen, call = [], layer.built.call
+        layer.built = layer.built._replace(call=lambda x, seen=seen, call=call: (seen.append(x.shape[1]), call(x))[1])
+        assert layer.trial(seconds=1e9) > 0 and seen == tokens
+        assert problem.x.grad is None and layer.built.module.adapter.lora_A.grad is None
+
+
 class Allocating(measure.Candidate):
     """Holds 4 MB, and 1 MB more for a moment; then in a second phase 2 MB in the place of the 4."""
 
