@@ -14,7 +14,7 @@ def oldest(name: str) -> str:
 # What each use needs beyond torch. The kernels' tests run in Triton's interpreter, on any machine.
 PEFT = [oldest("transformers"), oldest("peft"), oldest("accelerate"), "safetensors>=0.8"]
 BENCHMARK = [*PEFT, "matplotlib>=3.8", "scikit-learn>=1.4", "pillow>=10"]
-LLAVA = [*BENCHMARK, "pyyaml>=6", "pydantic>=2.6", "tensorboard>=2.17"]
+LLAVA = [*BENCHMARK, "pyyaml>=6", "pydantic>=2.6", "tensorboard>=2.17", "shtab>=1.7"]
 STUDY = [*LLAVA, "mlxtend>=0.23", "scipy>=1.10"]
 TEST = [
     *STUDY,
@@ -41,13 +41,18 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    packages=find_packages(include=["mixlora_kernels", "mixlora_kernels.*", "integration", "integration.*"]),
+    packages=[
+        *find_packages(include=["mixlora_kernels", "mixlora_kernels.*"]),
+        *find_packages("integration", include=["mixlora_llava", "mixlora_llava.*"]),
+    ],
+    package_dir={"mixlora_llava": "integration/mixlora_llava"},
     package_data={
         "mixlora_kernels": ["py.typed"],
-        "integration.llava": ["configs/*.yaml", "lmms_tasks/*"],
+        "mixlora_llava": ["configs/*.yaml", "accelerate/*.yaml", "lmms/tasks/*"],
     },
     entry_points={
-        "lmms_eval.models": ["mixlora_llava = integration.llava.lmms:manifest"],
+        "console_scripts": ["mixlora = mixlora_llava.command.main:main"],
+        "lmms_eval.models": ["mixlora_llava = mixlora_llava.lmms:manifest"],
         "vllm.general_plugins": ["mixlora = mixlora_kernels.serving.plugin:register"],
     },
     # 3.11 runs all of CI. By hand, tests of the layer and of tests/peft: 3.10 with torch 2.6, 3.13 with torch 2.15.

@@ -90,13 +90,16 @@ class MixLoRAAdapter(nn.Module):
 
         ``base`` is the frozen layer, or its output for x where that is already there (several adapters).
         """
-        frozen = base
-        if isinstance(base, nn.Module):
-            frozen = FrozenLinear(base.weight, base.bias) if can_fuse(base) else base(x)
+        frozen = frozen_map(base, x) if isinstance(base, nn.Module) else base
         return mixlora(x, frozen, self.factors, self.config, context, training=self.training, backend=self.backend)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.config}"
+
+
+def frozen_map(base: nn.Module, x: Tensor) -> FrozenLinear | Tensor:
+    """What the operation is given of a frozen layer: its parameters where they suffice, else its output for x."""
+    return FrozenLinear(base.weight, base.bias) if can_fuse(base) else base(x)
 
 
 def can_fuse(base: nn.Module) -> bool:

@@ -68,6 +68,7 @@ def find_obstacle(device_type: str, device_index: int | None, dtype: str) -> tup
     return _find_library_obstacle(device_type, device_index)
 
 
+@cache
 def _find_library_obstacle(device_type: str, device_index: int | None) -> tuple[type[Exception], str] | None:
     needed = ".".join(map(str, OLDEST_TRITON))
     try:

@@ -74,8 +74,8 @@ class Forward:
         self._instances: dict[tuple, Instances] = {}
         self._tokens: tuple[Tensor | None, Tensor | None] | None = None
 
-    def record(self, key: str, name: str, routing: Routing, g: int | None = None) -> None:
-        """Note what a layer chose: its routing, or that of its group and its place there."""
+    def record(self, key: str, name: str, routing: Routing, g: int) -> None:
+        """Note what a layer chose: its group's routing, and its place there."""
         self.routings[key, name] = Recorded(routing, g)
 
     def place(
@@ -242,7 +242,7 @@ class Forward:
         return mask
 
     def _kept_routing(self, keys: Sequence[str], name: str, B: int) -> Routing:
-        """What the prefill chose: of one layer [B, ...], of siblings [G, B, ...]."""
+        """What the prefill chose for the G layers, [G, B, ...]."""
         if self.L > 1:
             self._check_chunks()
         kept = self.past.kept
@@ -256,7 +256,7 @@ class Forward:
         routing = join(found)
         rows = routing.index_a.shape[-2]
         if rows == 1 and B > 1:  # one instance, continued in several ways
-            return Routing(*(tensor.expand(*tensor.shape[:-2], B, -1) for tensor in routing))
+            return Routing(*(tensor.expand(-1, B, -1) for tensor in routing))
         if rows != B:
             raise ValueError(f"the cache was filled for {rows} rows, the forward has {B}")
         return routing

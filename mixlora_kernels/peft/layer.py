@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..adapter import MixLoRAAdapter
+from ..adapter import MixLoRAAdapter, frozen_map
+from ..op import mixlora_siblings
+from ..routing import Routing, RoutingContext
 from .config import ConditionalMixLoRAConfig
 from .forward import rows_as_instances
 from .siblings import Family
@@ -32,6 +34,17 @@ class LayerAdapter(MixLoRAAdapter):
     @property
     def weight(self) -> Tensor:
         return self.lora_A
+
+    def forward(
+        self, x: Tensor, base: nn.Module | Tensor, context: RoutingContext | None = None
+    ) -> tuple[Tensor, Routing]:
+        """As ``MixLoRAAdapter``, with the routing of a group of one, in which form a decoder's forward keeps it; so is
+        ``context.routing``."""
+        frozen = frozen_map(base, x) if isinstance(base, nn.Module) else base
+        (y,), routing = mixlora_siblings(
+            x, (frozen,), (self.factors,), self.config, context, training=self.training, backend=self.backend
+        )
+        return y, routing
 
 
 class MixLoRALayer(nn.Module, BaseTunerLayer):
@@ -110,7 +123,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
             tokens = x.shape[:-1] if rows is None else (len(rows), *x.shape[1:-1])
             y = y.view(*tokens, y.shape[-1])
         if forward is not None:
-            forward.record(self.key, name, routing)
+            forward.record(self.key, name, routing, 0)
         return y
 
     def _forward_mixed(self, x: Tensor, adapter_names: Sequence[str], *args, **kwargs) -> Tensor:

@@ -9,21 +9,19 @@ from ..routing import Routing
 
 
 class Recorded(NamedTuple):
-    """What a layer chose: its routing, or that of its group [G, B, ...] and the layer's place g there."""
+    """What a layer chose: the routing of its group [G, B, ...], be it of one, and the layer's place g there."""
 
     routing: Routing
-    g: int | None
+    g: int
 
     def single(self) -> Routing:
         """The layer's own, [B, ...]."""
-        return self.routing if self.g is None else self.routing.member(self.g)
+        return self.routing.member(self.g)
 
 
 def join(found: Sequence[Recorded]) -> Routing:
-    """The routing of one layer [B, ...], or of several as a group's [G, B, ...]."""
+    """The routing of several layers as a group's, [G, B, ...]."""
     routing, G = found[0].routing, len(found)
-    if G == 1:
-        return found[0].single()
     if all(one.routing is routing and one.g == g for g, one in enumerate(found)) and len(routing.index_a) == G:
         return routing
     return Routing(*map(torch.stack, zip(*(one.single() for one in found))))

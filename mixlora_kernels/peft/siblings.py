@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapter import can_fuse
+from ..adapter import frozen_map
 from ..backends.base import FrozenLinear
 from ..op import mixlora_siblings
 
@@ -96,7 +96,7 @@ class Sharing:
             self._observe(layer, x)
             return None
         self._led[layer.key] = members
-        bases = [_base(member, x) for member in members]
+        bases = [frozen_map(member.base_layer, x) for member in members]
         placed, context = forward.place([member.key for member in members], name, layer.configs[name], x)
         adapters = [member.mixlora_adapter._modules[name] for member in members]
         ys, routing = mixlora_siblings(
@@ -195,11 +195,6 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
-
-
-def _base(layer: "MixLoRALayer", x: Tensor) -> FrozenLinear | Tensor:
-    base = layer.base_layer
-    return FrozenLinear(base.weight, base.bias) if can_fuse(base) else base(x)
 
 
 def _like(y: Tensor, placed: Tensor) -> Tensor:

@@ -29,19 +29,15 @@ def layer_and_input(device, *shape, d_in=40, **settings):
 @pytest.fixture
 def launched(monkeypatch):
     """The names of the kernels that are launched."""
-    import triton
+    from mixlora_kernels.backends.kernels.launch import Launch
 
-    names = []
-    for module in (name for name in sys.modules if name.startswith(kernels.__name__ + ".")):
-        module = sys.modules[module]
-        if hasattr(module, "launch") and not isinstance(module.launch, type(sys)):
-            launch = module.launch
+    names, launch = [], Launch.__call__
 
-            def record(kernel, *args, launch=launch, **arguments):
-                names.append(kernel.fn.__name__ if isinstance(kernel, triton.runtime.JITFunction) else kernel.__name__)
-                launch(kernel, *args, **arguments)
+    def record(self, *args, **tensors):
+        names.append(self.kernel.__name__)
+        launch(self, *args, **tensors)
 
-            monkeypatch.setattr(module, "launch", record)
+    monkeypatch.setattr(Launch, "__call__", record)
     return names
 
 

@@ -1,7 +1,5 @@
 """The kernels' stages against plain torch's, in float32 and in half precision, and as adjoints of one another."""
 
-import importlib
-
 import hypothesis.strategies as st
 import pytest
 import torch
@@ -165,16 +163,12 @@ def test_workspaces_are_bounded(widths, r, monkeypatch):
     and at most dy. Dots, of which there is one for each chunk and plane, are counted as well."""
     from unittest import mock
 
-    from mixlora_kernels.backends.kernels.launch import implementations
-
-    module = importlib.import_module(
-        "mixlora_kernels.backends.kernels.expand_backward"
-    )  # the package names its function
+    from mixlora_kernels.backends.kernels.launch import Launch, implementations
 
     B, L = 16, 1024
     seen = {}
     monkeypatch.setattr(tuning, "architecture", lambda device: "sm_90")
-    monkeypatch.setattr(module, "launch", lambda kernel, grid, device, **arguments: seen.update(arguments))
+    monkeypatch.setattr(Launch, "__call__", lambda self, device, **tensors: seen.update(tensors))
     dys = [torch.empty(B * L, O, device="meta", dtype=torch.bfloat16) for O in widths]
     index = torch.empty(len(widths), B, r, device="meta", dtype=torch.int64)
     u, gate = torch.empty(len(widths), B * L, r, device="meta"), torch.empty(len(widths), B, r, device="meta")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from integration.llava.example import one_thread
+from mixlora_llava.example.threads import one_thread
 
 
 @pytest.fixture(scope="package", autouse=True)

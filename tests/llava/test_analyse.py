@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from torch import nn
 
-from integration.llava import interference, selection
-from integration.llava.interference import Group
-from integration.llava.patch import patch_llava
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
+from mixlora_llava.analysis import interference, selection
+from mixlora_llava.analysis.interference import Group
+from mixlora_llava.model.patch import patch_llava
 
 from .tiny import WIDTH, tiny_llava
 

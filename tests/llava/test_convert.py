@@ -7,10 +7,11 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel
 
-from integration.llava import checkpoint, convert
-from integration.llava.patch import patch_llava
 from mixlora_kernels import RoutingContext
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
+from mixlora_llava.checkpoints import convert, reading
+from mixlora_llava.command.main import main
+from mixlora_llava.model.patch import patch_llava
 
 from .tiny import LAYERS, linear_sizes, released_checkpoint, tiny_llava
 
@@ -114,7 +115,7 @@ def test_back_to_the_released_layout_bit_for_bit(tmp_path, kind):
     report = convert.to_released(tmp_path / "adapter", tmp_path / "back", base=tmp_path / "released")
     back = torch.load(tmp_path / "back" / "pytorch_model.bin", weights_only=True)
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
-    arguments = checkpoint.load(tmp_path / "back" / "cmoa_args.bin")
+    arguments = reading.load(tmp_path / "back" / "cmoa_args.bin")
     assert (arguments.n_experts, arguments.n_selected, arguments.cond_type) == (12, 3, kind)
     assert arguments.lora_alpha == 24 and report["unused"] == []
 
@@ -136,7 +137,7 @@ def test_layout_of_the_original_llava(tmp_path):
 )
 def test_refuses_settings_it_cannot_reproduce(tmp_path, setting, value):
     released_checkpoint(tmp_path)
-    arguments = checkpoint.load(tmp_path / "cmoa_args.bin")
+    arguments = reading.load(tmp_path / "cmoa_args.bin")
     setattr(arguments, setting, value)
     torch.save(arguments, tmp_path / "cmoa_args.bin")
     with pytest.raises(ValueError, match=setting):
@@ -181,5 +182,5 @@ def test_names_truncated_and_missing_files(tmp_path):
 
 def test_command_prints_the_report(tmp_path, capsys):
     released_checkpoint(tmp_path / "released")
-    convert.main([str(tmp_path / "released"), str(tmp_path / "adapter")])
+    main(["convert", str(tmp_path / "released"), str(tmp_path / "adapter")])
     assert json.loads(capsys.readouterr().out)["layers"] == 14

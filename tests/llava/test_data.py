@@ -11,12 +11,12 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import LlavaNextImageProcessor, LlavaNextProcessor, PreTrainedTokenizerFast
 
-from integration.llava.conversation import TEMPLATES, BadRecord, Turn, prompt, read_turns, render
-from integration.llava.data import IGNORED, Collator, Conversations, Encoder
-from integration.llava.images import BadImage, check_image, find_image, load_image
-from integration.llava.patch import patch_llava
-from integration.llava.small import SPECIAL, small_llava
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
+from mixlora_llava.data.conversation import TEMPLATES, BadRecord, Turn, prompt, read_turns, render
+from mixlora_llava.data.dataset import IGNORED, Collator, Conversations, Encoder
+from mixlora_llava.data.images import BadImage, check_image, find_image, load_image
+from mixlora_llava.model.patch import patch_llava
+from mixlora_llava.model.small import SPECIAL, small_llava
 
 TEXTS = [TEMPLATES["v1"].system, "USER: Which digit is it? ASSISTANT: seven three red", "Is it odd? yes no"]
 TURNS = [Turn("<image>\nWhich digit is it?", "seven red"), Turn("Is it odd?", "yes")]

@@ -7,13 +7,19 @@ import torch
 from peft import LoraConfig
 from PIL import Image
 
-from integration.llava import chat, convert, digits, evaluate, generate, scores, selection, small
-from integration.llava.digest import model_digest
-from integration.llava.images import load_image
-from integration.llava.judge import LanguageModelJudge, exact, judge_prompt, read_verdict
-from integration.llava.model import load_adapter, load_llava
-from integration.llava.patch import patch_llava
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
+from mixlora_kernels.peft.side_information import find_side_information
+from mixlora_llava.analysis import selection
+from mixlora_llava.checkpoints import convert
+from mixlora_llava.command.main import main
+from mixlora_llava.data.images import load_image
+from mixlora_llava.example import digits
+from mixlora_llava.model import generate, small
+from mixlora_llava.model.digest import model_digest
+from mixlora_llava.model.load import load_adapter, load_llava
+from mixlora_llava.model.patch import patch_llava
+from mixlora_llava.scoring import predict, scores
+from mixlora_llava.scoring.judge import LanguageModelJudge, exact, judge_prompt, read_verdict
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +46,9 @@ def adapted(folder):
 
 
 def test_rows_have_the_released_fields(folder, adapted, tmp_path):
-    questions = evaluate.read_questions(folder / "data/eval/side.jsonl")
+    questions = predict.read_questions(folder / "data/eval/side.jsonl")
     out = tmp_path / "side.jsonl"
-    rows = evaluate.predict(*adapted, questions, folder / "data/images", out, template="bare", max_new_tokens=3)
+    rows = predict.predict(*adapted, questions, folder / "data/images", out, template="bare", max_new_tokens=3)
     assert rows == [json.loads(line) for line in out.read_text().splitlines()]
     assert set(rows[0]) == {
         "question_id", "prompt", "predict", "target", "image_path", "answer_id", "model_id", "metadata",
@@ -54,47 +60,47 @@ def test_rows_have_the_released_fields(folder, adapted, tmp_path):
 def test_a_batch_says_what_each_question_alone_says(folder, adapted, tmp_path):
     model, processor = adapted
     files = sorted((folder / "data/eval").glob("*.jsonl"))
-    questions = [evaluate.read_questions(file)[0] for file in files]  # prompts of several lengths: padding
+    questions = [predict.read_questions(file)[0] for file in files]  # prompts of several lengths: padding
     options = {"template": "bare", "max_new_tokens": 6}
     images = folder / "data/images"
-    batch = evaluate.predict(model, processor, questions, images, tmp_path / "a.jsonl", batch_size=7, **options)
-    alone = evaluate.predict(model, processor, questions, images, tmp_path / "b.jsonl", batch_size=1, **options)
+    batch = predict.predict(model, processor, questions, images, tmp_path / "a.jsonl", batch_size=7, **options)
+    alone = predict.predict(model, processor, questions, images, tmp_path / "b.jsonl", batch_size=1, **options)
     assert [row["predict"] for row in batch] == [row["predict"] for row in alone]
     base, processor = load_llava(folder / "base")
-    untuned = evaluate.predict(base, processor, questions, images, tmp_path / "c.jsonl", **options)
+    untuned = predict.predict(base, processor, questions, images, tmp_path / "c.jsonl", **options)
     assert [row["predict"] for row in untuned] != [row["predict"] for row in batch]
 
 
 def test_a_stopped_run_goes_on(folder, adapted, tmp_path):
-    questions = evaluate.read_questions(folder / "data/eval/pope_pop.jsonl")
+    questions = predict.read_questions(folder / "data/eval/pope_pop.jsonl")
     out, images = tmp_path / "pope_pop.jsonl", folder / "data/images"
-    whole = evaluate.predict(*adapted, questions, images, out, template="bare", max_new_tokens=2, batch_size=5)
+    whole = predict.predict(*adapted, questions, images, out, template="bare", max_new_tokens=2, batch_size=5)
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join(lines[:4]) + lines[4][:30])  # stopped within a line
-    again = evaluate.predict(*adapted, questions, images, out, template="bare", max_new_tokens=2, batch_size=5)
+    again = predict.predict(*adapted, questions, images, out, template="bare", max_new_tokens=2, batch_size=5)
     assert again[:4] == whole[:4] and len(out.read_text().splitlines()) == len(questions)
     assert [row["predict"] for row in again] == [row["predict"] for row in whole]
     with pytest.raises(ValueError, match="answers to other questions"):
-        evaluate.predict(*adapted, questions[1:], images, out, template="bare")
+        predict.predict(*adapted, questions[1:], images, out, template="bare")
 
 
 def test_answers_of_another_model_are_not_gone_on_with(folder, adapted, tmp_path):
     """One weight, one setting of the adapter, the adapter switched off, another prompt: each is another's answers."""
     model, processor = adapted
-    questions = evaluate.read_questions(folder / "data/eval/pope_pop.jsonl")
+    questions = predict.read_questions(folder / "data/eval/pope_pop.jsonl")
     out, options = tmp_path / "pope_pop.jsonl", {"template": "bare", "max_new_tokens": 2, "batch_size": 5}
-    rows = evaluate.predict(model, processor, questions, folder / "data/images", out, model_id="first", **options)
+    rows = predict.predict(model, processor, questions, folder / "data/images", out, model_id="first", **options)
     assert {row["metadata"]["model_digest"] for row in rows} == {model_digest(model)}
     lines = out.read_text().splitlines(keepends=True)
 
     def go_on(expected: str | None, **other):
         out.write_text("".join(lines[:5]))
         if expected is None:
-            evaluate.predict(model, processor, questions, folder / "data/images", out, **options | other)
+            predict.predict(model, processor, questions, folder / "data/images", out, **options | other)
             assert len(out.read_text().splitlines()) == len(lines)
             return
         with pytest.raises(ValueError, match=expected):
-            evaluate.predict(model, processor, questions, folder / "data/images", out, **options | other)
+            predict.predict(model, processor, questions, folder / "data/images", out, **options | other)
         assert out.read_text() == "".join(lines[:5])
 
     go_on(None)
@@ -132,7 +138,7 @@ def test_a_bad_image_is_counted_as_wrong(folder, adapted, tmp_path):
         {"unique_id": i, "image_path": name, "prompt": "Describe the image.", "target": "a"}
         for i, name in enumerate(["broken.png", "ink.jpg"])
     ]
-    rows = evaluate.predict(*adapted, questions, tmp_path, tmp_path / "out.jsonl", template="bare", max_new_tokens=2)
+    rows = predict.predict(*adapted, questions, tmp_path, tmp_path / "out.jsonl", template="bare", max_new_tokens=2)
     assert rows[0]["predict"] == "" and "broken.png" in rows[0]["metadata"]["error"]
     assert "error" not in rows[1]["metadata"]
     assert scores.score_task("x", rows, lambda rows: [False, True]) == {
@@ -144,18 +150,18 @@ def test_recorded_choices_are_those_that_each_answer_is_made_with(folder, adapte
     """In padded batches of several tasks, against each question alone; both pools of every layer."""
     model, processor = adapted
     files = sorted((folder / "data/eval").glob("*.jsonl"))
-    questions, images = {file.stem: evaluate.read_questions(file)[:3] for file in files[:3]}, folder / "data/images"
+    questions, images = {file.stem: predict.read_questions(file)[:3] for file in files[:3]}, folder / "data/images"
     found = selection.record(model, processor, questions, images, template="bare", batch_size=2)
     rows = [(task, row) for task, of_task in questions.items() for row in of_task]
     assert found.tasks == [task for task, _ in rows] and found.num_factors == 6
     for number, (_, row) in enumerate(rows):
         prompt = generate.build_prompt(row["prompt"], "bare")
         generate.answer(model, processor, [prompt], [load_image(images / row["image_path"])], max_new_tokens=3)
-        alone = chat.chosen_factors(model)
+        alone = find_side_information(model).last
         assert len(alone) == 14
-        for name, chosen in alone.items():
-            for pool in "AB":
-                assert found.chosen[name, pool][number].tolist() == chosen[pool], (name, pool)
+        for (name, _), routing in alone.items():
+            for pool, chosen in (("A", routing.index_a), ("B", routing.index_b)):
+                assert found.chosen[name, pool][number].tolist() == chosen[0].tolist(), (name, pool)
 
 
 def test_factors_are_refused_of_lora_before_the_answer(folder, tmp_path, capsys):
@@ -163,16 +169,17 @@ def test_factors_are_refused_of_lora_before_the_answer(folder, tmp_path, capsys)
     patch_llava(model, LoraConfig(r=2, task_type="CAUSAL_LM")).model.save_pretrained(tmp_path)
     image = next((folder / "data/images/test").iterdir())
     asked = ["--model", str(folder / "base"), "--adapter", str(tmp_path), "--image", str(image), "--prompt", "?"]
-    with pytest.raises(ValueError, match="no MixLoRA layers"):
-        chat.main([*asked, "--factors", "--template", "bare"])
-    assert capsys.readouterr().out == ""
+    with pytest.raises(SystemExit):
+        main(["chat", *asked, "--factors", "--template", "bare"])
+    said = capsys.readouterr()
+    assert said.out == "" and "no MixLoRA layers" in said.err
 
 
 def test_adapters_that_average_padding_are_asked_one_by_one(folder, tmp_path, caplog):
     model, processor = load_llava(folder / "base")
     patched = patch_llava(model, ConditionalMixLoRAConfig.published(r=2, num_factors=4, task_type="CAUSAL_LM"))
-    questions = evaluate.read_questions(folder / "data/eval/side.jsonl")[:2]
-    evaluate.predict(
+    questions = predict.read_questions(folder / "data/eval/side.jsonl")[:2]
+    predict.predict(
         patched.model, processor, questions, folder / "data/images", tmp_path / "x.jsonl", template="bare",
         max_new_tokens=2,
     )  # fmt: skip
@@ -253,7 +260,7 @@ def test_mm_avg_is_the_mean_of_the_seven_sets(tmp_path):
 
 
 def test_mme_predictions_become_the_tools_files(tmp_path):
-    from integration.llava import mme
+    from mixlora_llava.scoring import mme
 
     for name in mme.PERCEPTION + mme.COGNITION:
         rows = [
@@ -279,23 +286,23 @@ def test_mme_predictions_become_the_tools_files(tmp_path):
 def test_questions_refused_by_line(tmp_path, lines, message):
     (tmp_path / "q.jsonl").write_text("\n".join(lines))
     with pytest.raises(ValueError, match=message):
-        evaluate.read_questions(tmp_path / "q.jsonl")
+        predict.read_questions(tmp_path / "q.jsonl")
 
 
 def test_a_folder_without_questions_is_refused(tmp_path):
     for place in (tmp_path, tmp_path / "none.jsonl"):
         with pytest.raises(ValueError, match="neither a file of questions nor a folder"):
-            evaluate.question_files(place)
+            predict.question_files(place)
 
 
 def test_commands(folder, tmp_path, capsys):
     model = ["--model", str(folder / "base"), "--adapter", str(folder / "adapter"), "--template", "bare"]
     files = ["--questions", str(folder / "data/eval/side.jsonl"), "--images", str(folder / "data/images")]
-    evaluate.main([*model, *files, "--output", str(tmp_path), "--max-new-tokens", "2"])
+    main(["evaluate", *model, *files, "--output", str(tmp_path), "--max-new-tokens", "2"])
     report = json.loads(capsys.readouterr().out)
     assert report == json.loads((tmp_path / "scores.json").read_text()) and report["tasks"]["side"]["count"] == 6
     image = next((folder / "data/images/test").iterdir())
-    chat.main([*model, "--image", str(image), "--prompt", "Is it odd?", "--max-new-tokens", "4", "--factors"])
+    main(["chat", *model, "--image", str(image), "--prompt", "Is it odd?", "--max-new-tokens", "4", "--factors"])
     lines = capsys.readouterr().out.splitlines()
     chosen = [line for line in lines if line.startswith("model.language_model.layers.")]
     assert len(chosen) == 14 and len(lines) > 14
@@ -303,7 +310,7 @@ def test_commands(folder, tmp_path, capsys):
     assert len(set(first)) == 2 and set(first) <= set(range(6))
     (tmp_path / "no.png").write_text("no")
     with pytest.raises(SystemExit):
-        chat.main([*model, "--image", str(tmp_path / "no.png"), "--prompt", "?"])
+        main(["chat", *model, "--image", str(tmp_path / "no.png"), "--prompt", "?"])
     assert "no.png: not an image" in capsys.readouterr().err
 
 

@@ -4,13 +4,16 @@ import json
 
 import pytest
 
-from integration.llava import digits, example
+from mixlora_llava.command.main import main
+from mixlora_llava.example import digits
+from mixlora_llava.example import run as example
 
 pytestmark = pytest.mark.slow
 
 
 def test_example_keeps_its_promises(tmp_path):
-    figures = example.main(["--output", str(tmp_path), "--quick"])
+    main(["example", "--output", str(tmp_path), "--quick"])
+    figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["resumed"]["identical"] and figures["resumed"]["killed_after"] < figures["resumed"]["steps"]
     assert figures["accuracy"]["mixlora"] >= figures["accuracy"]["untuned"] + example.MARGIN
     assert all(last < first / 2 for first, last in figures["loss"].values())
@@ -21,4 +24,4 @@ def test_example_keeps_its_promises(tmp_path):
     scores = json.loads((tmp_path / "predictions/mixlora/scores.json").read_text())
     assert set(scores["tasks"]) == set(digits.TASKS)
     with pytest.raises(SystemExit):
-        example.main(["--output", str(tmp_path), "--quick"])
+        main(["example", "--output", str(tmp_path), "--quick"])

@@ -12,10 +12,11 @@ import torch
 import yaml
 from PIL import Image
 
-from integration.llava import digits, small
-from integration.llava.conversation import TEMPLATES, prompt
+from mixlora_llava.data.conversation import TEMPLATES, prompt
+from mixlora_llava.example import digits
+from mixlora_llava.model import small
 
-TASKS = Path(__file__).parents[2] / "integration/llava/lmms_tasks"
+TASKS = Path(__file__).parents[2] / "integration/mixlora_llava/lmms/tasks"
 
 
 @dataclass(frozen=True)
@@ -48,12 +49,12 @@ def harness(monkeypatch):
         sys.modules["lmms_eval.api.model"].lmms = base
         sys.modules["lmms_eval.models.registry_v2"].ModelManifest = Manifest
     yield
-    sys.modules.pop("integration.llava.lmms_model", None)
+    sys.modules.pop("mixlora_llava.lmms.model", None)
 
 
 @pytest.fixture
 def model(harness, tmp_path):
-    from integration.llava import lmms
+    from mixlora_llava import lmms
 
     small.save(*small.small_llava(digits.texts(), width=24, layers=2), tmp_path / "base")
     module, _, name = lmms.manifest().simple_class_path.rpartition(".")
@@ -69,8 +70,8 @@ def request(number, text, **options):
 
 
 def test_entry_point_is_declared():
-    setup = (TASKS.parents[2] / "setup.py").read_text()
-    assert "lmms_eval.models" in setup and "mixlora_llava = integration.llava.lmms:manifest" in setup
+    setup = (TASKS.parents[3] / "setup.py").read_text()
+    assert "lmms_eval.models" in setup and "mixlora_llava = mixlora_llava.lmms:manifest" in setup
 
 
 def test_answers_keep_their_order_whatever_the_batches(model):
@@ -86,13 +87,13 @@ def test_answers_keep_their_order_whatever_the_batches(model):
 
 
 def test_text_is_cut_at_stop_words():
-    from integration.llava.generate import build_prompt
+    from mixlora_llava.model.generate import build_prompt
 
     assert build_prompt("red", "bare", image=False) == "USER: red ASSISTANT:"
 
 
 def test_stop_words(harness):
-    from integration.llava.lmms_model import cut
+    from mixlora_llava.lmms.model import cut
 
     assert cut("seven. And more", [".", "And"]) == "seven" and cut("seven", ["\n\n"]) == "seven"
 
@@ -126,13 +127,13 @@ def test_lmms_eval_runs_an_adapter_on_the_tasks(tmp_path, monkeypatch):
     from lmms_eval.models import MODEL_REGISTRY_V2
     from lmms_eval.tasks import TaskManager
 
-    from integration.llava import lmms
-    from integration.llava.evaluate import read_questions
-    from integration.llava.generate import answer, build_prompt
-    from integration.llava.images import load_image
-    from integration.llava.model import load_adapter, load_llava
-    from integration.llava.patch import patch_llava
     from mixlora_kernels.peft import ConditionalMixLoRAConfig
+    from mixlora_llava import lmms
+    from mixlora_llava.data.images import load_image
+    from mixlora_llava.model.generate import answer, build_prompt
+    from mixlora_llava.model.load import load_adapter, load_llava
+    from mixlora_llava.model.patch import patch_llava
+    from mixlora_llava.scoring.predict import read_questions
 
     digits.write(tmp_path / "data", per_task=4, held_out=6, copies=1)
     small.save(*small.small_llava(digits.texts(), width=24, layers=2), tmp_path / "base")

@@ -6,12 +6,12 @@ from peft import LoraConfig
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionModel, LlamaForCausalLM
 
-from integration.llava import digits
-from integration.llava.generate import answer, build_prompt
-from integration.llava.model import empty_llava, linear_projector, load_adapter, load_llava, read_source
-from integration.llava.patch import patch_llava
-from integration.llava.small import word_tokenizer
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
+from mixlora_llava.example import digits
+from mixlora_llava.model.generate import answer, build_prompt
+from mixlora_llava.model.load import empty_llava, linear_projector, load_adapter, load_llava, read_source
+from mixlora_llava.model.patch import patch_llava
+from mixlora_llava.model.small import word_tokenizer
 
 from .tiny import WIDTH, tiny_llava
 
@@ -79,5 +79,5 @@ def test_sources_of_models():
         read_source("{language: a}")
     with pytest.raises(ValueError, match=r"parts are language, vision .* got language, tower"):
         read_source('{"language": "a", "tower": "b"}')
-    with pytest.raises(ValueError, match="nowhere is no folder of a model"):
+    with pytest.raises(ValueError, match="model with its processor /nowhere, which is no folder here"):
         load_llava("/nowhere")

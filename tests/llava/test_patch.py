@@ -8,8 +8,8 @@ from peft import LoraConfig
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from integration.llava.patch import patch_llava
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
+from mixlora_llava.model.patch import patch_llava
 
 from .tiny import LAYERS, WIDTH, tiny_llava
 

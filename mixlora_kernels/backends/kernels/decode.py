@@ -15,7 +15,7 @@ from torch import Tensor
 from ...frozen import frozen_product
 from ..base import FrozenLinear, Group
 from . import tuning
-from .launch import as_pools, as_rows, launch, register
+from .launch import Launch, as_pools, as_rows, plan, register
 from .siblings import choose, count_pieces, find_piece
 
 FEW = (
@@ -78,14 +78,24 @@ def allocate_decode(
 
 
 def fill_decode(_, ys, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, B, L):
-    x, widths, R = as_rows(x), tuple(y.shape[1] for y in ys), index_a.shape[2]
-    tile = tuning.decode(tuning.architecture(x.device), R)
+    x = as_rows(x)
+    launch = plan_decode(
+        tuning.architecture(x.device), *x.shape, B, L, index_a.shape[2], scale,
+        x.stride(0), tuple([y.shape[1] for y in ys]), tuple([y.stride(0) for y in ys]),
+    )  # fmt: skip
     launch(
-        decode_kernel, (len(x), count_pieces(widths, tile.columns)), x.device,
-        ys=tuple(ys), x=x, lora_A=as_pools(lora_A), lora_B=as_pools(lora_B), index_a=index_a, index_b=index_b,
-        gate=gate, scale=scale, segment=segment, B=B, L=L, D=x.shape[1], widths=widths,
-        strides=tuple(y.stride(0) for y in ys), stride_x=x.stride(0), G=len(ys), R=R,
-        R_PAD=triton.next_power_of_2(R), BLOCK_D=tile.span, BLOCK_W=tile.columns, **tile.options,
+        x.device, ys=tuple(ys), x=x, lora_A=as_pools(lora_A), lora_B=as_pools(lora_B),
+        index_a=index_a, index_b=index_b, gate=gate, segment=segment,
+    )  # fmt: skip
+
+
+@plan
+def plan_decode(arch, N, D, B, L, R, scale, stride_x, widths, strides) -> Launch:
+    tile = tuning.decode(arch, R)
+    return Launch(
+        decode_kernel, (N, count_pieces(widths, tile.columns)), tile.options,
+        scale=scale, B=B, L=L, D=D, widths=widths, strides=strides, stride_x=stride_x, G=len(widths), R=R,
+        R_PAD=tuning.power_of_2(R), BLOCK_D=tile.span, BLOCK_W=tile.columns,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...routing import Routing
 from ..base import Group, Saved
 from . import tuning
-from .launch import as_pools, as_rows, launch, register
+from .launch import Launch, as_pools, as_rows, plan, register
 from .product import dot, dot_precision
 from .rank_r import chosen_rows, slot_weights
 from .siblings import choose, count_pieces, find_piece
@@ -84,18 +84,29 @@ def allocate_expand(
 
 
 def fill_expand(chosen, outs, bases, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L):
-    (G, S, N, E), R, packed = u.shape, index_a.shape[2], cu_seqlens is not None
-    bases = tuple(as_rows(base) for base in bases) or None
-    widths, like = tuple(out.shape[1] for out in outs), outs[0]
-    tile = tuning.add(tuning.architecture(like.device), N, like.element_size())
+    bases = tuple([as_rows(base) for base in bases]) or None
+    launch = plan_expand(
+        tuning.architecture(u.device), outs[0].element_size(), u.shape, index_a.shape[2], scale, cu_seqlens is not None,
+        B, L, tuple([out.shape[1] for out in outs]), tuple([out.stride(0) for out in outs]),
+        bases and tuple([base.stride(0) for base in bases]), dot_precision(),
+    )  # fmt: skip
     launch(
-        expand_kernel, (count_tiles(N, B, L, packed, tile.rows), count_pieces(widths, tile.columns)), like.device,
-        outs=tuple(outs), bases=bases, u=u, pools=as_pools(lora_B), index_a=index_a, index_b=index_b, gate=gate,
-        chosen=chosen, scale=scale, cu_seqlens=cu_seqlens, B=B, L=L, N=N, widths=widths,
-        out_strides=tuple(out.stride(0) for out in outs),
-        base_strides=None if bases is None else tuple(base.stride(0) for base in bases),
+        u.device, outs=tuple(outs), bases=bases, u=u, pools=as_pools(lora_B), index_a=index_a, index_b=index_b,
+        gate=gate, chosen=chosen, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+
+
+@plan
+def plan_expand(
+    arch, itemsize, u_shape, R, scale, packed, B, L, widths, out_strides, base_strides, precision
+) -> Launch:  # fmt: skip
+    G, S, N, E = u_shape
+    tile = tuning.add(arch, N, itemsize)
+    return Launch(
+        expand_kernel, (count_tiles(N, B, L, packed, tile.rows), count_pieces(widths, tile.columns)), tile.options,
+        scale=scale, B=B, L=L, N=N, widths=widths, out_strides=out_strides, base_strides=base_strides,
         G=G, E=E, R=R, R_PAD=tuning.pad(R), B_PAD=padded_count(B, packed), S=S,
-        BLOCK_N=tile.rows, BLOCK_W=tile.columns, PRECISION=dot_precision(), **tile.options,
+        BLOCK_N=tile.rows, BLOCK_W=tile.columns, PRECISION=precision,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from ...routing import Routing
 from ..base import Group, Needs, Saved
 from . import tuning
 from .gather import gather_by_factor
-from .launch import as_pools, as_rows, launch, register
+from .launch import Launch, as_pools, as_rows, plan, register
 from .product import dot, dot_precision
 from .rank_r import chosen_rows, slot_columns, slot_weights
 from .siblings import choose, count_pieces, find_piece
@@ -186,35 +186,52 @@ def allocate_expand_backward(
 
 
 def fill_expand_backward(outputs, dys, u, lora_B, index, gate, scale, cu_seqlens, B, L, need_B, need_gate):
-    (G, N, R), E, packed, pools = u.shape, lora_B[0].shape[0], cu_seqlens is not None, as_pools(lora_B)
     du, *outputs = outputs
     dgate = outputs.pop(0) if need_gate else None
-    dys = tuple(as_rows(dy) for dy in dys)
-    device, arch, widths = u.device, tuning.architecture(u.device), tuple(dy.shape[1] for dy in dys)
-    tile, total = tuning.collect(arch, N, max(widths), R, dys[0].element_size()), sum(widths)
+    dys = tuple([as_rows(dy) for dy in dys])
+    collect, gather, chunks, pieces, total = plan_expand_backward(
+        tuning.architecture(u.device), dys[0].element_size(), u.shape, lora_B[0].shape[0], scale,
+        cu_seqlens is not None, B, L, need_B, need_gate,
+        tuple([dy.shape[1] for dy in dys]), tuple([dy.stride(0) for dy in dys]), dot_precision(),
+    )  # fmt: skip
+    _, N, R = u.shape
+    between = {
+        "planes": u.new_empty(pieces, N, R),
+        "parts": u.new_empty(chunks, R, total) if need_B else None,
+        "dots": u.new_empty(pieces, chunks, R) if need_gate else None,
+        "owner": None if cu_seqlens is None else u.new_empty(chunks, dtype=torch.int32),
+    }
+    collect(u.device, dys=dys, u=u, pools=as_pools(lora_B), index=index, gate=gate, cu_seqlens=cu_seqlens, **between)
+    gather(
+        u.device, index=index, gate=gate, cu_seqlens=cu_seqlens, du=du, dlora_B=tuple(outputs) or None, dgate=dgate,
+        **between,
+    )  # fmt: skip
+
+
+@plan
+def plan_expand_backward(
+    arch, itemsize, u_shape, E, scale, packed, B, L, need_B, need_gate, widths, strides, precision
+) -> tuple[Launch, Launch, int, int, int]:  # fmt: skip
+    """Both launches; and the chunks of tokens, the pieces of columns, and all siblings' columns."""
+    G, N, R = u_shape
+    tile = tuning.collect(arch, N, max(widths), R, itemsize)
     chunks, pieces = count_tiles(N, B, L, packed, tile.span), count_pieces(widths, tile.columns)
-    planes = u.new_empty(pieces, N, R)
-    parts = u.new_empty(chunks, R, total) if need_B else None
-    dots = u.new_empty(pieces, chunks, R) if need_gate else None
-    owner = u.new_empty(chunks, dtype=torch.int32) if packed else None
     shared = {
-        "index": index, "gate": gate, "scale": scale, "cu_seqlens": cu_seqlens, "planes": planes, "parts": parts,
-        "dots": dots, "owner": owner, "B": B, "L": L, "N": N, "widths": widths, "total": total,
-        "G": G, "R": R, "R_PAD": tuning.pad(R), "B_PAD": padded_count(B, packed), "CHUNK": tile.span,
-        "BLOCK_W": tile.columns,
+        "scale": scale, "B": B, "L": L, "N": N, "widths": widths, "total": sum(widths), "G": G, "R": R,
+        "R_PAD": tuning.pad(R), "B_PAD": padded_count(B, packed), "CHUNK": tile.span, "BLOCK_W": tile.columns,
     }  # fmt: skip
-    launch(
-        expand_collect_kernel, (chunks, pieces), device,
-        dys=dys, u=u, pools=pools, strides=tuple(dy.stride(0) for dy in dys), BLOCK_N=tile.rows,
-        PRECISION=dot_precision(), **shared, **tile.options,
+    collect = Launch(
+        expand_collect_kernel, (chunks, pieces), tile.options,
+        strides=strides, BLOCK_N=tile.rows, PRECISION=precision, **shared,
     )  # fmt: skip
     tile, block = tuning.gather(arch, tuning.pad(E)), 1024
-    columns, blocks = count_pieces(widths, tile.columns) if need_B else 0, triton.cdiv(N * R, block)
-    launch(
-        expand_gather_kernel, (columns + blocks * G + (B * G if need_gate else 0),), device,
-        du=du, dlora_B=tuple(outputs) or None, dgate=dgate, chunks=chunks, columns=columns, blocks=blocks,
-        E=E, E_PAD=tuning.pad(E), BLOCK=block, BLOCK_K=tile.rows, BLOCK_D=tile.columns, **shared, **tile.options,
+    columns, blocks = count_pieces(widths, tile.columns) if need_B else 0, tuning.divide(N * R, block)
+    gather = Launch(
+        expand_gather_kernel, (columns + blocks * G + (B * G if need_gate else 0),), tile.options,
+        chunks=chunks, columns=columns, blocks=blocks, E=E, E_PAD=tuning.pad(E), BLOCK=block,
+        BLOCK_K=tile.rows, BLOCK_D=tile.columns, **shared,
     )  # fmt: skip
+    return collect, gather, chunks, pieces, sum(widths)
 
 
 expand_backward_op = register("expand_backward", fill_expand_backward, allocate_expand_backward)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .launch import launch
+from .launch import Launch, plan
 from .siblings import choose
 from .tiles import find_tiles, padded_count
 
@@ -125,28 +125,40 @@ def launch_products(
         table: lora_A and router_AB of each sibling, and the conditioning; or None.
         pooled, row_sums: where the mean [B, D] and published conditioning's sums [G, R, 2, E] go, or None.
     """
-    router_A, router_B = routers
-    (E, W), G, device = router_A[0].shape, len(router_A), router_A[0].device
-    tile = tuning.pool(tuning.architecture(device), tuning.pad(E))
-    slabs = triton.cdiv(W, tile.columns)
-    logits = router_A[0].new_empty(1 if router_B is None else 2, G, slabs, B, E, dtype=torch.float32)
-    products, programs, D, R, span, splits = None, 0, 0, 0, 0, 0
-    lora_A = router_AB = conditioning = None
-    if table is not None:
-        lora_A, router_AB, conditioning = table
-        R, D = router_AB[0].shape[0], lora_A[0].shape[1]
-        blocks = triton.cdiv(E, tile.rows)
-        span = D if conditioning == "published" else tuning.table_span(D, R * blocks, tile.span)
-        splits = triton.cdiv(D, span)
-        products = logits.new_empty(G, splits, R, E, E)
-        programs = G * R * blocks * splits
+    (router_A, router_B), device = routers, routers[0][0].device
+    lora_A, router_AB, conditioning = table or (None, None, None)
+    launch, shape, table_shape = plan_products(
+        tuning.architecture(device), router_A[0].shape, len(router_A), router_B is not None,
+        router_AB and router_AB[0].shape, conditioning == "published", equal_share, rows, cu_seqlens is not None, B, L,
+    )  # fmt: skip
+    logits = router_A[0].new_empty(shape, dtype=torch.float32)
+    products = logits.new_empty(table_shape) if table else None
     launch(
-        pool_kernel, (programs + slabs * B * G,), device,
-        sums=sums, read=read, share=share, equal_share=equal_share, cu_seqlens=cu_seqlens,
-        router_A=router_A, router_B=router_B, pooled=pooled, logits=logits, lora_A=lora_A, router_AB=router_AB,
-        table=products, row_sums=row_sums, B=B, L=L, W=W, D=D, slabs=slabs, span=span, splits=splits,
-        G=G, E=E, R=R, E_PAD=tuning.pad(E), B_PAD=padded_count(B, cu_seqlens is not None),
-        PUBLISHED=conditioning == "published", TILE=rows, BLOCK_K=16, BLOCK_W=tile.columns,
-        BLOCK_E=tile.rows, BLOCK_D=tile.span, **tile.options,
+        device, sums=sums, read=read, share=share, cu_seqlens=cu_seqlens, router_A=router_A, router_B=router_B,
+        pooled=pooled, logits=logits, lora_A=lora_A, router_AB=router_AB, table=products, row_sums=row_sums,
     )  # fmt: skip
     return logits, products
+
+
+@plan
+def plan_products(
+    arch, router_shape, G, unties, table_shape, published, equal_share, rows, packed, B, L
+) -> tuple[Launch, tuple, tuple]:  # fmt: skip
+    """The launch, and the shapes of the logits' and T's slabs."""
+    E, W = router_shape
+    tile = tuning.pool(arch, tuning.pad(E))
+    slabs = tuning.divide(W, tile.columns)
+    R, D, programs, span, splits = 0, 0, 0, 0, 0
+    if table_shape:
+        R, _, D = table_shape
+        blocks = tuning.divide(E, tile.rows)
+        span = D if published else tuning.table_span(D, R * blocks, tile.span)
+        splits = tuning.divide(D, span)
+        programs = G * R * blocks * splits
+    launch = Launch(
+        pool_kernel, (programs + slabs * B * G,), tile.options,
+        equal_share=equal_share, B=B, L=L, W=W, D=D, slabs=slabs, span=span, splits=splits,
+        G=G, E=E, R=R, E_PAD=tuning.pad(E), B_PAD=padded_count(B, packed), PUBLISHED=published,
+        TILE=rows, BLOCK_K=16, BLOCK_W=tile.columns, BLOCK_E=tile.rows, BLOCK_D=tile.span,
+    )  # fmt: skip
+    return launch, (2 if unties else 1, G, slabs, B, E), (G, splits, R, E, E)

@@ -4,12 +4,13 @@ import torch
 import triton
 import triton.language as tl
 
+NAMES_PRECISION = hasattr(torch.backends.cuda.matmul, "fp32_precision")  # torch 2.9 and newer
+
 
 def dot_precision() -> str:
     """How products of float32 are taken: exactly, unless torch's own setting allows tf32."""
     matmul = torch.backends.cuda.matmul
-    allowed = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if allowed else "ieee"
+    return "tf32" if (matmul.fp32_precision == "tf32" if NAMES_PRECISION else matmul.allow_tf32) else "ieee"
 
 
 @triton.jit

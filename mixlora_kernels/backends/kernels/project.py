@@ -19,7 +19,7 @@ from ...routing import Routing
 from ..base import Group, Saved
 from . import tuning
 from .dropout import keep_tile
-from .launch import as_pools, as_rows, launch, register
+from .launch import Launch, as_pools, as_rows, plan, register
 from .pool import launch_products
 from .product import dot, dot_precision
 from .route import allocate_routing, gate_total, launch_route
@@ -90,12 +90,31 @@ def project_kernel(
         tl.store(u + (plane + rows[:, None]) * E + factors[None, :], products[g], mask=there)
 
 
-def plan(x: Tensor, E: int, cu_seqlens, B, L):
-    """The tile, and into how many splits of which span the columns and into how many tiles the rows are divided. It
-    does not depend on the number of siblings, so that the bits of each do not."""
-    tile = tuning.project(tuning.architecture(x.device), *x.shape, tuning.pad(E), x.element_size())
-    span = tile.span or triton.cdiv(x.shape[1], tile.columns) * tile.columns
-    return tile, span, triton.cdiv(x.shape[1], span), count_tiles(x.shape[0], B, L, cu_seqlens is not None, tile.rows)
+def divide_columns(arch: str, N, D: int, E: int, itemsize: int):
+    """The tile, and into how many splits of which span the columns are divided. It does not depend on the number of
+    siblings, so that the bits of each do not."""
+    tile = tuning.project(arch, N, D, tuning.pad(E), itemsize)
+    span = tile.span or tuning.divide(D, tile.columns) * tile.columns
+    return tile, span, tuning.divide(D, span)
+
+
+@plan
+def plan_project(
+    arch, itemsize, N, D, stride_x, E, G, packed, B, L, dropped, precision
+) -> tuple[list[tuple[slice, Launch]], int, int]:  # fmt: skip
+    """The launches, each with the siblings that it serves; the tiles, and a tile's rows."""
+    tile, span, splits = divide_columns(arch, N, D, E, itemsize)
+    tiles, together = count_tiles(N, B, L, packed, tile.rows), tuning.siblings(tuning.pad(E))
+    launches = []
+    for g in range(0, G, together):
+        launch = Launch(
+            project_kernel, (tiles, splits), tile.options,
+            B=B, L=L, N=N, D=D, stride_x=stride_x, span=span, splits=splits, dropped=dropped,
+            G=min(together, G - g), E=E, E_PAD=tuning.pad(E), B_PAD=padded_count(B, packed),
+            BLOCK_N=tile.rows, BLOCK_D=tile.columns, PRECISION=precision,
+        )  # fmt: skip
+        launches.append((slice(g, g + together), launch))
+    return launches, tiles, tile.rows
 
 
 def allocate_project(
@@ -107,7 +126,7 @@ def allocate_project(
     """u; and, where factors are chosen, index_a, gate, probs_a, the pooled mean; index_b, probs_b, what ``route``
     keeps; and the row sums of published conditioning, as far as there are any."""
     G, E = len(lora_A), lora_A[0].shape[0]
-    _, _, splits, _ = plan(x, E, cu_seqlens, B, L)
+    _, _, splits = divide_columns(tuning.architecture(x.device), *x.shape, E, x.element_size())
     outputs = [x.new_empty(G, splits, x.shape[0], E, dtype=torch.float32)]
     if routes:
         outputs += allocate_routing(x, read is None, G, B, E, r, bool(router_B), conditioning)
@@ -120,18 +139,17 @@ def fill_project(
 ):  # fmt: skip
     x, pools, (N, D), E = as_rows(x), as_pools(lora_A), x.shape, lora_A[0].shape[0]
     u, *routed = outputs
-    tile, span, splits, tiles = plan(x, E, cu_seqlens, B, L)
+    launches, tiles, rows = plan_project(
+        tuning.architecture(x.device), x.element_size(), N, D, x.stride(0), E, len(pools), cu_seqlens is not None,
+        B, L, dropped, dot_precision(),
+    )  # fmt: skip
     sums = x.new_empty(tiles, D, dtype=torch.float32) if routes and read is None else None
-    together = tuning.siblings(tuning.pad(E))
-    for g in range(0, len(pools), together):
-        members = slice(g, g + together)
+    for members, launch in launches:
+        first, several = members.start == 0, len(launches) > 1
         launch(
-            project_kernel, (tiles, splits), x.device,
-            x=x, pools=pools[members], cu_seqlens=cu_seqlens, mask=mask if sums is not None else None,
-            seeds=None if seeds is None else seeds[members], u=u[members], sums=sums if g == 0 else None,
-            B=B, L=L, N=N, D=D, stride_x=x.stride(0), span=span, splits=splits, dropped=dropped,
-            G=len(pools[members]), E=E, E_PAD=tuning.pad(E), B_PAD=padded_count(B, cu_seqlens is not None),
-            BLOCK_N=tile.rows, BLOCK_D=tile.columns, PRECISION=dot_precision(), **tile.options,
+            x.device, x=x, pools=pools[members], cu_seqlens=cu_seqlens, mask=mask if sums is not None else None,
+            seeds=seeds[members] if several and seeds is not None else seeds,
+            u=u[members] if several else u, sums=sums if first else None,
         )  # fmt: skip
     if routes:
         index_a, weight, probs_a, pooled, *untied = routed
@@ -139,7 +157,7 @@ def fill_project(
         routers = as_pools(router_A), as_pools(router_B) if router_B else None
         table = (pools, as_pools(router_AB), conditioning) if router_AB else None
         logits, table = launch_products(
-            sums, read, share, 1.0 / (L or 1), tile.rows, cu_seqlens, B, L, routers, table, pooled, row_sums
+            sums, read, share, 1.0 / (L or 1), rows, cu_seqlens, B, L, routers, table, pooled, row_sums
         )
         launch_route(logits, table, index_a, index_b, weight, probs_a, probs_b, kept, gate_total(gate, r))
 

@@ -16,7 +16,7 @@ from ...routing import Routing
 from ..base import Gradients, Group, Needs, Saved
 from . import tuning
 from .gather import gather_by_factor
-from .launch import as_pools, as_rows, launch, register
+from .launch import Launch, as_pools, as_rows, plan, register
 from .route import gate_total, launch_route_backward
 from .routers_backward import launch_routers_backward
 from .siblings import choose
@@ -105,7 +105,7 @@ def fill_project_backward(
     overwrite, need_A,
 ):  # fmt: skip
     (G, _, R), (E, D) = du.shape, lora_A[0].shape
-    routes, arch, lora_A = bool(router_A), tuning.architecture(du.device), as_pools(lora_A)
+    routes, lora_A = bool(router_A), as_pools(lora_A)
     taken = iter(outs)
     spread = next(taken) if routes and not pools else None
     dlora_A, *drouters = (
@@ -129,15 +129,21 @@ def fill_project_backward(
             mask if routes else None, seeds, dropped, cu_seqlens, B, L, need_A,
         )  # fmt: skip
     if need_A:
-        tile = tuning.gather(arch, tuning.pad(E))
+        launch = plan_project_gather(tuning.architecture(du.device), G, R, E, D, parts.shape[1], chunk, B, L)
         launch(
-            project_gather_kernel, (triton.cdiv(D, tile.columns), G), du.device,
-            parts=parts, owner=owner, index=index_a, dtable=dtable, row_sums=row_sums,
-            router_AB=as_pools(router_AB) if router_AB else None, dlora_A=dlora_A, chunks=parts.shape[1], B=B, L=L,
-            D=D, G=G, E=E, R=R, E_PAD=tuning.pad(E), CHUNK=chunk, BLOCK_E=tuning.BLOCK_E, BLOCK_K=tile.rows,
-            BLOCK_D=tile.columns,
-            **tile.options,
+            du.device, parts=parts, owner=owner, index=index_a, dtable=dtable, row_sums=row_sums,
+            router_AB=as_pools(router_AB) if router_AB else None, dlora_A=dlora_A,
         )  # fmt: skip
+
+
+@plan
+def plan_project_gather(arch, G, R, E, D, chunks, chunk, B, L) -> Launch:
+    tile = tuning.gather(arch, tuning.pad(E))
+    return Launch(
+        project_gather_kernel, (tuning.divide(D, tile.columns), G), tile.options,
+        chunks=chunks, B=B, L=L, D=D, G=G, E=E, R=R, E_PAD=tuning.pad(E), CHUNK=chunk, BLOCK_E=tuning.BLOCK_E,
+        BLOCK_K=tile.rows, BLOCK_D=tile.columns,
+    )  # fmt: skip
 
 
 project_backward_op = register(

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from . import tuning
+from .launch import Launch, plan
 
 
 def gate_total(gate: str, r: int) -> float:
@@ -24,7 +25,7 @@ def gate_total(gate: str, r: int) -> float:
 
 def warps(E: int, r: int) -> int:
     """One, as long as a program's [R, E] fits its registers: it then sums without a barrier."""
-    return 1 if triton.next_power_of_2(E) * triton.next_power_of_2(r) <= 1024 else 4
+    return 1 if tuning.power_of_2(E) * tuning.power_of_2(r) <= 1024 else 4
 
 
 @triton.jit
@@ -138,14 +139,20 @@ def allocate_routing(x: Tensor, pools: bool, G, B, E, r, unties: bool, condition
 
 
 def launch_route(logits, table, index_a, index_b, gate, probs_a, probs_b, kept, total: float) -> None:
-    _, G, slabs, B, E = logits.shape
-    r = index_a.shape[2]
-    launch(
-        route_kernel, (B, G), logits.device,
-        logits=logits, table=table, index_a=index_a, index_b=index_b, gate=gate, probs_a=probs_a, probs_b=probs_b,
-        kept=kept, B=B, slabs=slabs, splits=0 if table is None else table.shape[1],
-        G=G, E=E, R=r, E_PAD=triton.next_power_of_2(E), R_PAD=triton.next_power_of_2(r), BLOCK_K=16,
-        TOTAL=total, num_warps=warps(E, r),
+    splits = 0 if table is None else table.shape[1]
+    plan_route(logits.shape, index_a.shape[2], splits, total)(
+        logits.device, logits=logits, table=table, index_a=index_a, index_b=index_b, gate=gate,
+        probs_a=probs_a, probs_b=probs_b, kept=kept,
+    )  # fmt: skip
+
+
+@plan
+def plan_route(shape, R, splits, total) -> Launch:
+    _, G, slabs, B, E = shape
+    return Launch(
+        route_kernel, (B, G), {"num_warps": warps(E, R)},
+        B=B, slabs=slabs, splits=splits, G=G, E=E, R=R, E_PAD=tuning.power_of_2(E), R_PAD=tuning.power_of_2(R),
+        BLOCK_K=16, TOTAL=total,
     )  # fmt: skip
 
 
@@ -210,11 +217,17 @@ def launch_route_backward(dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, 
     dlogits = probs_a.new_empty(1 if index_b is None else 2, G, B, E)
     dlooked = None if kept is None or kept.shape[2] == 1 else probs_a.new_empty(G, B, r, E)
     dgate, dprobs_a, dprobs_b = (None if t is None else t.contiguous() for t in (dgate, dprobs_a, dprobs_b))
-    launch(
-        route_backward_kernel, (B, G), probs_a.device,
-        dgate=dgate, dprobs_a=dprobs_a, dprobs_b=dprobs_b, index_a=index_a, index_b=index_b, probs_a=probs_a,
-        probs_b=probs_b, kept=kept, dlogits=dlogits, dlooked=dlooked, B=B, G=G, E=E, R=r,
-        E_PAD=triton.next_power_of_2(E), R_PAD=triton.next_power_of_2(r), TOTAL=total,
-        num_warps=warps(E, r),
+    plan_route_backward(probs_a.shape, r, total)(
+        probs_a.device, dgate=dgate, dprobs_a=dprobs_a, dprobs_b=dprobs_b, index_a=index_a, index_b=index_b,
+        probs_a=probs_a, probs_b=probs_b, kept=kept, dlogits=dlogits, dlooked=dlooked,
     )  # fmt: skip
     return dlogits, dlooked
+
+
+@plan
+def plan_route_backward(shape, R, total) -> Launch:
+    G, B, E = shape
+    return Launch(
+        route_backward_kernel, (B, G), {"num_warps": warps(E, R)},
+        B=B, G=G, E=E, R=R, E_PAD=tuning.power_of_2(E), R_PAD=tuning.power_of_2(R), TOTAL=total,
+    )  # fmt: skip

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from . import tuning
-from .launch import launch
+from .launch import Launch, plan
 from .siblings import choose
 
 
@@ -135,16 +135,27 @@ def launch_routers_backward(
     ``routers`` and ``drouters`` are those of A, of B or None, and ``drouters`` also those of AB or None.
     """
     (router_A, router_B), (drouter_A, drouter_B, drouter_AB) = routers, drouters
-    (_, G, B, E), R, W, D = dlogits.shape, index_a.shape[2], router_A[0].shape[1], lora_A[0].shape[1]
-    dtable = None if dlooked is None else dlogits.new_empty(G, R, E, E)
-    tile = tuning.gather(tuning.architecture(dlogits.device), tuning.pad(E))
-    roles = len(dlogits) * G + 1 + (0 if dlooked is None else G * R)
+    (_, G, _, E), R, looked = dlogits.shape, index_a.shape[2], dlooked is not None
+    dtable = dlogits.new_empty(G, R, E, E) if looked else None
+    launch = plan_routers_backward(
+        tuning.architecture(dlogits.device), dlogits.shape, router_A[0].shape[1], lora_A[0].shape[1], R, looked,
+        equal_share,
+    )  # fmt: skip
     launch(
-        routers_backward_kernel, (triton.cdiv(max(W, D), tile.columns), roles), dlogits.device,
-        dlogits=dlogits, pooled=pooled, router_A=router_A, router_B=router_B, share=share, equal_share=equal_share,
+        dlogits.device, dlogits=dlogits, pooled=pooled, router_A=router_A, router_B=router_B, share=share,
         drouter_A=drouter_A, drouter_B=drouter_B, spread=spread, dlooked=dlooked, index_a=index_a, lora_A=lora_A,
-        row_sums=row_sums, dtable=dtable, drouter_AB=drouter_AB, B=B, W=W, D=D,
-        G=G, E=E, R=R, E_PAD=tuning.pad(E), BLOCK_E=min(tuning.pad(E), tuning.BLOCK_E), BLOCK_B=16,
-        BLOCK_D=tile.columns, **tile.options,
+        row_sums=row_sums, dtable=dtable, drouter_AB=drouter_AB,
     )  # fmt: skip
     return dtable
+
+
+@plan
+def plan_routers_backward(arch, shape, W, D, R, looked, equal_share) -> Launch:
+    pools, G, B, E = shape
+    tile = tuning.gather(arch, tuning.pad(E))
+    roles = pools * G + 1 + (G * R if looked else 0)
+    return Launch(
+        routers_backward_kernel, (tuning.divide(max(W, D), tile.columns), roles), tile.options,
+        equal_share=equal_share, B=B, W=W, D=D, G=G, E=E, R=R, E_PAD=tuning.pad(E),
+        BLOCK_E=min(tuning.pad(E), tuning.BLOCK_E), BLOCK_B=16, BLOCK_D=tile.columns,
+    )  # fmt: skip

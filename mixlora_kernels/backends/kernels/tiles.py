@@ -9,6 +9,8 @@ programs as any division of N tokens into B instances could need, and those left
 import triton
 import triton.language as tl
 
+from . import tuning
+
 
 def count_tiles(N, B, L, packed: bool, rows: int):
     """Tiles of ``rows`` tokens that B instances need at most, L tokens each or N in all."""
@@ -17,7 +19,7 @@ def count_tiles(N, B, L, packed: bool, rows: int):
 
 def padded_count(B, packed: bool) -> int:
     """B_PAD: the width in which ``cu_seqlens`` is read."""
-    return triton.next_power_of_2(int(B)) if packed else 1
+    return tuning.power_of_2(B) if packed else 1
 
 
 @triton.jit

@@ -11,7 +11,6 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton
 
 PROGRAMS = 264  # two for each multiprocessor of an H200
 BLOCK_E = 32  # factors at a time where a product runs over them: a float32 product keeps all of its length in registers
@@ -42,6 +41,16 @@ class Tile(NamedTuple):
         return options | {"maxnreg": self.registers} if self.registers else options
 
 
+def divide(count: int, size: int) -> int:
+    """How many of that size. Triton's own function of this kind is made for kernels and takes as long as a launch."""
+    return -(-count // size)
+
+
+def power_of_2(count: int) -> int:
+    """The next one."""
+    return 1 << (int(count) - 1).bit_length() if count else 0
+
+
 @cache
 def architecture(device: torch.device) -> str:
     """``"sm_90"``, ``"gfx942"``, ..., or ``"interpreter"`` for a CPU."""
@@ -62,7 +71,7 @@ def bucket(tokens: int) -> int:
 
 def pad(count: int) -> int:
     """E or R padded to what a matrix unit takes, with rows of zeros."""
-    return max(16, triton.next_power_of_2(count))
+    return max(16, power_of_2(count))
 
 
 def rows(tokens: int) -> int:
@@ -81,7 +90,7 @@ def project(arch: str, tokens: int, width: int, pool: int, itemsize: int) -> Til
     columns = max(16, min(128 // itemsize, 2048 // pool))
     # Few tokens leave most of the device idle unless several programs share a row of x; each leaves a plane of u.
     splits = max(1, min(PROGRAMS * rows(tokens) // bucket(tokens), 16))
-    span = 0 if splits == 1 else columns * max(4, triton.cdiv(triton.cdiv(width, splits), columns))
+    span = 0 if splits == 1 else columns * max(4, divide(divide(width, splits), columns))
     return Tile(rows(tokens), columns, span, 4, 2 if arch.startswith("gfx") else 4)
 
 
@@ -96,7 +105,7 @@ def pool(arch: str, pool: int) -> Tile:
 def table_span(width: int, blocks: int, block: int) -> int:
     """How much of the width a program of T takes, where a sibling has ``blocks`` of them for every span."""
     splits = max(1, min(8, 64 // blocks))
-    return block * triton.cdiv(triton.cdiv(width, splits), block)
+    return block * divide(divide(width, splits), block)
 
 
 def add(arch: str, tokens: int, itemsize: int) -> Tile:
@@ -116,7 +125,7 @@ def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Ti
     span = rows(tokens)
     while hands_on(slots, itemsize, columns, span) > (1 / 4 if slots <= 16 else 1):
         span *= 2
-    while span < 512 and triton.cdiv(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
+    while span < 512 and divide(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
     return Tile(rows(tokens), columns, span, 8, 2 if arch.startswith("gfx") else 3)
 
@@ -131,7 +140,7 @@ def walk(arch: str, tokens: int, width: int, slots: int, itemsize: int, drops: b
         return Tile(rows(tokens), 32, 2 * rows(tokens), 4, 1)
     columns, block = 128 // itemsize, rows(tokens)
     span = block  # as long as the device stays full
-    while span < 512 and triton.cdiv(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
+    while span < 512 and divide(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
     # The draws of dropout take the registers that a larger tile, or a second one on its way, would need.
     if drops:
@@ -150,4 +159,4 @@ def decode(arch: str, slots: int) -> Tile:
     """The span is in columns of x, all at once for each slot."""
     if arch == "interpreter":
         return Tile(1, 32, 64, 4, 1)
-    return Tile(1, 128, max(64, 2048 // triton.next_power_of_2(slots)), 4, 2)
+    return Tile(1, 128, max(64, 2048 // power_of_2(slots)), 4, 2)

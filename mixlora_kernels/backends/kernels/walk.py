@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import tuning
 from .dropout import keep_tile
-from .launch import launch
+from .launch import Launch, plan
 from .product import dot, dot_precision
 from .rank_r import chosen_rows, slot_columns
 from .tiles import count_tiles, find_rows, padded_count, row_tile
@@ -87,21 +87,37 @@ def launch_walk(x, dx, overwrite: bool, du, pools, index, spread, mask, seeds, d
     """dx in place; and ``parts`` [G, chunks, R, D], ``owner`` [chunks] or None, and a chunk's tokens."""
     (G, N, R), D, packed = du.shape, pools[0].shape[1], cu_seqlens is not None
     like = x if dx is None else dx
-    tile = tuning.walk(tuning.architecture(du.device), N, D, tuning.pad(R), like.element_size(), seeds is not None)
-    chunks = count_tiles(N, B, L, packed, tile.span)
+    launches, chunks, span = plan_walk(
+        tuning.architecture(du.device), like.element_size(), G, N, R, D, packed, B, L, dropped,
+        like.stride(0) if x is None else x.stride(0), like.stride(0), dot_precision(),
+    )  # fmt: skip
     parts = du.new_empty(G, chunks, R, D) if need_A else None
     owner = du.new_empty(chunks, dtype=torch.int32) if packed and need_A else None
-    together = tuning.siblings(tuning.pad(R))
-    for g in range(0, G, together):
-        members = slice(g, g + together)
+    for members, launch in launches:
+        first, several = members.start == 0, len(launches) > 1
+        own = [None if t is None else t[members] if several else t for t in (du, index, seeds, parts)]
         launch(
-            walk_kernel, (chunks, triton.cdiv(D, tile.columns)), du.device,
-            x=x if need_A else None, dx=dx, base=None if overwrite and g == 0 else dx, du=du[members],
-            pools=pools[members], index=index[members], spread=spread if g == 0 else None, mask=mask,
-            seeds=None if seeds is None else seeds[members], cu_seqlens=cu_seqlens,
-            parts=parts[members] if need_A else None, owner=owner,
-            B=B, L=L, N=N, D=D, stride_x=like.stride(0) if x is None else x.stride(0), stride_dx=like.stride(0),
-            dropped=dropped, G=len(pools[members]), R=R, R_PAD=tuning.pad(R), B_PAD=padded_count(B, packed),
-            CHUNK=tile.span, BLOCK_N=tile.rows, BLOCK_D=tile.columns, PRECISION=dot_precision(), **tile.options,
+            du.device, x=x if need_A else None, dx=dx, base=None if overwrite and first else dx, du=own[0],
+            pools=pools[members], index=own[1], spread=spread if first else None, mask=mask,
+            seeds=own[2], cu_seqlens=cu_seqlens, parts=own[3], owner=owner,
         )  # fmt: skip
-    return parts, owner, tile.span
+    return parts, owner, span
+
+
+@plan
+def plan_walk(
+    arch, itemsize, G, N, R, D, packed, B, L, dropped, stride_x, stride_dx, precision
+) -> tuple[list[tuple[slice, Launch]], int, int]:  # fmt: skip
+    """The launches, each with the siblings that it serves; the chunks, and a chunk's tokens."""
+    tile = tuning.walk(arch, N, D, tuning.pad(R), itemsize, bool(dropped))
+    chunks, together = count_tiles(N, B, L, packed, tile.span), tuning.siblings(tuning.pad(R))
+    launches = []
+    for g in range(0, G, together):
+        launch = Launch(
+            walk_kernel, (chunks, tuning.divide(D, tile.columns)), tile.options,
+            B=B, L=L, N=N, D=D, stride_x=stride_x, stride_dx=stride_dx, dropped=dropped,
+            G=min(together, G - g), R=R, R_PAD=tuning.pad(R), B_PAD=padded_count(B, packed),
+            CHUNK=tile.span, BLOCK_N=tile.rows, BLOCK_D=tile.columns, PRECISION=precision,
+        )  # fmt: skip
+        launches.append((slice(g, g + together), launch))
+    return launches, chunks, tile.span

@@ -1,1 +1,0 @@
-"""The paper's system on LLaVA: patch, train, evaluate, convert, analyse, chat. See README.md beside this file."""

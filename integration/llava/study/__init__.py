@@ -1,8 +1,0 @@
-"""When is MixLoRA better than LoRA, by how much, and with which settings: a study that two cores repeat.
-
-    python -m integration.llava.study [plan | run | report] [--quick]
-
-``pictures`` and ``suites`` are the data, ``base`` the model that is tuned, ``methods`` what is compared, ``tuning`` one
-run, ``probes`` and ``costs`` what is looked at besides accuracy, ``plan`` which runs there are and in which order,
-``records`` the raw results, ``comparison`` the statistics, ``report`` and ``figures`` what a reader sees.
-"""

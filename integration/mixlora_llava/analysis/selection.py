@@ -1,0 +1,168 @@
+"""Which factors each instance chose, and how instances of a task lie together.
+
+Writes the choices (``selection.npz``), how often each factor was chosen by task (``usage.json`` and a histogram), and
+t-SNE maps with the Jaccard metric as in Figures 5 and 6 (``tsne.json`` and a picture).
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+from torch import nn
+
+from .prompts import forward_prompts
+
+LAYER = re.compile(r"layers\.(\d+)\.(self_attn|mlp)\.(\w+)$")
+BLOCKS = {"attention": "self_attn", "mlp": "mlp"}
+
+
+class Selections(NamedTuple):
+    """What was chosen for N instances.
+
+    Attributes:
+        tasks: of each instance, [N].
+        chosen: by layer's name and pool ("A" or "B"), [N, r] int64, most probable first.
+        num_factors: E.
+    """
+
+    tasks: list[str]
+    chosen: dict[tuple[str, str], np.ndarray]
+    num_factors: int
+
+    def multi_hot(self, layer: int, block: str, pool: str) -> np.ndarray:
+        """[N, modules * E] bool: whether each factor of each linear layer of a block was chosen.
+
+        Raises:
+            KeyError: there is no such layer or block.
+        """
+        names = [key for key in self.chosen if key[1] == pool and self._place(key[0]) == (layer, BLOCKS[block])]
+        if not names:
+            raise KeyError(f"no MixLoRA layers in {block} of layer {layer}")
+        hot = np.zeros((len(names), len(self.tasks), self.num_factors), bool)
+        for number, name in enumerate(sorted(names)):
+            np.put_along_axis(hot[number], self.chosen[name], True, axis=1)
+        return hot.transpose(1, 0, 2).reshape(len(self.tasks), -1)
+
+    @property
+    def layers(self) -> list[int]:
+        """The decoder's layers that chose, in order."""
+        return sorted({self._place(name)[0] for name, _ in self.chosen})
+
+    @property
+    def tied(self) -> bool:
+        """Whether B's choices are A's throughout."""
+        return all(np.array_equal(self.chosen[name, "B"], index) for (name, pool), index in self.chosen.items())
+
+    def usage(self) -> dict[str, dict[str, list[int]]]:
+        """By "layer's name.pool" and task, how many instances chose each factor, [E]."""
+        tasks = np.array(self.tasks)
+        return {
+            f"{name}.{pool}": {
+                task: np.bincount(index[tasks == task].ravel(), minlength=self.num_factors).tolist()
+                for task in dict.fromkeys(self.tasks)
+            }
+            for (name, pool), index in self.chosen.items()
+        }
+
+    @staticmethod
+    def _place(name: str) -> tuple[int, str]:
+        match = LAYER.search(name)
+        return int(match[1]), match[2]
+
+
+def record(
+    model: nn.Module, processor, questions: dict[str, list[dict]], images: str | Path, *, template: str = "v1",
+    batch_size: int = 8, embeddings: dict[str, torch.Tensor] | None = None,
+) -> Selections:  # fmt: skip
+    """Note what each question's prompt routes to, before any answer; see ``forward_prompts``."""
+    tasks, parts, factors = [], {}, 0
+    for task, count, routings in forward_prompts(
+        model, processor, questions, images, template=template, batch_size=batch_size, embeddings=embeddings
+    ):
+        for name, routing in routings.items():
+            for pool, index in (("A", routing.index_a), ("B", routing.index_b)):
+                parts.setdefault((name, pool), []).append(index.cpu().numpy())
+            factors = routing.probs_a.shape[1]
+        tasks += [task] * count
+    return Selections(tasks, {key: np.concatenate(value) for key, value in parts.items()}, factors)
+
+
+def embed(selections: Selections, layer: int, block: str = "mlp", pool: str = "A", seed: int = 0) -> dict:
+    """t-SNE of the choices in a layer with the Jaccard metric, perplexity 30 and learning rate 200.
+
+    Returns:
+        ``points`` [N, 2]; ``silhouette``, how well the tasks are apart by the Jaccard distance itself, within -1 to 1
+        (None where all chose alike); ``layer``, ``block``, ``pool``.
+    """
+    hot = selections.multi_hot(layer, block, pool)
+    perplexity = min(30, (len(hot) - 1) / 3)  # of fewer instances than about 90, t-SNE allows no more
+    tsne = TSNE(perplexity=perplexity, learning_rate=200, metric="jaccard", init="random", random_state=seed)
+    apart = len(set(selections.tasks)) > 1 and (hot != hot[0]).any()
+    score = float(silhouette_score(hot, selections.tasks, metric="jaccard")) if apart else None
+    points = tsne.fit_transform(hot).tolist()
+    return {"points": points, "silhouette": score, "layer": layer, "block": block, "pool": pool}
+
+
+def plot_maps(selections: Selections, maps: list[dict], file: str | Path) -> None:
+    """Scatter plots, a colour for each task."""
+    figure = Figure(figsize=(3.6 * len(maps), 4.2), layout="constrained")
+    tasks = list(dict.fromkeys(selections.tasks))
+    colours = colormaps["tab10" if len(tasks) <= 10 else "tab20"]
+    for panel, found in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps):
+        points = np.array(found["points"])
+        for number, task in enumerate(tasks):
+            members = np.array(selections.tasks) == task
+            panel.scatter(*points[members].T, s=8, alpha=0.6, color=colours(number), label=task)
+        panel.set_title(f"layer {found['layer']}, {found['block']}, lora_{found['pool']}", fontsize=9)
+        panel.set_xticks([])
+        panel.set_yticks([])
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=min(4, len(tasks)), fontsize=7)
+    figure.savefig(file, dpi=120)
+
+
+def plot_usage(selections: Selections, file: str | Path, module: str) -> None:
+    """Histograms of the factors chosen in one kind of linear layer, a row for each decoder layer, bars by task."""
+    usage = {key: value for key, value in selections.usage().items() if key.rpartition(".")[0].endswith(module)}
+    layers, tasks = selections.layers, list(dict.fromkeys(selections.tasks))
+    figure = Figure(figsize=(9, 1.6 * len(layers) + 1), layout="constrained")
+    panels = figure.subplots(len(layers), 2, squeeze=False)
+    factors, colours = np.arange(selections.num_factors), colormaps["tab10" if len(tasks) <= 10 else "tab20"]
+    for key, counts in usage.items():
+        name, _, pool = key.rpartition(".")
+        panel = panels[layers.index(Selections._place(name)[0])]["AB".index(pool)]
+        bottom = np.zeros(selections.num_factors)
+        for number, task in enumerate(tasks):
+            panel.bar(factors, counts[task], bottom=bottom, color=colours(number), label=task)
+            bottom += counts[task]
+        panel.set_title(f"{name.partition('layers.')[2]}, lora_{pool}", fontsize=8)
+        panel.set_xlabel("factor", fontsize=8)
+        panel.set_ylabel("times chosen", fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside upper center", ncols=4, fontsize=7)
+    figure.savefig(file, dpi=120)
+
+
+def write(selections: Selections, folder: str | Path, layers: list[int] | None = None, seed: int = 0) -> dict:
+    """Write numbers and pictures; returns the silhouettes by "layer.block.pool".
+
+    Args:
+        layers: for the maps; by default the first, the middle and the last, as in the released code.
+    """
+    folder, all_layers = Path(folder), selections.layers
+    folder.mkdir(parents=True, exist_ok=True)
+    layers = layers or sorted({all_layers[0], all_layers[(len(all_layers) - 1) // 2], all_layers[-1]})
+    arrays = {f"{name}.{pool}": index for (name, pool), index in selections.chosen.items()}
+    np.savez_compressed(folder / "selection.npz", tasks=np.array(selections.tasks), **arrays)
+    (folder / "usage.json").write_text(json.dumps(selections.usage()), encoding="utf-8")
+    pools = "A" if selections.tied else "AB"  # the same maps twice would show nothing
+    maps = [embed(selections, layer, "mlp", pool, seed) for pool in pools for layer in layers]
+    (folder / "tsne.json").write_text(json.dumps(maps), encoding="utf-8")
+    plot_maps(selections, maps, folder / "tsne.png")
+    plot_usage(selections, folder / "usage.png", "mlp.down_proj")
+    return {f"{found['layer']}.{found['block']}.{found['pool']}": found["silhouette"] for found in maps}

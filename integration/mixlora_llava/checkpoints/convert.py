@@ -1,0 +1,213 @@
+"""Released MixLoRA checkpoints to this package's adapter, and back.
+
+The released files hold the whole model. What becomes the adapter: the pools of factors, the routers, and the projector,
+which was trained with them. Everything else is frozen; its keys are named in the report.
+"""
+
+import re
+import types
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from peft import PeftConfig
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mixlora_kernels.peft import ConditionalMixLoRAConfig
+
+from ..refusal import Refusal
+from .layouts import (
+    ARGUMENTS,
+    LAYOUTS,
+    RELEASED_FACTOR,
+    RELEASED_LAYER,
+    RELEASED_PROJECTOR,
+    ROUTERS,
+    TASK_DIM,
+    WEIGHTS,
+)  # fmt: skip
+from .reading import load, stream
+
+
+def to_adapter(released: str | Path, folder: str | Path, layout: str = "transformers") -> dict:
+    """Write the adapter of a released checkpoint.
+
+    Args:
+        released: its folder, with ``cmoa_args.bin``.
+        folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
+        layout: of the model that the adapter is for, ``"transformers"`` or ``"original"``. The released projector is
+            one linear map; for transformers' LLaVA, which has two, see ``model.linear_projector``.
+
+    Returns:
+        The report: ``layers``, the number of adapted linear layers; ``parameters``; ``config``; and ``unused``, every
+        key that did not become part of the adapter.
+
+    Raises:
+        ValueError: the checkpoint uses a setting that MixLoRA as published does not have, lacks a factor or router,
+            or a shape does not fit its settings. FileNotFoundError: see ``reading``.
+    """
+    layers_path, projector_path = LAYOUTS[layout]
+    config = read_arguments(load(Path(released, ARGUMENTS)))
+    found: dict[str, dict] = defaultdict(lambda: {"A": {}, "B": {}})
+    weights, unused = {}, []
+    for key, tensor in stream(released):
+        match = RELEASED_LAYER.fullmatch(key)
+        part = match[3] if match else ""
+        if key.startswith(RELEASED_PROJECTOR):
+            weights[f"base_model.model.{projector_path}.{key.removeprefix(RELEASED_PROJECTOR)}"] = tensor.clone()
+        elif factor := RELEASED_FACTOR.fullmatch(part):
+            found[f"{layers_path}.{match[1]}.{match[2]}"][factor[1]][int(factor[2])] = tensor
+        elif part in ROUTERS:
+            found[f"{layers_path}.{match[1]}.{match[2]}"][ROUTERS[part]] = tensor
+        else:
+            unused.append(key)
+    if not found:
+        raise Refusal(f"{released} has no MixLoRA layer: no key like {RELEASED_LAYER.pattern}")
+    if config.routing == "task":
+        config.task_dim = next(iter(found.values()))["router_A"].shape[1]
+    parts = {name.split(".layers.")[1].split(".", 1)[1] for name in found}
+    config.target_modules = rf"{re.escape(layers_path)}\.\d+\.({'|'.join(map(re.escape, sorted(parts)))})"
+    config.modules_to_save = [projector_path] if any(projector_path in key for key in weights) else None
+    for name, parameters in found.items():
+        for parameter, tensor in assemble(name, parameters, config).items():
+            weights[f"base_model.model.{name}.mixlora_adapter.{parameter}"] = tensor
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    return {
+        "layers": len(found),
+        "parameters": sum(tensor.numel() for tensor in weights.values()),
+        "config": {name: getattr(config, name) for name in ("r", "num_factors", "alpha", "routing", "conditioning")},
+        "unused": unused,
+    }
+
+
+def read_arguments(arguments: types.SimpleNamespace) -> ConditionalMixLoRAConfig:
+    """The configuration that a released checkpoint was trained with.
+
+    Raises:
+        ValueError: a setting that the paper's method does not have, by name.
+    """
+    kind = arguments.cond_type
+    refused = {
+        "cond_type": kind not in ("input", "input_lora_a_param", "task_embed", "random"),
+        "independent_rank": not getattr(arguments, "independent_rank", True),
+        "mix_loraA": not getattr(arguments, "mix_loraA", True),
+        "mix_start_layer": getattr(arguments, "mix_start_layer", 0) != 0,
+        "mix_mm_projector": getattr(arguments, "mix_mm_projector", False),
+        "used_scored_weight": getattr(arguments, "used_scored_weight", False),
+        "ifs_weight": getattr(arguments, "ifs_weight", 1) != 1,
+    }
+    if wrong := {name: getattr(arguments, name) for name, refuse in refused.items() if refuse}:
+        raise Refusal(f"{ARGUMENTS} has settings that MixLoRA as published does not have: {wrong}")
+    routing = {"task_embed": "task", "random": "random"}.get(kind, "instance")
+    return ConditionalMixLoRAConfig.published(
+        r=arguments.n_selected,
+        num_factors=arguments.n_experts,
+        alpha=arguments.lora_alpha,
+        dropout=getattr(arguments, "lora_dropout", 0.0),
+        routing=routing,
+        conditioning="published" if kind == "input_lora_a_param" else "none",
+        task_dim=TASK_DIM if routing == "task" else None,
+        task_type="CAUSAL_LM",
+        inference_mode=True,
+    )
+
+
+def assemble(name: str, found: dict, config: ConditionalMixLoRAConfig) -> dict[str, Tensor]:
+    """One layer's parameters in this package's layout, from the released ones.
+
+    Args:
+        found: ``A`` and ``B``, the factors [1, d] by number, and the routers; ``router_AB`` is [E, r * d_in].
+
+    Raises:
+        ValueError: one is missing, superfluous or of a wrong shape.
+    """
+    E, r = config.num_factors, config.r
+    for pool in "AB":
+        if sorted(found[pool]) != list(range(E)):
+            raise Refusal(f"{name} needs the factors 0 to {E - 1} of lora_{pool}, got {sorted(found[pool])}")
+    pools = {f"lora_{pool}": torch.cat([found[pool][e] for e in range(E)]) for pool in "AB"}
+    d_in = pools["lora_A"].shape[1]
+    d_route = config.task_dim or d_in
+    expected = {}
+    if config.has_routers:
+        expected |= {"router_A": (E, d_route), "router_B": (E, d_route)}
+    if config.has_conditioning:
+        expected["router_AB"] = (E, r * d_in)
+    routers = {key: tensor for key, tensor in found.items() if key.startswith("router")}
+    got = {key: tuple(tensor.shape) for key, tensor in routers.items()}
+    if got != expected:
+        raise Refusal(f"{name} needs routers of the shapes {expected}, got {got}")
+    if "router_AB" in routers:
+        routers["router_AB"] = routers["router_AB"].view(E, r, d_in).transpose(0, 1)
+    return {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in (pools | routers).items()}
+
+
+def to_released(adapter: str | Path, folder: str | Path, base: str | Path | None = None) -> dict:
+    """Write an adapter in the released layout: ``pytorch_model.bin`` and ``cmoa_args.bin``.
+
+    Args:
+        adapter: the adapter's folder.
+        base: a released checkpoint whose remaining tensors (the frozen model's) are copied. Without it the file holds
+            the adapter and the projector alone, and ``load_state_dict`` needs ``strict=False``.
+
+    Returns:
+        The report: ``layers``, ``copied`` (the number of tensors from ``base``), and ``unused`` keys of the adapter.
+
+    Raises:
+        ValueError: the adapter is none of MixLoRA, or computes something that the released code does not.
+    """
+    config = PeftConfig.from_pretrained(adapter)
+    if not isinstance(config, ConditionalMixLoRAConfig):
+        raise Refusal(f"{adapter} holds no MixLoRA adapter, its type is {config.peft_type}")
+    kinds = {
+        ("instance", "published"): "input_lora_a_param",
+        ("instance", "none"): "input",
+        ("task", "none"): "task_embed",
+    }
+    kind = "random" if config.routing == "random" else kinds.get((config.routing, config.conditioning))
+    if kind is None or config.gate != "binary":
+        raise Refusal(
+            "the released code has no counterpart of this adapter's "
+            f"routing={config.routing!r}, conditioning={config.conditioning!r}, gate={config.gate!r}"
+        )
+    state, unused, layers = {}, [], set()
+    pattern = re.compile(r"base_model\.model\.(.+?)\.mixlora_adapter\.(\w+)")
+    for key, tensor in load_file(Path(adapter, WEIGHTS)).items():
+        match = pattern.fullmatch(key)
+        layout = next((names for names in LAYOUTS.values() if key.startswith(f"base_model.model.{names[1]}.")), None)
+        if match and ".layers." in match[1]:
+            layers.add(match[1])
+            name = f"base_model.model.model.layers.{match[1].split('.layers.')[1]}."
+            state |= disassemble(name, match[2], tensor, config)
+        elif layout:
+            state[RELEASED_PROJECTOR + key.removeprefix(f"base_model.model.{layout[1]}.")] = tensor
+        else:
+            unused.append(key)
+    copied = {} if base is None else {key: t for key, t in stream(base) if key not in state}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(copied | state, folder / "pytorch_model.bin")
+    arguments = types.SimpleNamespace(
+        n_experts=config.num_factors, n_selected=config.r, lora_alpha=config.scaling * config.r,
+        lora_dropout=config.dropout, lora_bias="none", cond_type=kind, attribute_dim=32, independent_rank=True,
+        mix_loraA=True, mix_start_layer=0, mix_mm_projector=False, used_scored_weight=False, ifs_weight=1,
+    )  # fmt: skip
+    torch.save(arguments, folder / ARGUMENTS)
+    return {"layers": len(layers), "copied": len(copied), "unused": unused}
+
+
+def disassemble(name: str, parameter: str, tensor: Tensor, config: ConditionalMixLoRAConfig) -> dict[str, Tensor]:
+    """The released keys of one parameter of a layer; ``name`` ends with a dot."""
+    if parameter.startswith("lora"):
+        return {f"{name}{parameter}.default.{e}": row.clone() for e, row in enumerate(tensor.split(1))}
+    conditional = config.has_conditioning
+    names = {released: ours for released, ours in ROUTERS.items() if ours == parameter}
+    # With the conditional router, B's own router sits beside it.
+    released = next(key for key in names if parameter == "router_A" or ("extra" in key) == conditional)
+    if parameter == "router_AB":
+        tensor = tensor.transpose(0, 1).flatten(1)  # [E, r * d_in]
+    return {name + released: tensor.contiguous()}

@@ -1,0 +1,94 @@
+"""Answer questions about images, and score the answers.
+
+    mixlora evaluate --model MODEL [--adapter DIR] --questions DIR --images DIR --output DIR
+    mixlora evaluate --mme DIR                        # score a results folder of MME's official tool
+    mixlora evaluate --pope ANSWERS.jsonl LABELS.jsonl     # score files of POPE's official script
+
+Questions are JSONL files, one per task, with the fields unique_id, image_path, prompt and target. A run that was
+stopped goes on where it stopped. Every answer says which model and adapter gave it, and another's answers are not gone
+on with.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from ..refusal import Refusal
+from ..scoring.exact import EXACT
+from .model_arguments import add_model
+
+NEEDED = ("model", "questions", "images", "output")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser, required=False)
+    parser.add_argument("--adapter", type=Path, help="without it, the untuned model answers")
+    parser.add_argument("--questions", type=Path, help="folder of JSONL files, or one file")
+    parser.add_argument("--images", type=Path)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--device", help="a torch device; the model stays where it loads by default")
+    parser.add_argument("--judge", default=EXACT, help=f"{EXACT!r}, or the folder or hub name of a causal model")
+    parser.add_argument("--task-definitions", type=Path, help="for routing by task: a JSON file of a text per task")
+    parser.add_argument("--mme", type=Path, metavar="DIR", help="score MME's .txt files, and nothing else")
+    parser.add_argument(
+        "--pope", type=Path, nargs=2, metavar=("ANSWERS", "LABELS"), help="score POPE's files, and nothing else"
+    )
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.mme or options.pope:
+        report = score_files(options)
+    else:
+        if missing := [f"--{name}" for name in NEEDED if getattr(options, name) is None]:
+            raise Refusal(f"{', '.join(missing)} must be given")
+        report = answer_and_score(options)
+    print(json.dumps(report, indent=2))
+
+
+def score_files(options: argparse.Namespace) -> dict:
+    """The scores of answers that another program gave."""
+    from ..scoring import mme, pope
+
+    if options.mme:
+        return mme.score_folder(options.mme)
+    answers, labels = options.pope
+    return pope.score(pope.read_field(answers, "answer"), pope.read_field(labels, "label"))
+
+
+def answer_and_score(options: argparse.Namespace) -> dict:
+    """Answer every file of questions into ``--output``, and score the folder."""
+    import logging
+
+    from ..model.digest import model_digest
+    from ..model.load import load_adapter, load_llava, read_source
+    from ..model.task_embeddings import embed_tasks, read_definitions
+    from ..scoring.judge import load_judge
+    from ..scoring.predict import predict, question_files, read_questions
+    from ..scoring.scores import score_folder
+
+    logging.basicConfig(level=logging.INFO)
+    files = question_files(options.questions)
+    model, processor = load_llava(read_source(options.model))
+    model.to(options.device or model.device)
+    embeddings = None
+    if options.task_definitions:
+        definitions = read_definitions(options.task_definitions, [file.stem for file in files])
+        embeddings = embed_tasks(model, processor.tokenizer, definitions)
+    if options.adapter:
+        model, saved = load_adapter(model, options.adapter)
+        embeddings = embeddings or saved
+    digest = model_digest(model)
+    for file in files:
+        if embeddings is not None and file.stem not in embeddings:
+            raise Refusal(f"the task {file.stem} has no embedding: give --task-definitions")
+        predict(
+            model, processor, read_questions(file), options.images, options.output / file.name,
+            batch_size=options.batch_size, template=options.template, max_new_tokens=options.max_new_tokens,
+            model_id=str(options.adapter or options.model), embedding=embeddings and embeddings[file.stem],
+            digest=digest,
+        )  # fmt: skip
+    report = score_folder(options.output, load_judge(options.judge, options.device))
+    (options.output / "scores.json").write_text(json.dumps(report, indent=2), encoding="utf-8")
+    return report

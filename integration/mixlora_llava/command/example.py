@@ -1,0 +1,28 @@
+"""Run the whole system on real handwritten digits, in minutes on two cores and without a download.
+
+A small LLaVA learns to caption images of digits, and to answer questions about captions in words; that stands for the
+pretrained model. MixLoRA, with tied pairs, and LoRA then tune it on six tasks of visual instructions. Everything is
+evaluated, killed and resumed, and analysed; report.md in the output folder tells it.
+"""
+
+import argparse
+from pathlib import Path
+
+from ..refusal import Refusal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--output", type=Path, default=Path("llava_example"))
+    parser.add_argument("--quick", action="store_true", help="fewer steps and questions")
+
+
+def run(options: argparse.Namespace) -> None:
+    if options.output.exists() and any(options.output.iterdir()):
+        raise Refusal(f"{options.output} is not empty: what lies there would be gone on with; give another --output")
+
+    from ..example.run import SIZES, run
+    from ..example.threads import one_thread
+
+    with one_thread():
+        figures = run(options.output, SIZES[options.quick])
+    print(f"{options.output / 'report.md'} after {figures['minutes']:.1f} minutes")

@@ -1,0 +1,43 @@
+"""Say how a trained adapter routes questions: which factors it uses, and where it collapsed.
+
+For every layer and pool: the share of choices that fell on the r factors chosen most (1 where every question chose the
+same; r / E where all factors serve alike), how many factors were never chosen, the mean entropy of the routers'
+probabilities, and the share of near-ties, choices so narrow that bfloat16 may decide them otherwise.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from .model_arguments import add_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--questions", type=Path, required=True, help="folder of JSONL files, one per task, or one")
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--per-task", type=int, default=300, help="questions of each task at most")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", help="a torch device; the model stays where it loads by default")
+    parser.add_argument("--output", type=Path, help="also write routing.json and routing.png into this folder")
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..analysis.routing import describe, measure, plot
+    from ..model.load import load_adapter, load_llava, read_source
+    from ..scoring.predict import read_tasks
+
+    questions = read_tasks(options.questions, options.per_task)
+    model, processor = load_llava(read_source(options.model))
+    model, embeddings = load_adapter(model, options.adapter)
+    model.to(options.device or model.device)
+    found = measure(
+        model, processor, questions, options.images, template=options.template, batch_size=options.batch_size,
+        embeddings=embeddings,
+    )  # fmt: skip
+    print(describe(found))
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        (options.output / "routing.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+        plot(found, options.output / "routing.png")

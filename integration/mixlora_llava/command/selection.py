@@ -1,0 +1,33 @@
+"""Map which factors inputs choose, as in Figures 5 and 6.
+
+Writes the choices (selection.npz), how often each factor was chosen by task (usage.json and a histogram), and t-SNE
+maps with the Jaccard metric (tsne.json and a picture).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from .model_arguments import add_model
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--questions", type=Path, required=True, help="folder of JSONL files, one per task, or one")
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--per-task", type=int, default=300, help="questions of each task at most")
+    parser.add_argument("--layers", type=int, nargs="+", help="for the maps")
+    parser.add_argument("--output", type=Path, required=True)
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..analysis.selection import record, write
+    from ..model.load import load_adapter, load_llava, read_source
+    from ..scoring.predict import read_tasks
+
+    questions = read_tasks(options.questions, options.per_task)
+    model, processor = load_llava(read_source(options.model))
+    model, embeddings = load_adapter(model, options.adapter)
+    selections = record(model, processor, questions, options.images, template=options.template, embeddings=embeddings)
+    print(json.dumps(write(selections, options.output, options.layers), indent=1))

@@ -1,0 +1,44 @@
+"""Repeat the study that compares MixLoRA with LoRA.
+
+    mixlora study run [--quick]      # make the base, carry out what is missing, write the report
+    mixlora study report             # draw everything again from the raw results alone
+    mixlora study time               # measure what steps take when nothing else runs
+    mixlora study plan               # say which runs there are, and what they take
+
+A run of the study that was stopped goes on where it stopped.
+"""
+
+import argparse
+from pathlib import Path
+
+CHECKOUT = Path(__file__).parents[1] / "study" / "results"  # an installed package has none
+RESULTS = CHECKOUT if CHECKOUT.is_dir() else Path("llava_study")
+QUICK_RESULTS = Path("llava_study_quick")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", choices=["run", "report", "time", "plan"], nargs="?", default="run")
+    parser.add_argument("--quick", action="store_true", help="a small base and four methods: minutes instead of hours")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--minutes", type=float, help="after which no run is begun any more")
+    parser.add_argument("--results", type=Path, help="folder with runs/; by default the checkout's own")
+    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/mixlora_study", help="folder of the base")
+    parser.add_argument("--seconds", type=float, help="of a run of 400 steps, for plan; by default as measured")
+
+
+def run(options: argparse.Namespace) -> None:
+    from ..study import base, plan, report, timing, work
+
+    results = options.results or (QUICK_RESULTS if options.quick else RESULTS)
+    if options.what == "plan":
+        print(report.plan_text(results / "runs", options.seconds))
+        return
+    if options.what == "time":
+        timing.write(results, base.make(base.QUICK if options.quick else base.Recipe(), options.cache))
+    if options.what == "run":
+        sizes = (base.QUICK, plan.QUICK, plan.QUICK_STEPS) if options.quick else (base.Recipe(), plan.FULL, plan.STEPS)
+        work.go_on(
+            results / "runs", options.cache, *sizes, workers=options.workers, count=160 if options.quick else None,
+            seconds=options.minutes and 60 * options.minutes,
+        )  # fmt: skip
+    print(report.write(results))

@@ -1,0 +1,1 @@
+"""What is trained on: records, conversations and images, checked before they are used."""

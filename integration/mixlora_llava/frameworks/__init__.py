@@ -1,0 +1,1 @@
+"""MixLoRA in the training commands of other projects: TRL and ms-swift."""

@@ -1,0 +1,1 @@
+"""A LLaVA: loading, patching with an adapter, answering, and its digest."""

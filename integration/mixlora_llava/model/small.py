@@ -1,0 +1,78 @@
+"""A LLaVA small enough to be trained from nothing in a minute; every class is transformers' own."""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from ..data.conversation import IMAGE
+
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", IMAGE]
+
+
+def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer with a token for every word and mark that occurs in the texts."""
+    split = pre_tokenizers.Whitespace()
+    words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
+    vocabulary = {word: number for number, word in enumerate(dict.fromkeys(SPECIAL + words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = split
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=[IMAGE], clean_up_tokenization_spaces=False,
+    )  # fmt: skip
+
+
+def small_llava(
+    texts: list[str], *, image: int = 16, patch: int = 8, width: int = 96, layers: int = 2, seed: int = 0,
+    vision_width: int | None = None,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:  # fmt: skip
+    """A LLaVA with random weights, and its processor.
+
+    Args:
+        texts: what it has to be able to read and say.
+        image, patch: pixels of an image's side, and of a patch's.
+        width: of the text decoder's hidden states.
+        layers: of the text decoder.
+        vision_width: of the vision tower's hidden states, by default two thirds of ``width``.
+    """
+    tokenizer = word_tokenizer(texts)
+    torch.manual_seed(seed)
+    vision_width = vision_width or width * 2 // 3
+    vision = CLIPVisionConfig(
+        hidden_size=vision_width, intermediate_size=2 * vision_width, num_hidden_layers=2, num_attention_heads=4,
+        image_size=image, patch_size=patch, projection_dim=vision_width,
+    )  # fmt: skip
+    text = LlamaConfig(
+        hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
+        vocab_size=len(tokenizer), max_position_embeddings=256, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=SPECIAL.index(IMAGE),
+        pad_token_id=0,
+        vision_feature_layer=-1,
+    )
+    size = {"height": image, "width": image}
+    images = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
+    processor = LlavaProcessor(
+        image_processor=images, tokenizer=tokenizer, patch_size=patch, vision_feature_select_strategy="default",
+        image_token=IMAGE, num_additional_image_tokens=1,
+    )  # fmt: skip
+    return LlavaForConditionalGeneration(config), processor
+
+
+def save(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: str | Path) -> None:
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,1 @@
+"""Answers to questions, and their scores: exact or by a judge, POPE, MME."""

@@ -1,0 +1,86 @@
+"""POPE: the figures of its official script.
+
+An answers file holds a JSON object per line with ``answer``, a labels file one with ``label``.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..refusal import Refusal
+
+
+def says_yes(answer: str) -> bool:
+    """Whether an answer counts as yes: its first sentence has none of the words No, no and not.
+
+    Words are what spaces part, after commas were taken out; so "NO" and "No!" count as yes, as in the script.
+    """
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"}.intersection(words)
+
+
+def score(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float | int | None]:
+    """The script's figures.
+
+    Args:
+        answers: the model's.
+        labels: ``"no"``; everything else means yes.
+
+    Returns:
+        ``accuracy``, ``precision``, ``recall``, ``f1`` and ``yes_ratio`` within 0 to 1, and the counts. As in the
+        script, pairs are formed up to the shorter of the two, while the yes-ratio is of all answers; ``unpaired`` says
+        by how much they differ. A figure that would be 0 / 0, where the script stops, is None.
+
+    Raises:
+        ValueError: nothing to score, or an answer that is no text.
+    """
+    if not answers or not labels:
+        raise Refusal(f"nothing to score: {len(answers)} answers and {len(labels)} labels")
+    for number, answer in enumerate(answers, 1):
+        if not isinstance(answer, str):
+            raise Refusal(f"answer {number} must be a text, got {answer!r}")
+    said = [says_yes(answer) for answer in answers]
+    pairs = list(zip(said, (label != "no" for label in labels)))
+    tp, fp, tn, fn = (
+        pairs.count(pair) for pair in ((True, True), (True, False), (False, False), (False, True))
+    )  # fmt: skip
+    precision = tp / (tp + fp) if tp + fp else None
+    recall = tp / (tp + fn) if tp + fn else None
+    f1 = 2 * precision * recall / (precision + recall) if precision and recall else None
+    return {
+        "accuracy": (tp + tn) / len(pairs),
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "yes_ratio": said.count(True) / len(said),
+        "tp": tp,
+        "fp": fp,
+        "tn": tn,
+        "fn": fn,
+        "unpaired": abs(len(answers) - len(labels)),
+    }
+
+
+def score_predictions(rows: Sequence[dict]) -> dict[str, float | int | None]:
+    """Score predictions in the released format; their targets may be written Yes and No."""
+    return score([row["predict"] for row in rows], [row["target"].strip().lower() for row in rows])
+
+
+def read_field(file: str | Path, field: str) -> list[str]:
+    """One field of every line of a JSONL file.
+
+    Raises:
+        ValueError: the file is not UTF-8, or a line is no JSON object with this field.
+    """
+    try:
+        with Path(file).open(encoding="utf-8") as stream:  # as in the script, a carriage return alone ends a line too
+            lines = stream.readlines()
+    except UnicodeDecodeError as error:
+        raise Refusal(f"{file} is not UTF-8: {error}") from error
+    values = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values.append(json.loads(line)[field])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise Refusal(f"{file}, line {number}: no JSON object with {field!r}") from error
+    return values

@@ -1,0 +1,70 @@
+"""Scores of a folder of predictions: accuracy by task, MMAvg, POPE and MME."""
+
+import json
+from pathlib import Path
+
+from . import mme, pope
+from .exact import Judge
+
+# The seven sets that the paper's MMAvg is the mean of, and the files of their predictions.
+MM_SETS = {
+    "Text-VQA": ("text_vqa",),
+    "VSR": ("visual_spatial_reasoning",),
+    "SNLI-VE": ("snli_ve_classification",),
+    "CIFAR-10": ("cifar_10",),
+    "CIFAR-100": ("cifar_100",),
+    "MNIST": ("mnist",),
+    "Pope": ("pope_rand", "pope_pop", "pope_adv"),
+}
+
+
+def read_predictions(file: str | Path) -> list[dict]:
+    """Rows in the released format."""
+    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+
+
+def score_folder(folder: str | Path, judge: Judge) -> dict:
+    """Score every ``TASK.jsonl`` of a folder.
+
+    Returns:
+        ``tasks``: for each, ``accuracy`` in percent by the judge, ``count``, ``unclear`` (verdicts that are neither yes
+        nor no, which count as wrong) and ``errors`` (images that could not be used); POPE's tasks also have ``pope``,
+        the official figures. ``average``, over the tasks that are not MME's. ``mm_avg``: the paper's, None where a set
+        is missing, and ``mm_sets``, its parts. ``mme``: the official scores where all 14 subtasks are there; their
+        ``.txt`` files for the tool are in the folder ``mme``.
+    """
+    folder, tasks, subtasks = Path(folder), {}, []
+    for file in sorted(folder.glob("*.jsonl")):
+        rows = read_predictions(file)
+        if file.stem in mme.PERCEPTION + mme.COGNITION:
+            (folder / "mme").mkdir(exist_ok=True)
+            mme.write_subtask(folder / "mme" / f"{file.stem}.txt", rows)
+            subtasks.append(file.stem)
+        else:
+            tasks[file.stem] = score_task(file.stem, rows, judge)
+    sets = {
+        name: _mean([tasks[task]["accuracy"] for task in members if task in tasks]) for name, members in MM_SETS.items()
+    }
+    return {
+        "tasks": tasks,
+        "average": _mean([task["accuracy"] for task in tasks.values()]),
+        "mm_sets": sets,
+        "mm_avg": None if None in sets.values() else _mean(list(sets.values())),
+        "mme": mme.score_folder(folder / "mme") if len(subtasks) == 14 else None,
+    }
+
+
+def score_task(name: str, rows: list[dict], judge: Judge) -> dict:
+    verdicts = judge(rows)
+    score = {
+        "accuracy": 100 * verdicts.count(True) / len(rows) if rows else None,
+        "count": len(rows),
+        "unclear": verdicts.count(None),
+        "errors": sum("error" in row.get("metadata", {}) for row in rows),
+    }
+    return score | ({"pope": pope.score_predictions(rows)} if name.startswith("pope") else {})
+
+
+def _mean(values: list[float | None]) -> float | None:
+    values = [value for value in values if value is not None]  # a file without rows has no accuracy
+    return sum(values) / len(values) if values else None

@@ -1,0 +1,89 @@
+"""Carries out the runs of a plan, several at a time, and goes on where it was stopped."""
+
+import os
+import time
+import warnings
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+from ..refusal import Refusal
+from . import base as bases
+from . import plan, records
+from .tuning import Run, run
+
+
+def start_worker() -> None:
+    """A run takes one thread: products as small as these gain nothing from a second."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def make_base(recipe: bases.Recipe, cache: Path) -> bases.Base:
+    """In a worker too, so that its sums do not depend on the number of threads elsewhere."""
+    return bases.make(recipe, cache)
+
+
+def carry_out(spec: Run, base: bases.Base, count: int | None, made: dict) -> records.Record:
+    """One run as a raw result; a training that diverged is one too."""
+    started, computing = time.monotonic(), time.process_time()
+    try:
+        found = run(spec, base, count)
+    except FloatingPointError as error:
+        found = {"failed": str(error)}
+    found |= {"seconds": time.monotonic() - started, "cpu_seconds": time.process_time() - computing}
+    return records.Record(spec, found, base.digest, made)
+
+
+def go_on(
+    folder: Path, cache: Path, recipe: bases.Recipe, waves: tuple[plan.Wave, ...], steps: dict[str, int], *,
+    workers: int, count: int | None = None, seconds: float | None = None,
+) -> list[records.Record]:  # fmt: skip
+    """Carry out what is missing of a plan.
+
+    Args:
+        folder: of the raw results; one file is added for every run.
+        cache: of the base.
+        workers: runs at a time, a thread each.
+        count: of questions of each split.
+        seconds: after which no run is begun any more.
+
+    Raises:
+        ValueError: the folder holds results of another base.
+    """
+    os.environ["OMP_NUM_THREADS"] = "1"  # before a worker starts; it decides the order of sums
+    began, made = time.monotonic(), records.made()
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) as pool:
+        base = pool.submit(make_base, recipe, cache).result()
+        print(f"base {base.digest}: captions right by word {base.seen}", flush=True)
+        done = {record.run._replace(detail=False): record for record in records.read(folder)}
+        if others := {record.base for record in done.values()} - {base.digest}:
+            raise Refusal(
+                f"{folder} holds results of the bases {sorted(others)}, this is {base.digest}: accuracies of different "
+                "bases are not compared; give another --results, or the cache with the base that those were made with"
+            )
+        running: dict[Future, Run] = {}
+        while True:
+            found = records.choices(done.values())
+            late = seconds is not None and time.monotonic() - began > seconds
+            for spec in plan.ordered(found, waves, steps):
+                if late or len(running) == workers:
+                    break
+                place = spec._replace(detail=False)
+                if place not in done and place not in running.values():
+                    running[pool.submit(carry_out, spec, base, count, made)] = place
+            if not running:
+                return list(done.values())
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                record = future.result()
+                records.write(folder, record)
+                done[running.pop(future)] = record
+                print(line(record, len(done)), flush=True)
+
+
+def line(record: records.Record, number: int) -> str:
+    found = record.found
+    said = found.get("failed") or ", ".join(f"{k} {v:.1f} %" for k, v in found["accuracy"].items() if v is not None)
+    return f"{number}: {record.run.name}: {said}; {found['seconds']:.0f} s, {found['cpu_seconds']:.0f} s of computing"

@@ -1,0 +1,1 @@
+"""A training run: its settings, what it will need, and the run itself."""

@@ -1,0 +1,162 @@
+"""What a training run is: one YAML file, whose values pydantic checks by their types and ranges."""
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from peft import LoraConfig, PeftConfig
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from transformers import TrainingArguments
+from typing_extensions import NotRequired, TypedDict
+
+from mixlora_kernels import MixLoRAConfig
+from mixlora_kernels.peft import ConditionalMixLoRAConfig
+
+from ..data.conversation import TEMPLATES
+from ..refusal import Refusal
+from .yaml_file import read_yaml
+
+# The one switch: what the paper compares, in Tables 1 and 2 and Figure 4.
+METHODS = {
+    "lora": None,
+    "mixlora": {"routing": "instance"},
+    "mixlora_unconditional": {"routing": "instance", "conditioning": "none"},
+    "mixlora_task": {"routing": "task"},
+    "mixlora_task_unconditional": {"routing": "task", "conditioning": "none"},
+    "mixlora_random": {"routing": "random"},
+}
+# No conversions: a text is not taken for a number, nor a number for a yes or no.
+STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+# ``train`` itself sets these of the TrainingArguments, and ``Settings`` has its own fields for those of MixLoRAConfig.
+FIXED = {"output_dir", "remove_unused_columns", "label_names"}
+OWN = {"r", "num_factors", "alpha", "dropout", "routing", "task_dim"}
+
+
+def some_fields(kind: type, without: set[str]) -> Any:
+    """The type of a dictionary of some of a dataclass's fields, each of the type that the dataclass gives it."""
+    hints = typing.get_type_hints(kind)
+    names = [entry.name for entry in dataclasses.fields(kind) if entry.init and entry.name not in without]
+    made = TypedDict(kind.__name__, {name: hints[name] for name in names}, total=False)
+    made.__pydantic_config__ = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
+    return made
+
+
+class Parts(TypedDict):
+    """A LLaVA v1 before instruction tuning; see ``model.load_llava``."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    language: str
+    vision: str
+    projector: NotRequired[str]
+
+
+class Settings(BaseModel):
+    """A training run.
+
+    Args:
+        model: a folder or hub name, or a LLaVA's parts; see ``model.load_llava``.
+        data, images: a file of records and the folder of their images; see ``data``.
+        output: where checkpoints and the trained adapter go.
+        method: ``"lora"``, ``"mixlora"`` and its variants; see ``METHODS``.
+        r: factors chosen for each instance; for LoRA, its rank.
+        num_factors: E.
+        alpha: None means 2 E, or 2 r for LoRA, as in the paper.
+        dropout: of the input of ``lora_A``.
+        mixlora: further fields of ``MixLoRAConfig``: ``conditioning``, ``gate``, ``pool``, ``decode``.
+        train_projector: whether the projector is trained in full.
+        template: of the conversation; see ``conversation.TEMPLATES``.
+        max_length: tokens of text, the image counted as one.
+        check_images: ``"decode"`` every image before the training, or read its ``"header"`` only.
+        strict: whether a bad record stops the run.
+        limit: use the file's first records only.
+        task_definitions: a JSON file of a text per ``task_name``, for ``routing="task"``.
+        dtype: of the frozen model.
+        device_tflops: what the device sustains, in 10^12 operations per second, for an estimate of the time without
+            running anything.
+        training: fields of transformers' ``TrainingArguments``.
+
+    Raises:
+        pydantic.ValidationError: a ValueError that names each field that is missing, unknown, or has a value of another
+            type or out of range.
+    """
+
+    model_config = STRICT
+
+    model: Annotated[str, Field(min_length=1)] | Parts
+    data: str = Field(min_length=1)
+    images: str = Field(min_length=1)
+    output: str = Field(min_length=1)
+    method: Literal[tuple(METHODS)] = "mixlora"
+    r: int = Field(4, ge=1)
+    num_factors: int = Field(16, ge=1)
+    alpha: float | None = Field(None, gt=0)
+    dropout: float = Field(0.05, ge=0, lt=1)
+    mixlora: some_fields(MixLoRAConfig, OWN) = {}
+    train_projector: bool = True
+    template: Literal[tuple(TEMPLATES)] = "v1"
+    max_length: int = Field(1792, ge=1)
+    check_images: Literal["decode", "header"] = "decode"
+    strict: bool = False
+    limit: int | None = Field(None, ge=1)
+    task_definitions: str | None = Field(None, min_length=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device_tflops: float | None = Field(None, gt=0)
+    training: some_fields(TrainingArguments, FIXED) = {}
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Settings":
+        if (self.routing == "task") != (self.task_definitions is not None):
+            raise ValueError(
+                "task_definitions must be given with a method that routes by task and only then, got "
+                f"method={self.method!r} and task_definitions={self.task_definitions!r}"
+            )
+        self.adapter(task_dim=1)  # refuses what contradicts itself, such as r > num_factors
+        return self
+
+    @classmethod
+    def read(cls, file: str | Path, **changes) -> "Settings":
+        """Read a YAML file; ``changes`` that are not None take the place of what it says.
+
+        Paths in the file are relative to the working directory.
+
+        Raises:
+            ValueError: it cannot be read as YAML; or some fields are wrong, all of which the message names.
+        """
+        given = read_yaml(file) | {name: value for name, value in changes.items() if value is not None}
+        try:
+            return cls.model_validate(given)
+        except ValidationError as error:
+            faults = error.errors(include_url=False)
+            unknown = any(fault["type"] == "extra_forbidden" and len(fault["loc"]) == 1 for fault in faults)
+            known = f". Known fields are {', '.join(cls.model_fields)}" if unknown else ""
+            raise Refusal(f"{file}: {'; '.join(map(_fault, faults))}{known}") from error
+
+    @property
+    def routing(self) -> str | None:
+        method = METHODS[self.method]
+        return None if method is None else method["routing"]
+
+    def adapter(self, task_dim: int | None = None) -> PeftConfig:
+        """The adapter's configuration; ``task_dim`` is the width of the task embeddings."""
+        if METHODS[self.method] is None:
+            alpha = 2 * self.r if self.alpha is None else self.alpha
+            return LoraConfig(r=self.r, lora_alpha=alpha, lora_dropout=self.dropout, task_type="CAUSAL_LM")
+        return ConditionalMixLoRAConfig(
+            r=self.r,
+            num_factors=self.num_factors,
+            alpha=self.alpha,
+            dropout=self.dropout,
+            task_dim=task_dim if self.routing == "task" else None,
+            task_type="CAUSAL_LM",
+            **(METHODS[self.method] | self.mixlora),
+        )
+
+
+def _fault(error: Any) -> str:
+    """One of pydantic's findings in a line: the field, its message, and what the field got."""
+    place = ".".join(map(str, error["loc"]))
+    got = "" if error["type"] in ("missing", "value_error") else f", got {error['input']!r}"
+    return f"{place}: {error['msg']}{got}" if place else error["msg"]
