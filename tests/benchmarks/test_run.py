@@ -197,7 +197,7 @@ def test_a_case_that_does_not_fit_its_share_is_left_out(seconds, predicted, caps
 
 @pytest.mark.parametrize(("per_token", "limit", "runs"), [(1.0, 30.0, [1]), (0.01, 9.0, [1, 2, 4, 8, 16, 32, 64, 100])])
 def test_a_first_call_grows_until_it_tells(per_token, limit, runs, monkeypatch):
-    """A part that takes long enough to tell more than the limit is the last; a part that takes too little is doubled."""
+    """The part that tells more than the limit is the last; one that takes too little to tell is doubled."""
     now, seen = [0.0], []
     monkeypatch.setattr(measure.time, "perf_counter", lambda: now[0])
 

@@ -4,7 +4,7 @@ from . import Mutation
 
 _KERNELS = "mixlora_kernels/backends/kernels"
 _EVERY_MODE = "tests/backends/test_layer.py::test_every_mode"
-_MODE = f"{_EVERY_MODE}[instance-factors-straight_through-triton]"
+_MODE = f"{_EVERY_MODE}[triton-instance-factors-straight_through]"
 
 MUTATIONS = [
     Mutation(
@@ -53,12 +53,12 @@ MUTATIONS = [
     Mutation(
         "route, back: a share's gradient as if its sum were constant", f"{_KERNELS}/route.py",
         "dchosen = TOTAL * (dchosen - tl.sum(dchosen * p, 0) / sum_p) / sum_p", "dchosen = TOTAL * dchosen / sum_p",
-        f"{_EVERY_MODE}[instance-none-weighted-triton]",
+        f"{_EVERY_MODE}[triton-instance-none-weighted]",
     ),
     Mutation(
         "expand: the gate is left out", f"{_KERNELS}/expand.py",
         "u_tile * slot_weights(gate, scale, row, R, R_PAD)[None, :]", "u_tile * scale",
-        f"{_EVERY_MODE}[instance-none-weighted-triton]",
+        f"{_EVERY_MODE}[triton-instance-none-weighted]",
     ),
     Mutation(
         "expand: the base is not added", f"{_KERNELS}/expand.py", "added + before.to(tl.float32)", "added",
@@ -104,7 +104,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gather: the gate is left out", f"{_KERNELS}/gather.py", "if gate is not None:", "if gate is None:",
-        f"{_EVERY_MODE}[instance-none-weighted-triton]",
+        f"{_EVERY_MODE}[triton-instance-none-weighted]",
     ),
     Mutation(
         "tiles: a packed instance begins a tile too late", f"{_KERNELS}/tiles.py",

@@ -39,7 +39,9 @@ def test_near_ties_at_the_border_of_the_chosen(gap, ties):
     model(input_ids=ids)
     side = model.base_model.side
     probs = torch.tensor([[0.3, 0.2, 0.2 * (1 - gap), 0.1, 0.1, 0.1]])
-    side._last = {place: Recorded(routing._replace(probs_a=probs).unsqueeze(), 0) for place, routing in side.last.items()}
+    side._last = {
+        place: Recorded(routing._replace(probs_a=probs).unsqueeze(), 0) for place, routing in side.last.items()
+    }
     report = routing_report(model)["default"]
     assert all(row["near_ties_a"] == ties for row in report.values())
 
