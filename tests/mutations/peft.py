@@ -27,7 +27,7 @@ MUTATIONS = [
     Mutation(
         "cache: a prompt in chunks is let through", f"{_PEFT}/forward.py",
         "if kept is not None and self.cached <= kept.length and not verifies:", "if False:",
-        "tests/peft/test_refusals.py",
+        "tests/peft/test_refused_inputs.py",
     ),
     Mutation(
         "prompt: the answer is pooled as well", f"{_PEFT}/forward.py", "mask = self._prompt(mask, starts)", "pass",
@@ -52,7 +52,7 @@ MUTATIONS = [
         "checkpointing: a recomputation sees no forward", f"{_PEFT}/side_information.py",
         "self.function(_InForward(self.side, self.side.forward, layer), *args, **kwargs)",
         "self.function(layer, *args, **kwargs)",
-        "tests/peft/test_exact_training.py",
+        "tests/peft/test_exact_checkpointing.py",
     ),
     Mutation(
         "siblings: x that has changed since is taken for the same", f"{_PEFT}/siblings.py",
@@ -90,11 +90,11 @@ MUTATIONS = [
     ),
     Mutation(
         "loading: values that are not finite", f"{_PEFT}/files.py",
-        "if not _is_finite(a, b.dtype)]", "if False]", "tests/peft/test_hostile_adapters.py",
+        "if not _is_finite(a, b.dtype)]", "if False]", "tests/peft/hostile",
     ),
     Mutation(
         "loading: finite in the file, infinite in the model", f"{_PEFT}/files.py",
-        "part.to(dtype).isfinite()", "part.isfinite()", "tests/peft/test_hostile_adapters.py",
+        "part.to(dtype).isfinite()", "part.isfinite()", "tests/peft/hostile",
     ),
     Mutation(
         "loading: other shapes", f"{_PEFT}/files.py",
@@ -107,12 +107,12 @@ MUTATIONS = [
     ),
     Mutation(
         "loading: dtypes that are no weights'", f"{_PEFT}/files.py",
-        "if not _is_dtype_right(a, b)]", "if False]", "tests/peft/test_hostile_adapters.py",
+        "if not _is_dtype_right(a, b)]", "if False]", "tests/peft/hostile",
     ),
     Mutation(
         "loading: code in a pickle runs", f"{_PEFT}/files.py",
         'torch.load(file, map_location="cpu", weights_only=True, mmap=True)',
         'torch.load(file, map_location="cpu", weights_only=False, mmap=True)',
-        "tests/peft/test_hostile_adapters.py",
+        "tests/peft/hostile",
     ),
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+DOCUMENTED = " ".join((ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split())
 needs_vllm = pytest.mark.skipif(
     find_spec("vllm") is None,
     reason="vLLM is not installed; tests/serving/environment.sh FOLDER makes an environment with it, and "
@@ -45,3 +46,12 @@ def run_jobs(tmp_path_factory):
         return json.loads((folder / "results.json").read_text())
 
     return run
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    from .models import save_adapter, save_llama
+
+    folder = tmp_path_factory.mktemp("saved")
+    save_adapter(save_llama(folder / "model"), folder / "adapter")
+    return folder
