@@ -97,17 +97,18 @@ class Clock:
 
 def time_growing(run: Callable[[int], None], whole: int, seconds: float) -> float:
     """The seconds that ``run(whole)`` takes, which is not run where a part of it shows that it takes more than
-    ``seconds``: the part is doubled until then."""
-    part = 1
+    ``seconds``: the part is doubled until then. What two parts differ by tells what the rest takes."""
+    part, before = 1, None
     while True:
         began = time.perf_counter()
         run(part)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         taken = time.perf_counter() - began
-        if part == whole or (taken >= TELLING and taken * whole / part > seconds):
-            return taken * whole / part
-        part = min(2 * part, whole)
+        more = 0.0 if before is None else max(taken - before, 0.0) / (part - part // 2) * (whole - part)
+        if part == whole or (taken >= TELLING and taken + more > seconds):
+            return taken + more
+        part, before = min(2 * part, whole), taken
 
 
 def interleave(

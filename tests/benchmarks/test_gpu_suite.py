@@ -8,8 +8,6 @@ from harness import measure
 from harness.rounds import finish
 from report import summary
 
-pytestmark = pytest.mark.slow
-
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
@@ -98,6 +96,7 @@ def test_what_only_a_gpu_can_do_is_left_out_with_a_line():
 SMALL = training.TrainingCase(**training.SMALL_DECODER | {"B": 4}, dtype=torch.float32, dropout=0.05)
 
 
+@pytest.mark.slow
 def test_one_frozen_model_for_all_and_only_the_adapters_learn():
     names = suites.WHOLE_MODELS
     steps = training.build_steps(SMALL, names, CPU, 0, print)
@@ -118,6 +117,7 @@ def test_one_frozen_model_for_all_and_only_the_adapters_learn():
     assert mixlora.held() == 4 * (3 * numbers + len(mixlora.parameters))
 
 
+@pytest.mark.slow
 def test_the_batch_is_halved_until_it_fits_all(monkeypatch):
     """The second implementation has room for one instance only."""
     forward = training.Training.forward

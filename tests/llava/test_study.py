@@ -29,6 +29,7 @@ from mixlora_llava.study import (
 )
 from mixlora_llava.study import report as reports
 
+from ..cases import mostly_slow
 from .study import TINY
 
 RAW = Path(__file__).with_name("study_results")
@@ -108,7 +109,7 @@ def test_most_used_factors():
     assert usage["l.A"]["counts"] == [2, 1, 1, 0] and usage["l.B"] == {"counts": [0, 0, 0, 4], "most_used": 1.0}
 
 
-@pytest.mark.parametrize("method", ["fixed", "random", "released", "task", "paper"])
+@pytest.mark.parametrize("method", mostly_slow(["fixed", "random", "released", "task", "paper"], 0))
 def test_what_changes_its_choices_while_it_trains(tiny, method):
     """Factors that belong to the instruction do not, drawn ones nearly always do; of the others, the run is whole."""
     found = tuning.run(tuning.Run("conflict8", method, 1e-3, 1, 16), tiny, count=16)
@@ -202,6 +203,7 @@ def test_steps_are_timed_against_the_reference_of_the_same_round(tiny, tmp_path)
     assert timing.read(tmp_path) == {}
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, capsys):
     """Searches come before what is reported, nothing is done twice, and results of another base are refused."""
     waves = (plan.Wave(("conflict8",), ("untuned", "lora_r2", "tied_normalized"), (1,)),)

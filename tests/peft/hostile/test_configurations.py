@@ -109,6 +109,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_a_million_factors_cost_nothing(folder, way):
     """The promise is 5 s and 500 MB; a process of its own, so that the peak of its memory is the refusal's."""
