@@ -1,5 +1,7 @@
 """A second look at routing: what the last forward chose, and how narrowly."""
 
+import warnings
+
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -9,6 +11,9 @@ from .side_information import find_side_information
 from .targets import left_alone
 
 NEAR = 2**-7  # how far bfloat16 may round a probability: a choice won by less can turn out otherwise there
+
+COLLAPSED = 0.95  # of all choices, on as few factors as one instance has: then nearly every instance has the same ones
+ENOUGH = 16  # instances, below which equal choices say little
 
 
 class RoutingReport(dict):
@@ -26,11 +31,16 @@ def routing_report(model: nn.Module, near: float = NEAR) -> RoutingReport:
         near: what part of the last chosen factor's probability may part it from the first one not chosen for the
             choice to count as a near-tie.
 
+    Warns of layers in which routing has collapsed: over at least 16 instances, 95 % of all choices fell on only r
+    factors, so that nearly every instance had the same ones and the layer is a plain LoRA of rank r.
+
     Returns:
         By adapter and layer: ``instances``; and for each of the pools A and B ``usage_a`` [E], the number of
-        instances that chose each factor, ``near_ties_a``, the share of instances at a near-tie at the border of the
-        r chosen, ``entropy_a``, the mean entropy of the probabilities in nats (at most ln E); likewise ``_b``. Its
-        attribute ``left_alone`` names the experts of a mixture of experts that no adapter was put into.
+        instances that chose each factor, ``most_used_a``, the share of all choices that fell on the r factors chosen
+        most (1 where all instances chose alike, r / E where every factor was chosen as often), ``near_ties_a``, the
+        share of instances at a near-tie at the border of the r chosen, ``entropy_a``, the mean entropy of the
+        probabilities in nats (at most ln E); likewise ``_b``. Its attribute ``left_alone`` names the experts of a
+        mixture of experts that no adapter was put into.
 
     Raises:
         ValueError: the model has no MixLoRA layers, or made no forward yet.
@@ -42,7 +52,32 @@ def routing_report(model: nn.Module, near: float = NEAR) -> RoutingReport:
     report.left_alone = left_alone(model.get_base_model() if isinstance(model, PeftModel) else model)
     for (key, adapter), routing in last.items():
         report.setdefault(adapter, {})[key] = _summary(routing, near)
+    for adapter, layers in report.items():
+        _warn_of_collapse(adapter, layers)
     return report
+
+
+def _warn_of_collapse(adapter: str, layers: dict[str, dict]) -> None:
+    collapsed = [
+        f"{key} (pool {pool.upper()})"
+        for key, row in layers.items()
+        for pool in ("a", "b")
+        if row["instances"] >= ENOUGH and row[f"most_used_{pool}"] >= COLLAPSED and chooses(row, pool)
+    ]
+    if collapsed:
+        shown = ", ".join(collapsed[:3]) + (f" and {len(collapsed) - 3} more" if len(collapsed) > 3 else "")
+        warnings.warn(
+            f"the routing of adapter {adapter!r} has collapsed in {shown}: nearly all instances chose the same "
+            "factors, and there it is a plain LoRA of rank r. If the instances are of different tasks, train longer or "
+            "with a higher learning rate, and see whether LoRA is as good",
+            stacklevel=3,
+        )
+
+
+def chooses(row: dict, pool: str) -> bool:
+    """Whether there are more factors than an instance has."""
+    usage = row[f"usage_{pool}"]
+    return sum(usage) < row["instances"] * len(usage)
 
 
 def _summary(routing: Routing, near: float) -> dict:
@@ -52,7 +87,9 @@ def _summary(routing: Routing, near: float) -> dict:
         ("b", routing.index_b, routing.probs_b),
     ):
         E, r = probs.shape[1], index.shape[1]
-        summary[f"usage_{pool}"] = torch.bincount(index.flatten(), minlength=E).tolist()
+        usage = torch.bincount(index.flatten(), minlength=E)
+        summary[f"usage_{pool}"] = usage.tolist()
+        summary[f"most_used_{pool}"] = (usage.topk(r)[0].sum() / usage.sum()).item()
         summary[f"near_ties_{pool}"] = _near_ties(probs, r, near)
         share = probs / probs.sum(-1, keepdim=True)  # p_B is the sum of two distributions
         summary[f"entropy_{pool}"] = torch.special.entr(share).sum(-1).mean().item()

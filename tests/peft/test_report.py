@@ -1,6 +1,7 @@
 """The report of the last forward's routing."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from mixlora_kernels.peft import plot_routing, routing_report
 from mixlora_kernels.peft.recorded import Recorded
 from mixlora_kernels.peft.report import NEAR
+from mixlora_kernels.routing import Routing
 
 from .models import adapt, build, pad, prompts
 
@@ -30,6 +32,25 @@ def test_the_report_counts_what_was_chosen():
     entropy = -(p * p.log()).sum(-1).mean().item()
     assert report[key]["entropy_a"] == pytest.approx(entropy, rel=1e-5)
     assert 0 < report[key]["entropy_b"] <= math.log(6)
+
+
+@pytest.mark.parametrize("instances, same, warned", [(16, 16, True), (16, 8, False), (15, 15, False)])
+def test_collapse_is_warned_of(instances, same, warned):
+    """Of 16 instances all, or half, chose factors 0 and 1; the others 2 and 3."""
+    model = adapt(build())
+    model(input_ids=prompts(1)[0][None])
+    side = model.base_model.side
+    index = torch.tensor([[0, 1]] * same + [[2, 3]] * (instances - same))
+    probs = torch.full((instances, 6), 1 / 6)
+    routing = Routing(index, index, torch.ones(instances, 2), probs, probs)
+    side._last = {place: Recorded(routing.unsqueeze(), 0) for place in side.last}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        report = routing_report(model)["default"]
+    messages = [str(one.message) for one in caught if "collapsed" in str(one.message)]
+    assert len(messages) == warned
+    assert all("'default'" in message and "and 25 more" in message for message in messages)
+    assert all(row["most_used_a"] == (same / instances if same > 8 else 0.5) for row in report.values())
 
 
 @pytest.mark.parametrize("gap, ties", [(0.5 * NEAR, 1.0), (2 * NEAR, 0.0)])

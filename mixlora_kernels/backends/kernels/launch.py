@@ -5,7 +5,6 @@ for them (``plan``), and what Triton would find out anew at every launch is kept
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 
 import torch
@@ -56,13 +55,19 @@ class Launch:
                 kinds.append(value.dtype)
                 addresses |= value.data_ptr()
         key = tuple(kinds)
-        run = None if addresses % 16 else self.kept.get(key)
-        with nullcontext() if is_current(device) else torch.cuda.device(device):
-            if run is not None:
-                run(*{**self.arguments, **tensors}.values())
-                return
-            compiled = self.kernel[self.grid](**self.arguments | tensors, **self.options)
-        if not addresses % 16 and isinstance(compiled, triton.compiler.CompiledKernel):  # an interpreter compiles none
+        if not is_current(device):
+            with torch.cuda.device(device):
+                self._launch(key, addresses % 16 == 0, tensors)
+        else:
+            self._launch(key, addresses % 16 == 0, tensors)
+
+    def _launch(self, key: tuple, aligned: bool, tensors: dict) -> None:
+        run = self.kept.get(key) if aligned else None
+        if run is not None:
+            run(*{**self.arguments, **tensors}.values())
+            return
+        compiled = self.kernel[self.grid](**self.arguments | tensors, **self.options)
+        if aligned and isinstance(compiled, triton.compiler.CompiledKernel):  # an interpreter compiles none
             self.kept[key] = compiled[self.grid]
 
 
