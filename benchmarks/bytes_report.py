@@ -22,12 +22,12 @@ from typing import NamedTuple
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network, and nothing may wait for it
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises on what is not used here
 
-import machine
 import torch
-from adapted import adapt_model, use_backend
-from launches import Launch, Recorder, record
-from projections import OneProjection, Projections
-from report import bar, judge, summary_table, write_json
+from cases.adapted import adapt_model, use_backend
+from harness import machine
+from launching.launches import Launch, Recorder, record
+from launching.projections import OneProjection, Projections
+from report.text import bar, judge, summary_table, write_json
 
 import mixlora_kernels as mk
 
@@ -79,7 +79,7 @@ def driver_of(name: str, backend: str):
     """Where the implementation's kernels are launched into; None: it has none."""
     if backend != "triton" or not name.startswith("mixlora"):
         return None
-    from stand_in import install
+    from launching.stand_in import install
 
     return install()
 
@@ -123,9 +123,8 @@ def main() -> None:
         for name, ratio in row["ratio"].items()
     ]
     print(summary_table(bars))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     told = {name: value for name, value in vars(arguments).items() if name != "out"}
-    write_json(arguments.out, machine.describe(torch.device("cpu")), told, bars, rows, failures=[])
+    write_json(arguments.out, machine.describe(torch.device("cpu")), told, bars, rows)
 
 
 def show(rows: Sequence[dict], devices: Sequence[Device], launches: bool) -> None:

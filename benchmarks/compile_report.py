@@ -1,6 +1,6 @@
 """Compile every Triton kernel for GPUs that need not be present, and report what each costs.
 
-    python benchmarks/compile_report.py [--quick] [--targets sm_90 ...]
+    python benchmarks/compile_report.py [--quick] [--targets sm_90 ...] [--kernels project ...]
 
 The stages are called with tensors of no memory, on the groups of siblings of a 7B and a 13B model; each launch is
 caught on its way, specialised as Triton would, and compiled for the target: registers, spilled bytes, shared memory,
@@ -204,6 +204,10 @@ def find(pattern: str, text: str) -> str:
     return " ".join(sorted(set(re.findall(pattern, text)))) or "-"
 
 
+def short_name(variant: Variant) -> str:
+    return variant.kernel.__name__.removesuffix("_kernel")
+
+
 def named_constants(variant: Variant) -> dict[str, object]:
     return {variant.kernel.params[path[0]].name: value for path, value in variant.constants}
 
@@ -224,6 +228,7 @@ def find_fault(variant: Variant, name: str, target: Target, cost: Cost) -> str |
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="of these kernels alone, such as project")
     parser.add_argument("--quick", action="store_true", help="one group, bfloat16, with dropout, and two pools")
     options = parser.parse_args()
     cases = [(D, widths, MODES[0]) for D, widths in (GROUPS[:1] if options.quick else GROUPS)]
@@ -235,7 +240,7 @@ def main() -> int:
     for name in options.targets:
         for E, r in POOLS[:2] if options.quick else POOLS:
             for variant in catch_launches(name, cases, E, r):
-                if (name, variant) in seen:
+                if (name, variant) in seen or short_name(variant) not in (options.kernels or [short_name(variant)]):
                     continue
                 seen.add((name, variant))
                 cost = compile_variant(variant, TARGETS[name])
@@ -244,7 +249,7 @@ def main() -> int:
                 constants, settings = named_constants(variant), dict(variant.options)
                 tile = "x".join(str(constants[k]) for k in ("BLOCK_N", "BLOCK_D", "BLOCK_W") if k in constants)
                 print(row.format(
-                    variant.kernel.__name__.removesuffix("_kernel"), name, E, r,
+                    short_name(variant), name, E, r,
                     tile, settings["num_warps"], cost.registers, cost.shared, cost.instructions, fault or "",
                 ), flush=True)  # fmt: skip
     print(f"{len(seen)} variants, {faults} faults")

@@ -27,12 +27,12 @@ from random import Random
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs the network, and nothing may wait for it
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises on what is not used here
 
-import machine
 import numpy
 import torch
 from bytes_report import LLAVA_7B, training_step
-from paths import STEP, TRAINING, UNITS, TimedPath, build_paths
-from report import bar, judge, summary_table, write_json
+from harness import machine
+from launching.paths import STEP, TRAINING, UNITS, TimedPath, build_paths
+from report.text import bar, judge, summary_table, write_json
 
 DROPOUTS = (0.0, 0.05)
 WARM_UP = 5  # rounds, by which everything is compiled and kept
@@ -44,7 +44,7 @@ def main() -> None:
     torch.set_num_threads(1)
     arguments = parse_arguments()
     if arguments.backend == "triton":
-        from stand_in import install
+        from launching.stand_in import install
 
         install()
     keys = [
@@ -60,9 +60,8 @@ def main() -> None:
         row |= compare(row, rows)
     bars = list(map(judge, find_bars(rows)))
     show(rows, bars)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     told = {"rounds": arguments.rounds, "backend": arguments.backend}
-    write_json(arguments.out, machine.describe(torch.device("cpu")), told, bars, rows, failures=[])
+    write_json(arguments.out, machine.describe(torch.device("cpu")), told, bars, rows)
 
 
 def measure(paths: Sequence[TimedPath], rounds: int) -> None:

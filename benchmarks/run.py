@@ -1,7 +1,8 @@
 """Measure mixlora_kernels against the alternatives: ``python benchmarks/run.py``.
 
 Every implementation is first compared with the reference in float64; one that disagrees, or breaks off, is not timed,
-and the exit status is 1. See ``suites.py`` for what is measured and ``measure.py`` for how.
+and the exit status is 1. A case whose rounds do not fit its share of the time is left out, and said to be. See
+``cases/suites.py`` for what is measured and ``harness/measure.py`` for how.
 """
 
 import argparse
@@ -21,12 +22,11 @@ import torch
 if not torch.cuda.is_available():  # the kernels are then shown in Triton's interpreter, chosen before its import
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import machine
-import plots
-import report
-import suites
-from rounds import Runner
-from summary import summarise
+from cases.suites import SUITES, Setting
+from harness import machine
+from harness.rounds import Runner, explain
+from report import plots, text
+from report.summary import summarise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECONDS = {"cpu": 140.0, "cuda": 360.0}
@@ -41,7 +41,7 @@ def main() -> int:
     if arguments.quick:
         torch.set_num_threads(1)  # shapes this small only lose by more
     dtypes = tuple(DTYPES[name] for name in arguments.dtype) or None
-    setting = suites.Setting(device, dtypes, arguments.quick, arguments.seed)
+    setting = Setting(device, dtypes, arguments.quick, arguments.seed)
     where = machine.describe(device, arguments.commit)
     shown = ", ".join(f"{name} {version}" for name, version in where["versions"].items())
     print(f"{where['device']} ({where['cpu']}, {where['threads']} threads), {shown}, commit {where['commit']}")
@@ -51,23 +51,25 @@ def main() -> int:
     del arguments.out, arguments.commit  # where the results lie is no part of what was measured
 
     common = {"device": where["device"], "versions": shown, "commit": where["commit"]}
-    runner = Runner(device, report=lambda text: print(f"{'':10}{text}", flush=True))
+    runner = Runner(device, report=lambda line: print(f"{'':10}{line}", flush=True))
     rows, bars = [], []
     for measured in measure_all(arguments.suite, setting, runner, arguments.seconds, began):
         rows += [row | common for row in measured]
         bars = summarise(rows, setting)  # and written at once: what comes later may break off
-        report.write_json(
-            out / "results.json", where, vars(arguments) | {"command": command}, bars, rows, runner.failures
-        )
-    drawn = plots.draw(out, rows, where)
-    report.write_markdown(out / "results.md", where, bars, rows, runner.failures, drawn, command)
+        told = vars(arguments) | {"command": command}
+        text.write_json(out / "results.json", where, told, bars, rows, runner.failures, runner.left_out)
+    drawn, abouts = plots.draw(out, rows, where), {name: suite.about for name, suite in SUITES.items()}
+    left_out = [f"{case['suite']}, {case['case']}: {explain(case)}" for case in runner.left_out]
+    text.write_markdown(out / "results.md", where, bars, rows, runner.failures, left_out, drawn, command, abouts)
 
     for suite in arguments.suite:
         own = [row for row in rows if row["suite"] == suite]
-        print("\n".join([f"\n{suite}", *report.notes(own), *([report.table(own)] if own else ["nothing measured"])]))
+        print("\n".join([f"\n{suite}", *text.notes(own), *([text.table(own)] if own else ["nothing measured"])]))
     if bars:
-        print(f"\nsummary{' (quick: not judged)' if setting.quick else ''}\n{report.summary_table(bars)}")
+        print(f"\nsummary{' (quick: not judged)' if setting.quick else ''}\n{text.summary_table(bars)}")
     print(f"\n{len(rows)} rows in {time.perf_counter() - began:.0f} s; results.json, results.md and plots in {out}")
+    for line in left_out:
+        print(f"left out {line}")
     for failure in runner.failures:
         print(f"FAILED {failure}")
     return 1 if runner.failures else 0
@@ -75,7 +77,7 @@ def main() -> int:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--suite", action="append", default=[], help=f"{', '.join(suites.NAMES)} or all (default); "
+    parser.add_argument("--suite", action="append", default=[], help=f"{', '.join(SUITES)} or all (default); "
                         "several with commas or by repeating")  # fmt: skip
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", action="append", choices=DTYPES, default=[],
@@ -88,34 +90,35 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results/<device>)")
     arguments = parser.parse_args()
     names = [name for given in arguments.suite or ["all"] for name in given.split(",")]
-    unknown = set(names) - {*suites.NAMES, "all"}
+    unknown = set(names) - {*SUITES, "all"}
     if unknown:
-        parser.error(f"--suite must be of {', '.join(suites.NAMES)}, all; got {', '.join(sorted(unknown))}")
-    arguments.suite = [name for name in suites.NAMES if name in names or "all" in names]
+        parser.error(f"--suite must be of {', '.join(SUITES)}, all; got {', '.join(sorted(unknown))}")
+    arguments.suite = [name for name in SUITES if name in names or "all" in names]
     arguments.seconds = arguments.seconds or (30.0 if arguments.quick else SECONDS[arguments.device])
     return arguments
 
 
 def command_line(arguments: argparse.Namespace) -> str:
     """A command that runs the same again."""
-    flags = [] if len(arguments.suite) == len(suites.NAMES) else [f"--suite {','.join(arguments.suite)}"]
+    flags = [] if len(arguments.suite) == len(SUITES) else [f"--suite {','.join(arguments.suite)}"]
     flags += [f"--device {arguments.device}", *(f"--dtype {name}" for name in arguments.dtype)]
     flags += ["--quick"] if arguments.quick else []
     return " ".join(["python benchmarks/run.py", *flags, f"--seed {arguments.seed}"])
 
 
 def measure_all(
-    names: list[str], setting: suites.Setting, runner: Runner, seconds: float, began: float
+    names: list[str], setting: Setting, runner: Runner, seconds: float, began: float
 ) -> Iterator[list[dict]]:
     """The rows of one group after another; each group gets its share of the time that is left when it begins, and at
-    least half of what was planned for it."""
-    planned = [group for name in names for group in suites.groups(name, setting)]
+    least half of what was planned for it. With ``quick``, which is to show that all of it works, all of it runs."""
+    planned = [group for name in names for group in SUITES[name].groups(setting)]
     total = sum(group.weight for group in planned)
     for number, group in enumerate(planned):
         elapsed = time.perf_counter() - began
         print(f"{elapsed:4.0f} of about {seconds:.0f} s  {group.suite}: {group.title}", flush=True)
         left = sum(later.weight for later in planned[number:])
-        yield runner.run(group, group.weight * max((seconds - elapsed) / left, seconds / total / 2))
+        share = group.weight * max((seconds - elapsed) / left, seconds / total / 2)
+        yield runner.run(group, share, whatever_it_takes=setting.quick)
 
 
 if __name__ == "__main__":

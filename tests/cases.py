@@ -24,6 +24,12 @@ MODES = [
 ]
 
 
+def mostly_slow(values, *fast) -> list:
+    """The values as parameters, of which all but those at the places ``fast`` are slow."""
+    slow = pytest.mark.slow
+    return [value if place in fast else pytest.param(value, marks=slow) for place, value in enumerate(values)]
+
+
 def mode_id(mode: dict) -> str:
     return "-".join(mode.values())
 

@@ -5,7 +5,7 @@ import torch
 
 import mixlora_kernels as mk
 from mixlora_kernels.backends.eager.dropout import BLOCK, keep_mask
-from mixlora_kernels.dropout import draw_seeds, keep_scale
+from mixlora_kernels.dropout import LEVELS, draw_seeds, dropped_levels, keep_scale
 
 from .cases import make_input, make_layer, relative_error, run
 
@@ -59,6 +59,8 @@ def test_the_scale_keeps_the_expectation():
         mask = keep_mask(torch.tensor([7]), torch.empty(64, 4096), p).double()
         assert 0 <= mask.mean() <= 1 and keep_scale(p) >= 1
     assert keep_scale(0.5) == 2.0
+    # Of 65536 levels one is dropped, although p is two thirds of a level.
+    assert dropped_levels(1e-5) == 1 and keep_scale(1e-5) == LEVELS / (LEVELS - 1)
 
 
 def test_routing_reads_x_before_dropout():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import mixlora_kernels as mk
+from mixlora_kernels.backends.eager.rank_r import TOKENS
 
 from .cases import assert_same, make_input, make_layer, make_mask, relative_error, run
 
@@ -126,9 +127,11 @@ def test_all_factors_chosen_is_plain_lora_of_rank_e_when_the_pairing_is_undone()
 
 
 @pytest.mark.parametrize("conditioning", ["factors", "none"])
-def test_a_factor_that_nobody_chose_has_an_exactly_zero_gradient(conditioning):
+@pytest.mark.parametrize("tokens", [6, 4 * TOKENS])
+def test_a_factor_that_nobody_chose_has_an_exactly_zero_gradient(conditioning, tokens):
+    """By products with the whole pool, and by gathered rows, which instances of many tokens take."""
     layer = make_layer(num_factors=11, r=2, conditioning=conditioning)
-    _, routing, gradients = run(layer, make_input(3, 6, 12))
+    _, routing, gradients = run(layer, make_input(3, tokens, 12))
     for name, index in (("lora_A", routing.index_a), ("lora_B", routing.index_b)):
         chosen = torch.zeros(11, dtype=torch.bool)
         chosen[index.flatten()] = True

@@ -35,10 +35,16 @@ def backend(request):
     return request.param
 
 
+# Releases of Triton whose interpreter is known to convert through ``_convert_float``, which is private: in others it is
+# left as it is, and test_the_interpreter_rounds_as_a_gpu says what to do.
+CONVERTING = ("3.7", "3.8", "3.9")
+
+
 @pytest.fixture(autouse=True)
 def nearest(monkeypatch):
-    """The interpreter cuts the last bits off, whose errors are twice as large and all of one sign."""
-    if triton is None:
+    """Where it rounds to bfloat16, Triton's interpreter cuts the last bits off: errors twice as large as a GPU's, and
+    all of one sign."""
+    if triton is None or not triton.__version__.startswith(CONVERTING):
         return
     from triton import language as tl
     from triton.runtime import interpreter

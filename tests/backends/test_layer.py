@@ -1,20 +1,6 @@
-"""The kernels, Triton's and C's, against the reference: every mode, drawn shapes, masks, packing and strides.
+"""The Triton kernels against the reference: every mode, drawn shapes, masks, packing and strides.
 
-Which test catches which breakage (each was tried by breaking the Triton kernel):
-
-| broken | caught by |
-|---|---|
-| the mask of pooled tokens is ignored in project, in collect's sums, in add's shares | test_every_mode |
-| the mean divides by all tokens instead of the pooled ones | test_every_mode |
-| the scale is left out in add, in collect's planes or dots, in the gather of dlora_B | test_every_mode |
-| slot i of A is paired with another slot of B | test_every_mode |
-| the conditional look-up, or its backward, takes another slot | test_every_mode |
-| a tile reaches into the next instance | test_every_mode, test_packed |
-| the last tokens of a chunk are left out | test_packed |
-| a plane of a split sum is left out | test_stages.py::test_expand_and_its_backward, test_every_mode |
-| ties go to the higher index | test_route.py::test_ties_go_to_the_lower_index |
-| add or collect leaves dropout's mask out, or draws another | test_dropout.py::test_the_layer_with_its_mask |
-| dropout changes what the routers are given | test_dropout.py::test_the_routers_read_x_before_dropout |
+tests/mutations/kernels.py has the mistakes that these tests must notice.
 """
 
 import hypothesis.strategies as st
@@ -24,11 +10,16 @@ from hypothesis import HealthCheck, given, settings
 
 import mixlora_kernels as mk
 
-from ..cases import MODES, assert_same, make_input, make_layer, make_mask, make_task, mode_id, run
+from ..cases import MODES, assert_same, make_input, make_layer, make_mask, make_task, mode_id, mostly_slow, run
 
 # The design's bound for float32: sums of some hundred products, each rounded to 6e-8 of its own size, in another
 # order than the reference's; the softmax's exponents, which reach a few tens here, multiply what the logits lack.
 CLOSE = 1e-5
+# The paper's mode; shares without conditioning; tied pairs.
+FAST = [
+    MODES.index({"routing": "instance", "conditioning": conditioning, "gate": gate})
+    for conditioning, gate in (("factors", "straight_through"), ("none", "weighted"), ("tied", "normalized"))
+]
 
 
 def both(backend, shape, context=None, d_in=40, d_out=37, device="cpu", change=lambda x: x, **layer_settings):
@@ -47,7 +38,7 @@ def context_for(mode, B, **fields):
     return mk.RoutingContext(**fields)
 
 
-@pytest.mark.parametrize("mode", MODES, ids=mode_id)
+@pytest.mark.parametrize("mode", mostly_slow(MODES, *FAST), ids=mode_id)
 def test_every_mode(mode, backend, device):
     """21 tokens are two tiles in the interpreter, 40 columns two, and the middle of both is at no border."""
     context = to(context_for(mode, 3, mask=make_mask(3, 21)), device)
@@ -58,8 +49,8 @@ def to(context, device):
     return mk.RoutingContext(*(field.to(device) if isinstance(field, torch.Tensor) else field for field in context))
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("mode", [MODES[0], MODES[2], MODES[9]], ids=mode_id)
+@pytest.mark.parametrize("masked", mostly_slow([False, True], 1))
+@pytest.mark.parametrize("mode", mostly_slow([MODES[0], MODES[2], MODES[9]], 0), ids=mode_id)
 def test_packed(mode, masked, backend, device):
     """Instances shorter and longer than a tile, one that is a whole tile, one of one token."""
     mask = make_mask(4, 10).reshape(1, 40) if masked else None
@@ -88,6 +79,7 @@ shapes = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=shapes)
 def test_shapes(case, backend, device):
@@ -117,9 +109,10 @@ def test_shapes(case, backend, device):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("E, r", [(128, 64), (64, 64), (1, 1), (17, 16)])
-def test_pools(E, r, backend, device):
+@pytest.mark.parametrize("pool", mostly_slow([(128, 64), (64, 64), (1, 1), (17, 16)], 2))
+def test_pools(pool, backend, device):
     """Up to the largest; T of a large pool has a program for each of r E columns, and is tested by smaller ones."""
+    E, r = pool
     conditioning = "factors" if E < 32 else "none"
     assert_same(*both(backend, (2, 5), device=device, num_factors=E, r=r, conditioning=conditioning), CLOSE)
 
@@ -140,7 +133,9 @@ def test_a_base_that_is_given_as_an_output(backend, device):
     assert_same(*results, CLOSE)
 
 
-@pytest.mark.parametrize("frozen", ["lora_A", "lora_B", "router_A", "router_AB", "x", "everything but x"])
+@pytest.mark.parametrize(
+    "frozen", mostly_slow(["lora_A", "lora_B", "router_A", "router_AB", "x", "everything but x"], 0, 4)
+)
 def test_gradients_that_nobody_needs(frozen, backend, device):
     def shortened(name):
         layer = make_layer(20, 37, dtype=torch.float32, backend=name, bias=False).to(device)
@@ -168,6 +163,7 @@ def test_gradients_of_the_probabilities_and_of_a_kept_gate(backend, device):
     assert_same(gradients(backend), gradients("reference"), CLOSE)
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits(backend, device):
     def everything():
         layer = make_layer(70, 70, dtype=torch.float32, backend=backend, dropout=0.3 * (backend == "triton")).to(device)

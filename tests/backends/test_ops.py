@@ -13,7 +13,7 @@ import mixlora_kernels as mk
 from mixlora_kernels.backends import select as backends
 from mixlora_kernels.routing import Routing
 
-from ..cases import assert_same, make_input, make_layer, make_mask, make_task, relative_error, run
+from ..cases import assert_same, make_input, make_layer, make_mask, make_task, mostly_slow, relative_error, run
 from ..test_siblings import make_group
 from .groups import make_group as make_stages_group
 from .groups import run_stages
@@ -78,7 +78,7 @@ BACKWARD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("G", [1, 3])
+@pytest.mark.parametrize("G", mostly_slow([1, 3], 0))
 @pytest.mark.parametrize("settings", [{}, {"conditioning": "tied", "gate": "normalized"}, {"dropout": 0.3}])
 def test_launches_of_a_training_step(settings, G, launched, device):
     """Ten for a group, however many siblings and whatever the mode; six where the routing is given."""
@@ -109,6 +109,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_compiles_to_one_graph(case, device):
     """Forward and backward, and the eager result: the same kernels on the same numbers."""
@@ -134,6 +135,7 @@ def test_compiles_while_decoding(device):
         assert relative_error(compiled(x, context), layer(x, context)) <= 1e-6
 
 
+@pytest.mark.slow
 def test_lengths_do_not_recompile_for_ever(device):
     """The second length makes the dimension dynamic; further ones of the same bucket of tokens reuse that graph."""
     torch._dynamo.reset()
@@ -145,6 +147,7 @@ def test_lengths_do_not_recompile_for_ever(device):
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -217,8 +220,9 @@ MISSING = "import sys; sys.modules['triton'] = None", "float32", "ImportError", 
 OLD = "import triton; triton.__version__ = '3.1.0'", "float32", "ImportError", "1", "found 3.1.0: upgrade it"
 
 
-@pytest.mark.parametrize("before, dtype, error, interpret, message", [CPU, LATE, DOUBLE, MISSING, OLD])
-def test_what_cannot_run_is_refused(before, dtype, error, interpret, message):
+@pytest.mark.parametrize("case", mostly_slow([CPU, LATE, DOUBLE, MISSING, OLD], 0), ids=lambda case: case[-1])
+def test_what_cannot_run_is_refused(case):
+    before, dtype, error, interpret, message = case
     code = REFUSED.format(before=before, dtype=dtype, error=error)
     assert message in python(code, TRITON_INTERPRET=interpret)
 

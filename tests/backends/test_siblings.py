@@ -5,7 +5,7 @@ import torch
 
 import mixlora_kernels as mk
 
-from ..cases import make_input, make_mask, make_task, relative_error
+from ..cases import make_input, make_mask, make_task, mostly_slow, relative_error
 from ..test_siblings import gradients, make_group, single, together
 from .conftest import needs_triton
 
@@ -42,8 +42,9 @@ def to(bases, adapters, device):
 
 
 @needs_triton
-@pytest.mark.parametrize("mode, layout, dropout, dtype", GROUPS)
-def test_as_single_layers(mode, layout, dropout, dtype, device):
+@pytest.mark.parametrize("case", mostly_slow(GROUPS, 0))
+def test_as_single_layers(case, device):
+    mode, layout, dropout, dtype = case
     bases, adapters, config = make(dtype, **mode, dropout=dropout)
     bases, adapters = to(bases, adapters, device)
     shape = (1, 57) if layout == "packed" else (3, 19)
@@ -65,7 +66,7 @@ def test_as_single_layers(mode, layout, dropout, dtype, device):
 
 
 @needs_triton
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", mostly_slow([False, True], 0))
 def test_a_kept_routing(training, device):
     """Decoding in one launch, and the stages."""
     bases, adapters, config = make(torch.float32)
@@ -80,6 +81,7 @@ def test_a_kept_routing(training, device):
 
 
 @needs_triton
+@pytest.mark.slow
 def test_two_runs_give_the_same_bits(device):
     results = []
     for _ in range(2):

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from mixlora_kernels.backends.base import Needs
 from mixlora_kernels.backends.eager import EAGER
 
-from ..cases import relative_error
+from ..cases import mostly_slow, relative_error
 from .groups import EVERYTHING, draw, make_group, run_stages
 
 KERNELS = pytest.importorskip("mixlora_kernels.backends.kernels").KERNELS
@@ -43,6 +43,7 @@ def assert_close(actual, expected, tolerance=CLOSE):
             assert relative_error(actual[name], value, 1e-2) <= tolerance, name
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases)
 def test_as_plain_torch(case, device):
@@ -57,7 +58,7 @@ def test_as_plain_torch(case, device):
     assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("wanted", range(5))
+@pytest.mark.parametrize("wanted", mostly_slow(range(5), 3))
 def test_only_what_is_needed(wanted, device):
     """One kind of gradient at a time has the bits that it has among all."""
     group = make_group(device, widths=(37, 5))
@@ -72,6 +73,7 @@ def test_only_what_is_needed(wanted, device):
             assert torch.equal(value, everything[name]) or kind == "lora_A", name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("together", [1, 2])
 def test_siblings_in_several_launches(together, device, monkeypatch):
     """As where the pools are so large that registers hold the sums of only one or two siblings."""

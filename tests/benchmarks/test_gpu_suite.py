@@ -1,16 +1,12 @@
 """What the GPU suite's figures rest on: a stage's bytes, the bars, the batch that fits, one frozen model for all."""
 
-import measure
 import pytest
-import stages
-import suites
-import summary
 import torch
-import training
-from problem import Case
-from rounds import finish
-
-pytestmark = pytest.mark.slow
+from cases import stages, suites, training
+from cases.problem import Case
+from harness import measure
+from harness.rounds import finish
+from report import summary
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
@@ -88,7 +84,7 @@ def test_no_bar_without_rows(device):
 def test_what_only_a_gpu_can_do_is_left_out_with_a_line():
     setting, said = suites.Setting(CPU, None, quick=False, seed=0), []
     for suite in ("stages", "training"):
-        (group,) = suites.groups(suite, setting)
+        (group,) = suites.SUITES[suite].groups(setting)
         assert group.build(said.append) == []
     assert said == ["left out: it needs a GPU; --quick shows on a CPU that it works"] * 2
     (case,) = setting.each_dtype(setting.square)
@@ -100,6 +96,7 @@ def test_what_only_a_gpu_can_do_is_left_out_with_a_line():
 SMALL = training.TrainingCase(**training.SMALL_DECODER | {"B": 4}, dtype=torch.float32, dropout=0.05)
 
 
+@pytest.mark.slow
 def test_one_frozen_model_for_all_and_only_the_adapters_learn():
     names = suites.WHOLE_MODELS
     steps = training.build_steps(SMALL, names, CPU, 0, print)
@@ -120,20 +117,21 @@ def test_one_frozen_model_for_all_and_only_the_adapters_learn():
     assert mixlora.held() == 4 * (3 * numbers + len(mixlora.parameters))
 
 
+@pytest.mark.slow
 def test_the_batch_is_halved_until_it_fits_all(monkeypatch):
     """The second implementation has room for one instance only."""
-    forward = training.TrainingStep.forward
+    forward = training.Training.forward
 
     def with_limit(step):
         if step.name == "peft_lora" and step.case.B > 1:
             raise torch.OutOfMemoryError("no room")
         forward(step)
 
-    monkeypatch.setattr(training.TrainingStep, "forward", with_limit)
+    monkeypatch.setattr(training.Training, "forward", with_limit)
     said = []
-    steps = training.build_steps(SMALL, ("base", "peft_lora"), CPU, 0, said.append)
+    steps = training.build_steps(SMALL, ("base", "peft_lora"), CPU, 0, said.append, limited=True)
     assert [step.case.B for step in steps] == [1, 1] and steps[0].inputs["labels"].shape == (1, 8)
     assert [line.split()[0] for line in said] == ["4", "2"]
-    monkeypatch.setattr(training.TrainingStep, "forward", lambda step: (_ for _ in ()).throw(torch.OutOfMemoryError()))
+    monkeypatch.setattr(training.Training, "forward", lambda step: (_ for _ in ()).throw(torch.OutOfMemoryError()))
     with pytest.raises(RuntimeError, match="not even one instance"):
-        training.build_steps(SMALL, ("base",), CPU, 0, said.append)
+        training.build_steps(SMALL, ("base",), CPU, 0, said.append, limited=True)

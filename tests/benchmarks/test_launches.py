@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from accesses import Unreadable, find_accesses
-from launches import record, size
+from launching.accesses import Unreadable, find_accesses
+from launching.launches import record, size
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,6 +117,7 @@ def run_script(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_byte_report(tmp_path, backend):
     """At a small size, where the frozen layer's bytes can be counted by hand."""
@@ -135,6 +136,7 @@ def test_the_byte_report(tmp_path, backend):
     assert all((rows[name]["triton_launches"] > 0) == (backend == "triton") for name in ours)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_launch_path(tmp_path, backend):
     out = tmp_path / "path.json"

@@ -1,29 +1,18 @@
-"""``benchmarks/run.py --quick`` as a user runs it, and the pieces that its figures rest on."""
+"""``benchmarks/run.py --quick`` as a user runs it."""
 
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
 
-import check
-import implementations
-import layers
-import measure
 import pytest
-import stages
-import suites
 import torch
-from implementations import Published
-from problem import Case, Problem
-from rounds import Runner
-
-import mixlora_kernels as mk
+from cases import check, stages, suites
+from cases.implementations import IMPLEMENTATIONS
 
 pytestmark = pytest.mark.slow
-
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 TRAINING = "forward+backward"
@@ -54,10 +43,11 @@ def results(quick) -> dict:
 
 def test_every_suite_and_implementation_has_rows(quick, results):
     rows = results["rows"]
-    assert {row["suite"] for row in rows} == set(suites.NAMES) and results["failures"] == []
+    assert {row["suite"] for row in rows} == set(suites.SUITES) and results["failures"] == results["left_out"] == []
     # One needs a compiler; where there was none the run says so.
     absent = {"compiled"} if "compiled left out" in quick[1] else set()
-    expected = {*implementations.NAMES, *suites.DECODER_NAMES} - absent
+    expected = {name for name, one in IMPLEMENTATIONS.items() if one.layers} | {*suites.DECODER_NAMES}
+    expected -= absent
     assert {row["implementation"] for row in rows} == expected | {"copy", "product"}
     assert {row["implementation"] for row in rows if row["suite"] == "decoder"} == set(suites.DECODER_NAMES)
     for suite in ("layer", "decode", "memory", "model", "training"):
@@ -116,7 +106,7 @@ def test_summary_and_machine(results):
 def test_report_and_plots(quick):
     out, printed = quick
     text = (out / "results.md").read_text(encoding="utf-8")
-    for suite in suites.NAMES:
+    for suite in suites.SUITES:
         assert f"\n{suite}\n" in printed and f"## {suite}\n" in text
         if suite == "stages":
             assert "E 16, r 4: in Triton's interpreter" in text and not (out / "stages.png").exists()
@@ -133,108 +123,3 @@ def test_an_unknown_suite_is_refused():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 2 and "stages, layer, decoder, scaling, decode, memory, model, training" in done.stderr
-
-
-def test_paired_ratio_is_of_each_round():
-    # The third round is ten times slower for both, and the second had only one of them.
-    assert measure.paired_ratio([1.0, 5.0, 20.0, 3.0], [2.0, None, 40.0, 4.0]) == 0.5
-    assert measure.paired_ratio([1.0], [None]) is None
-
-
-class Sleeping(measure.Candidate):
-    """A candidate that does nothing, and keeps count of it."""
-
-    def __init__(self, name: str, log: list[str], every: int = 1):
-        self.every, self.phases = every, {"only": lambda: log.append(name)}
-
-
-def test_every_round_has_its_own_order():
-    """Each candidate once a round (b in every second one), and each of the two others as often before as after it."""
-    log = []
-    candidates = [Sleeping("a", log), Sleeping("b", log, every=2), Sleeping("c", log)]
-    times = measure.interleave(candidates, measure.Clock(CPU), rounds=measure.MAX_ROUNDS, seconds=60)
-    rounds = len(times[0])
-    assert rounds == measure.MAX_ROUNDS
-    assert [phases is None for phases in times[1]] == [number % 2 == 1 for number in range(rounds)]
-    orders, text = [], iter("".join(log))
-    for number in range(rounds):
-        orders.append([next(text) for _ in range(2 if number % 2 else 3)])
-        assert sorted(orders[-1]) == ["a", "c"] if number % 2 else ["a", "b", "c"]
-    first = sum(order.index("a") < order.index("c") for order in orders)
-    assert abs(first - rounds / 2) < 5 * (rounds / 4) ** 0.5  # standard deviations of a fair draw
-
-
-class Allocating(measure.Candidate):
-    """Holds 4 MB, and 1 MB more for a moment; then in a second phase 2 MB in the place of the 4."""
-
-    def __init__(self):
-        self.kept = None
-        self.phases = {"first": self.first, "second": self.second}
-
-    def reset(self) -> None:
-        self.kept = None
-
-    def first(self) -> None:
-        self.kept = torch.empty(4_000_000, dtype=torch.uint8)
-        torch.empty(1_000_000, dtype=torch.uint8)
-
-    def second(self) -> None:
-        self.kept = None
-        self.kept = torch.empty(2_000_000, dtype=torch.uint8)
-        torch.empty(3_500_000, dtype=torch.uint8)
-
-
-def test_peak_memory_is_exact():
-    assert measure.peak_bytes(Allocating(), CPU) == [5_000_000, 5_500_000]
-
-
-def test_allocations_in_order_and_stderr_untouched(capfd):
-    changes = measure.allocations(lambda: torch.empty(1000, dtype=torch.uint8))
-    assert changes == [1000, -1000]
-    print("after", file=sys.stderr)
-    assert capfd.readouterr().err == "after\n"
-
-
-@pytest.mark.parametrize("kept", [False, True])
-def test_inputs_leave_no_near_ties(kept):
-    problem = Problem(Case(3, 1 if kept else 7, 64, 48, E=8, r=3, kept=kept), CPU, seed=1)
-    pooled = problem.x.detach().mean(dim=1)
-    logits = pooled @ problem.factors["router_A"].T
-    gaps = logits.sort(dim=-1).values.diff(dim=-1)
-    # float32 through a pseudo-inverse, which multiplies the rounding; the gaps are of 0.57.
-    torch.testing.assert_close(gaps, torch.full_like(gaps, 4 / 7), atol=1e-4, rtol=0)
-
-
-def test_published_is_the_published_configuration():
-    problem = Problem(Case(3, 7, 64, 48, torch.float64, E=8, r=3), CPU, seed=2)
-    config = mk.MixLoRAConfig.published(r=3, num_factors=8)
-    layer = mk.MixLoRALinear.from_linear(problem.linear, config, backend="reference")
-    layer.adapter.load_state_dict(problem.factors)
-    published = Published(problem.linear, config, problem.factors)
-    want, routing = layer(problem.x, return_routing=True)
-    # float64: equal but for the order in which 64 products are summed, some 1e-14.
-    torch.testing.assert_close(published(problem.x), want, atol=1e-12, rtol=1e-12)
-    for chosen, expected in zip(published.choose(problem.x), routing):
-        assert torch.equal(chosen, expected)
-    assert {name for name, p in published.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-
-
-def test_a_wrong_implementation_is_not_timed(capsys):
-    """And counts among the failures, while the others are measured."""
-    case = Case(2, 5, 32, 32, E=8, r=2)
-
-    def build(report):
-        problem = Problem(case, CPU, seed=0)
-        wrong = implementations.build("mixlora", problem)
-        with torch.no_grad():
-            wrong.module.adapter.lora_B.mul_(1.001)
-        right = implementations.build("base", problem)
-        return [layers.Layer("mixlora", problem, wrong), layers.Layer("base", problem, right)]
-
-    runner = Runner(CPU, print)
-    rows = runner.run(suites.Group("layer", case.name, build, rounds=1, weight=1), seconds=1)
-    assert {row["implementation"] for row in rows} == {"base"}
-    (failure,) = runner.failures
-    # Several parts are off by the same thousandth; rounding decides which are named.
-    assert re.search(r"mixlora at 32→32.* disagrees .* most in (\w+ 1\.0e-03(, |$)){3}", failure)
-    assert failure in capsys.readouterr().out

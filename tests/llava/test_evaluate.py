@@ -20,7 +20,7 @@ from mixlora_llava.model.digest import model_digest
 from mixlora_llava.model.load import load_adapter, load_llava
 from mixlora_llava.model.patch import patch_llava
 from mixlora_llava.scoring import predict, scores
-from mixlora_llava.scoring.judge import LanguageModelJudge, exact, judge_prompt, read_verdict
+from mixlora_llava.scoring.judge import LanguageModelJudge
 
 
 @pytest.fixture(scope="module")
@@ -187,42 +187,6 @@ def test_adapters_that_average_padding_are_asked_one_by_one(folder, tmp_path, ca
     assert "one by one" in caplog.text
 
 
-def test_options_are_written_as_in_the_released_code():
-    assert generate.build_prompt("Which? [Options] a, b", "bare") == "USER: <image>\nWhich? Options a, b ASSISTANT:"
-
-
-@pytest.mark.parametrize(
-    ("predict", "target", "right"),
-    [
-        ("Seven.", "seven", True),
-        ("the cat", "Cat", True),
-        ("seven red", "seven", False),
-        ("A", "a", True),
-        ("", "x", False),
-    ],
-)
-def test_exact_judge(predict, target, right):
-    assert exact([{"predict": predict, "target": target}]) == [right]
-
-
-def test_judge_prompt_is_the_papers():
-    row = {"prompt": "?", "metadata": {"question": "Is it red?"}, "target": "Yes", "predict": "No"}
-    assert judge_prompt(row) == (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed,"
-        " and polite answers to the user's questions. USER: Decide if the prediction is correct given the question and"
-        " the answer. Questions: Is it red? Answer: Yes Prediction: No Your response should only be Yes or No."
-        " ASSISTANT:"
-    )
-
-
-@pytest.mark.parametrize(
-    ("said", "verdict"),
-    [("Yes", True), (" no.", False), ("Yes, it", True), ("Nobody", None), ("maybe", None), ("", None)],
-)
-def test_verdicts(said, verdict):
-    assert read_verdict(said) is verdict
-
-
 def test_any_causal_model_can_judge(folder):
     """The judge is asked in padded batches; a model that always says one token shows that its words are read."""
     model, processor = load_llava(folder / "base")
@@ -239,61 +203,6 @@ def test_any_causal_model_can_judge(folder):
         judge_model.lm_head.bias[yes] = 1.0
     rows = [{"prompt": "red " * n, "target": "red", "predict": "red"} for n in (1, 5, 3)]
     assert LanguageModelJudge(judge_model, tokenizer, batch_size=2)(rows) == [True, True, True]
-
-
-def test_mm_avg_is_the_mean_of_the_seven_sets(tmp_path):
-    published = {  # MixLoRA E=16, r=4 in Table 1
-        "text_vqa": 40.66, "visual_spatial_reasoning": 52.70, "snli_ve_classification": 43.10, "cifar_10": 91.59,
-        "cifar_100": 57.28, "mnist": 85.25, "pope_pop": 78.13,
-    }  # fmt: skip
-    for task, accuracy in published.items():
-        right = round(accuracy * 100)
-        rows = [
-            {"predict": "yes" if i < right else "no", "target": "yes", "prompt": "", "image_path": ""}
-            for i in range(10000)
-        ]
-        (tmp_path / f"{task}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    report = scores.score_folder(tmp_path, exact)
-    assert report["mm_avg"] == pytest.approx(64.10, abs=0.005)  # as printed
-    (tmp_path / "mnist.jsonl").unlink()
-    report = scores.score_folder(tmp_path, exact)
-    assert report["mm_avg"] is None and report["mm_sets"]["MNIST"] is None
-
-
-def test_mme_predictions_become_the_tools_files(tmp_path):
-    from mixlora_llava.scoring import mme
-
-    for name in mme.PERCEPTION + mme.COGNITION:
-        rows = [
-            {"question_id": i, "prompt": "USER: q", "metadata": {"question": "q?"}, "image_path": f"x/{i // 2}.jpg",
-             "target": target, "predict": "Yes"}
-            for i, target in enumerate(["Yes", "No"] * 3)
-        ]  # fmt: skip
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    report = scores.score_folder(tmp_path, exact)
-    assert report["mme"]["perception"] == 10 * 50 and report["mme"]["total"] == 14 * 50
-    assert (tmp_path / "mme" / "OCR.txt").read_text().splitlines()[1] == "0.jpg\tq?\tNo\tYes"
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (['{"unique_id": 1}'], "lacks"),
-        (["nothing"], "line 1: not JSON"),
-        (["[]"], "lacks"),
-        (['{"unique_id": 1, "image_path": "a", "prompt": "b", "target": 3}'], r"line 1: \['target'\] must be texts"),
-    ],
-)
-def test_questions_refused_by_line(tmp_path, lines, message):
-    (tmp_path / "q.jsonl").write_text("\n".join(lines))
-    with pytest.raises(ValueError, match=message):
-        predict.read_questions(tmp_path / "q.jsonl")
-
-
-def test_a_folder_without_questions_is_refused(tmp_path):
-    for place in (tmp_path, tmp_path / "none.jsonl"):
-        with pytest.raises(ValueError, match="neither a file of questions nor a folder"):
-            predict.question_files(place)
 
 
 def test_commands(folder, adapted, tmp_path, capsys):

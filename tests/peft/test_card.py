@@ -55,6 +55,7 @@ def test_what_the_card_says(saved):
     assert "KeyError 'CONDITIONAL_MIXLORA'" in text and "10.18653/v1/2024.acl-long.38" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("imported", [True, False])
 def test_the_lines_that_load_it_are_right(saved, imported):
     """Run as they stand in the card, in a process that knows nothing of this package; and without the import."""

@@ -54,63 +54,6 @@ def test_the_config_survives_a_file(tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "CONDITIONAL_MIXLORA"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_default_targets_are_the_linear_layers_of_the_decoder(family):
-    model = build(family)
-    decoder = model.get_submodule(FAMILIES[family].decoder)
-    expected = {
-        f"{FAMILIES[family].decoder}.{name}"
-        for name, module in decoder.named_modules()
-        if isinstance(module, nn.Linear) and name.startswith("layers.")
-    }
-    assert len(expected) == 14  # seven in each of two layers
-    adapted = adapt(model)
-    assert {layer.key for layer in layers_of(adapted).values()} == expected
-    adapted.add_adapter("second", ConditionalMixLoRAConfig(r=1, num_factors=3, task_type="CAUSAL_LM"))
-    assert all(layer.mixlora_adapter.keys() == {"default", "second"} for layer in layers_of(adapted).values())
-
-
-@pytest.mark.parametrize("family", ["llama", "llava"])
-def test_default_targets_in_some_layers(family):
-    adapted = adapt(build(family), layers_to_transform=[1], exclude_modules=["gate_proj"])
-    keys = [layer.key for layer in layers_of(adapted).values()]
-    assert len(keys) == 6
-    assert all(".layers.1." in key and "gate_proj" not in key for key in keys)
-
-
-def test_default_targets_of_an_encoder():
-    import transformers as hf
-
-    config = hf.BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
-    adapted = adapt(hf.BertForSequenceClassification(config), task_type="SEQ_CLS", layers_to_transform=[1])
-    keys = [layer.key for layer in layers_of(adapted).values()]
-    assert len(keys) == 6 and all(key.startswith("bert.encoder.layer.1.") for key in keys)
-
-
-def test_layers_to_transform_with_names():
-    adapted = adapt(build(), target_modules=["q_proj", "down_proj"], layers_to_transform=[0], layers_pattern="layers")
-    keys = {layer.key for layer in layers_of(adapted).values()}
-    assert keys == {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"}
-
-
-def test_names_that_are_endings_of_one_another():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lin, self.other_lin = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.other_lin(self.lin(x))
-
-    adapted = get_peft_model(Model(), ConditionalMixLoRAConfig(r=1, num_factors=2, target_modules=["lin"]))
-    assert [layer.key for layer in layers_of(adapted).values()] == ["lin"]
-
-
-def test_all_linear_leaves_the_head():
-    adapted = adapt(build(), target_modules="all-linear")
-    assert len(layers_of(adapted)) == 14
-
-
 def test_only_the_adapter_is_trained_and_all_of_it():
     model = adapt(build()).train()
     assert all(".mixlora_adapter.default." in name for name in trained(model))

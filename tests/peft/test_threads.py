@@ -11,6 +11,7 @@ import torch
 
 from mixlora_kernels.peft import ConditionalMixLoRAConfig, task_embedding
 
+from ..cases import mostly_slow
 from .models import adapt, build, gradients, pad, prompts, relative, trained
 
 THREADS, EACH = 8, 10
@@ -45,7 +46,7 @@ def generate(model, tokens, **options):
     return model.generate(input_ids=tokens[None], attention_mask=torch.ones_like(tokens[None]), **options)[0]
 
 
-@pytest.mark.parametrize("repetition", range(5))
+@pytest.mark.parametrize("repetition", mostly_slow(range(5), 0))
 def test_generating_from_one_model(repetition):
     model = adapt(build())
     lengths = [3 + (5 * n + repetition) % 17 for n in range(THREADS * EACH)]
@@ -167,6 +168,7 @@ def test_a_copy_and_a_pickle_know_nothing_of_what_runs():
     assert torch.equal(copy.deepcopy(model)(input_ids=ids).logits, expected)
 
 
+@pytest.mark.slow
 def test_compiled_in_one_thread_and_run_in_others():
     torch.compiler.reset()
     model = adapt(build(), target_modules=["down_proj"])

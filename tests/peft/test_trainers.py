@@ -9,6 +9,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
+from ..cases import mostly_slow
 from .models import FAMILIES, adapt, build, pad, prompts, relative, trained
 
 STEPS, STOP = 6, 3
@@ -51,7 +52,7 @@ def arguments(folder, **options) -> TrainingArguments:
     )
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", mostly_slow([False, True], 1), ids=["", "checkpointed"])
 def test_an_interrupted_run_that_resumes_ends_the_same(tmp_path, checkpointing):
     base = build()
     options = {"gradient_checkpointing": checkpointing}
@@ -111,7 +112,7 @@ def sft(folder, rows, **options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"packing": True}, {"padding_free": True, "max_length": None}],
+    mostly_slow([{}, {"packing": True}, {"padding_free": True, "max_length": None}], 0),
     ids=["rows", "packing", "padding-free"],
 )
 def test_trl(tmp_path, options):
@@ -138,7 +139,7 @@ def test_trl(tmp_path, options):
         assert relative(logits[0, a:b], alone) < 1e-5  # float32 sums over other lengths
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", mostly_slow(FAMILIES, 0))
 def test_each_family_learns_saves_loads_and_generates(tmp_path, family):
     from peft import PeftModel
 

@@ -1,0 +1,1 @@
+"""What is measured: the implementations, the shapes, and the suites that put them together."""

@@ -1,0 +1,118 @@
+"""The method in PEFT: caches and kept routing, prompts, siblings, checkpointing, what is refused on loading."""
+
+from . import Mutation
+
+_PEFT = "mixlora_kernels/peft"
+
+MUTATIONS = [
+    Mutation(
+        "cache: the prompt's routing is not kept", f"{_PEFT}/side_information.py",
+        "setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward.routings))", "pass",
+        "tests/peft/test_exact_generation.py::test_one_routing_from_prefill_to_the_end",
+    ),
+    Mutation(
+        "cache: every step routes anew", f"{_PEFT}/forward.py",
+        'if self.cached and config.decode == "prompt":', "if False:",
+        "tests/peft/test_exact_generation.py::test_one_routing_from_prefill_to_the_end",
+    ),
+    Mutation(
+        "cache: an unknown kind is let through", f"{_PEFT}/cache.py",
+        'if name in NAMES or "cache" in type(value).__name__.lower():', "if False:",
+        "tests/peft/test_cache.py::test_caches_of_an_unknown_kind",
+    ),
+    Mutation(
+        "cache: a missing one is not noticed", f"{_PEFT}/forward.py", "raise unseen_cache_error(evidence)", "pass",
+        "tests/peft/test_cache.py::test_a_step_without_a_cache",
+    ),
+    Mutation(
+        "cache: a prompt in chunks is let through", f"{_PEFT}/forward.py",
+        "if kept is not None and self.cached <= kept.length and not verifies:", "if False:",
+        "tests/peft/test_refused_inputs.py",
+    ),
+    Mutation(
+        "prompt: the answer is pooled as well", f"{_PEFT}/forward.py", "mask = self._prompt(mask, starts)", "pass",
+        "tests/peft/test_exact_pooling.py::test_a_training_forward_with_labels",
+    ),
+    Mutation(
+        "prompt: later turns belong to it", f"{_PEFT}/tokens.py",
+        "prompt = (count == begin[instance]) & real", "prompt = (labels == IGNORED).flatten() & real",
+        "tests/peft/test_exact_pooling.py::test_prompt_masks",
+    ),
+    Mutation(
+        "padding: it is pooled", f"{_PEFT}/tokens.py",
+        "return mask[:, mask.shape[1] - L :] != 0", "return torch.ones_like(mask[:, mask.shape[1] - L :] != 0)",
+        "tests/peft/test_exact_training.py",
+    ),
+    Mutation(
+        "packing: a row is one instance", f"{_PEFT}/tokens.py",
+        "return starts if several else None", "return None",
+        "tests/peft/test_exact_training.py",
+    ),
+    Mutation(
+        "checkpointing: a recomputation sees no forward", f"{_PEFT}/side_information.py",
+        "self.function(_InForward(self.side, self.side.forward, layer), *args, **kwargs)",
+        "self.function(layer, *args, **kwargs)",
+        "tests/peft/test_exact_checkpointing.py",
+    ),
+    Mutation(
+        "siblings: x that has changed since is taken for the same", f"{_PEFT}/siblings.py",
+        "left.x is x and left.version == x._version and", "left.x is x and",
+        "tests/peft/test_siblings.py::test_x_that_is_changed_between_the_calls",
+    ),
+    Mutation(
+        "siblings: equal values are taken for the same x", f"{_PEFT}/siblings.py",
+        "left.x is x and left.version == x._version and", "torch.equal(left.x, x) and",
+        "tests/peft/test_siblings.py::test_equal_values_are_not_the_same_x",
+    ),
+    Mutation(
+        "siblings: a layer's hooks do not run", f"{_PEFT}/siblings.py",
+        "and not _has_hooks(layer.base_layer)", "", "tests/peft/test_siblings.py",
+    ),
+    Mutation(
+        "siblings: results outlive the forward", f"{_PEFT}/siblings.py",
+        "idle = self._refused.union(self._left)\n        self._left.clear()\n",
+        "idle = self._refused.union(self._left)\n",
+        "tests/peft/test_siblings.py",
+    ),
+    Mutation(
+        "siblings: an adapter of another configuration joins in", f"{_PEFT}/siblings.py",
+        "        id(layer.configs.get(name)),\n", "",
+        "tests/peft/test_siblings.py::test_adapters_that_differ_compute_alone",
+    ),
+    Mutation(
+        "training: the routers of a binary gate learn", f"{_PEFT}/layer.py",
+        "parameter.requires_grad_(False)", "parameter.requires_grad_(True)",
+        "tests/peft/test_method.py",
+    ),
+    Mutation(
+        "adapter_names: rows of the base are adapted", f"{_PEFT}/layer.py",
+        "if chosen == name]", "]", "tests/peft/test_method.py",
+    ),
+    Mutation(
+        "loading: values that are not finite", f"{_PEFT}/files.py",
+        "if not _is_finite(a, b.dtype)]", "if False]", "tests/peft/hostile",
+    ),
+    Mutation(
+        "loading: finite in the file, infinite in the model", f"{_PEFT}/files.py",
+        "part.to(dtype).isfinite()", "part.isfinite()", "tests/peft/hostile",
+    ),
+    Mutation(
+        "loading: other shapes", f"{_PEFT}/files.py",
+        "if b.shape is not None and a.shape != b.shape]", "if False]",
+        "tests/peft/test_refusals.py",
+    ),
+    Mutation(
+        "loading: tensors that the adapter does not have", f"{_PEFT}/files.py", "    if unknown:\n", "    if False:\n",
+        "tests/peft/test_refusals.py",
+    ),
+    Mutation(
+        "loading: dtypes that are no weights'", f"{_PEFT}/files.py",
+        "if not _is_dtype_right(a, b)]", "if False]", "tests/peft/hostile",
+    ),
+    Mutation(
+        "loading: code in a pickle runs", f"{_PEFT}/files.py",
+        'torch.load(file, map_location="cpu", weights_only=True, mmap=True)',
+        'torch.load(file, map_location="cpu", weights_only=False, mmap=True)',
+        "tests/peft/hostile",
+    ),
+]  # fmt: skip
