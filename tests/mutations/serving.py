@@ -24,7 +24,7 @@ MUTATIONS = [
     ),
     Mutation(
         "batch: a preempted request pools what it had generated", f"{_SERVING}/batch.py",
-        "Prompt(start, prompt, block)", "Prompt(start, length, block)", _UPDATE,
+        "Prompt(start, prompt)", "Prompt(start, length)", _UPDATE,
     ),
     Mutation(
         "batch: the first piece of a prompt is routed", f"{_SERVING}/batch.py",
@@ -32,7 +32,7 @@ MUTATIONS = [
     ),
     Mutation(
         "batch: a request's tokens are the next one's", f"{_SERVING}/batch.py",
-        "np.repeat(first_blocks, lengths)", "np.repeat(np.roll(first_blocks, 1), lengths)", _UPDATE,
+        "first_blocks.repeat_interleave(", "first_blocks.roll(1).repeat_interleave(", _UPDATE,
     ),
     Mutation(
         "operation: a prompt is summed up, not averaged", f"{_SERVING}/op.py", " * (1.0 / p.length)", "", _UPDATE,
