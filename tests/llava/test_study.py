@@ -122,6 +122,7 @@ def test_what_changes_its_choices_while_it_trains(tiny, method):
     assert found["accuracy"].keys() == {"report", "unseen"} and len(found["tasks"]) == 8
 
 
+@pytest.mark.slow
 def test_specialists_answer_their_own_instruction_with_their_share_of_the_steps(tiny):
     spec = tuning.Run("related", "specialists_r4", 1e-3, 1, 18)
     found = tuning.run(spec, tiny, count=12)

@@ -11,7 +11,6 @@ import torch
 
 from mixlora_kernels.peft import ConditionalMixLoRAConfig, task_embedding
 
-from ..cases import mostly_slow
 from .models import adapt, build, gradients, pad, prompts, relative, trained
 
 THREADS, EACH = 8, 10
@@ -46,7 +45,8 @@ def generate(model, tokens, **options):
     return model.generate(input_ids=tokens[None], attention_mask=torch.ones_like(tokens[None]), **options)[0]
 
 
-@pytest.mark.parametrize("repetition", mostly_slow(range(5), 0))
+@pytest.mark.slow
+@pytest.mark.parametrize("repetition", range(5))
 def test_generating_from_one_model(repetition):
     model = adapt(build())
     lengths = [3 + (5 * n + repetition) % 17 for n in range(THREADS * EACH)]

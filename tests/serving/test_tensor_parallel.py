@@ -82,6 +82,7 @@ def divided(tmp_path_factory):
         return dict(results)
 
 
+@pytest.mark.slow  # two processes compute all of it before the first
 @pytest.mark.parametrize("mode", MODES, ids=mode_id)
 @pytest.mark.parametrize("kind, d_outs", [("row_parallel", (10,)), ("column_parallel", (10, 6, 6))])
 def test_the_divided_layer_is_the_whole_one(divided, mode, kind, d_outs):
