@@ -44,6 +44,8 @@ class ServedLayer(nn.Module):
         backend: ``"triton"`` or ``"torch"``; None: the best one for the device.
     """
 
+    lora_A: Tensor
+
     def __init__(
         self, members: Sequence[Member], parameters: Sequence[dict[str, Tensor]], config: MixLoRAConfig, batch: Batch,
         *, dtype: torch.dtype, device: torch.device, group: str | None = None, backend: str | None = None,
