@@ -132,7 +132,7 @@ def _run_shell(page: Path, block: Block) -> str:
 
 
 def main(pages: list[str]) -> None:
-    sys.path.remove(str(Path(__file__).parent))  # pages see what is installed, not what lies here
+    sys.path.pop(0)  # pages see what is installed, not what lies here
     # The commands of this Python's environment come first, whether or not it is activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     for page in [Path(name).resolve() for name in pages]:
