@@ -104,7 +104,7 @@ def check_vllm(arguments: list[str]) -> None:
     """Its options as far as they are this package's; tests/serving runs the rest where vLLM is installed."""
     assert arguments[0] == "serve", "vllm is only known to serve"
     extra = arguments[arguments.index("--model-loader-extra-config") + 1]
-    assert set(json.loads(extra)) <= {"adapter", "load_format"}, f"not what the loader takes: {extra}"
+    assert set(json.loads(extra)) <= {"adapter", "load_format", "backend"}, f"not what the loader takes: {extra}"
     if "--scheduler-cls" in arguments:
         module, _, name = arguments[arguments.index("--scheduler-cls") + 1].rpartition(".")
         spec = find_spec(module)

@@ -12,9 +12,8 @@ from mixlora_kernels.peft import layer, siblings
 
 from .models import adapt, build
 
-
 ROUNDS = 200
-# The least of so many still varies by a fifth from run to run on a busy machine (93 to 129 us beside LoRA's 119 to 138):
+# On a busy machine the least of so many still varies by a fifth (93 to 129 us a layer, LoRA 119 to 138):
 # this notices a layer that does more than it should; benchmarks/launch_path.py has the figure.
 VARIES = 1.2
 
