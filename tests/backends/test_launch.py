@@ -17,7 +17,7 @@ sys.path += [{root!r}, {root!r} + "/benchmarks"]
 import torch
 import triton
 import triton.language as tl
-from stand_in import install
+from launching.stand_in import install
 
 from mixlora_kernels.backends.kernels.launch import Launch
 
