@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 def pytest_collection_modifyitems(items):
     try:
         distribution("mixlora_kernels")
-    except PackageNotFoundError:
+    except PackageNotFoundError:  # the pages show the command mixlora, which only an installation has; CI installs it
         reason = 'mixlora_kernels is not installed: pip install -c constraints.txt -e ".[test]"'
         for item in items:
             if item.path.is_relative_to(HERE):

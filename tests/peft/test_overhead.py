@@ -12,10 +12,7 @@ from mixlora_kernels.peft import layer, siblings
 
 from .models import adapt, build
 
-ROUNDS = 200
-# On a busy machine the least of so many still varies by a fifth (93 to 129 us a layer, LoRA 119 to 138):
-# this notices a layer that does more than it should; benchmarks/launch_path.py has the figure.
-VARIES = 1.2
+ROUNDS = 400  # the least of so many does not hang on what else the machine does
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +56,7 @@ def test_no_more_than_pefts_own_lora_layer(monkeypatch):
     product = min(_time(lambda: frozen(x)) for _ in range(200))
     lora = (times["lora"] - times["base"]) / len(adapted)
     ours = (times["mixlora"] - times["base"]) / len(adapted) + product
-    assert ours <= VARIES * lora, f"{ours * 1e6:.1f} us a layer, LoRA {lora * 1e6:.1f} us"
+    assert ours <= lora, f"{ours * 1e6:.1f} us a layer, LoRA {lora * 1e6:.1f} us"
 
 
 def _time(call) -> float:

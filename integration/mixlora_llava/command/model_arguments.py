@@ -1,6 +1,7 @@
 """Arguments that several subcommands take."""
 
 import argparse
+from pathlib import Path
 
 from ..data.conversation import TEMPLATES
 
@@ -12,3 +13,11 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
         '{"language": ..., "vision": ..., "projector": ...}',
     )  # fmt: skip
     parser.add_argument("--template", choices=list(TEMPLATES), default="v1", help="of the conversation")
+
+
+def add_routed_questions(parser: argparse.ArgumentParser) -> None:
+    """``--adapter``, and the questions whose routing is looked at: ``--questions``, ``--images``, ``--per-task``."""
+    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--questions", type=Path, required=True, help="folder of JSONL files, one per task, or one")
+    parser.add_argument("--images", type=Path, required=True)
+    parser.add_argument("--per-task", type=int, default=300, help="questions of each task at most")

@@ -8,15 +8,12 @@ import argparse
 import json
 from pathlib import Path
 
-from .model_arguments import add_model
+from .model_arguments import add_model, add_routed_questions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
-    parser.add_argument("--adapter", type=Path, required=True)
-    parser.add_argument("--questions", type=Path, required=True, help="folder of JSONL files, one per task, or one")
-    parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--per-task", type=int, default=300, help="questions of each task at most")
+    add_routed_questions(parser)
     parser.add_argument("--layers", type=int, nargs="+", help="for the maps")
     parser.add_argument("--output", type=Path, required=True)
 
