@@ -11,14 +11,14 @@ __version__ = "0.1.0"
 # torch 2.13. By hand, before the kernels took groups of siblings: the layer's tests with torch 2.6.0 on Python 3.10,
 # less torch.compile and several processes; those and tests/peft with torch 2.15.0 on Python 3.12 and 3.13. transformers
 # before 5.17 computes T5's positions in float32 whatever the model's dtype, and before 5.13 fails in prompt look-up
-# without a token that ends a text.
+# without a token that ends a text. TRL before 1.15 trains DPO without labels, so nothing tells where a prompt ends.
 TESTED = {
     "torch": ("2.6", "2.15"),
     "triton": ("3.7", "3.9"),
     "transformers": ("5.17", "5.24"),
     "peft": ("0.21", "0.21"),
     "accelerate": ("1.10", "1.15"),
-    "trl": ("1.0", "1.16"),
+    "trl": ("1.15", "1.16"),
     "vllm": ("0.32", "0.32"),
 }
 

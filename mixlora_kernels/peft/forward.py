@@ -234,7 +234,8 @@ class Forward:
             labels = labels.to(self._device)
             return prompt_mask(labels, mask, starts) if self.encoded is None else start_mask(labels, mask)
         if self.past.cache is None and starts is None and 0 < answer < self.L - 1:
-            # A scoring forward (TRL's of old) asks for the answer's logits, the last tokens but the one before them.
+            # Without labels (TRL's GRPO before 1.15), the logits asked for are those of the answer, the last tokens,
+            # and of the one before them.
             labels = torch.where(self._last(answer), 0, IGNORED).expand(self.B, -1)
             return prompt_mask(labels, mask, starts)
         if self.training and self.call.generates and torch.is_grad_enabled() and not torch.compiler.is_compiling():

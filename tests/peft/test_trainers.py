@@ -119,7 +119,7 @@ def test_trl(tmp_path, options):
     """Instances are told apart as TRL collates them, by a mask or by positions."""
     rows = [{"input_ids": row["input_ids"].tolist()} for row in examples()]
     with warnings.catch_warnings():
-        # From 1.1 on TRL warns that only flash attention separates packed rows. Here positions do.
+        # TRL warns that only flash attention separates packed rows. Here positions do.
         warnings.simplefilter("ignore")
         trainer, seen = sft(tmp_path, rows, **options)
     start = adapt(build(), init_weights=True)
