@@ -83,8 +83,7 @@ def build_models(
     """The candidates: a training step and a generation under each implementation of that name."""
     processor = build_processor(case.pixels)
     conversations = read_conversations(processor, device)
-    torch.manual_seed(seed)
-    plain = build_model(processor, case.pixels, case.hidden, case.layers, device)
+    plain = build_model(processor, case.pixels, case.hidden, case.layers, device, seed)
     inputs, prompts = (feed(part, case.dtype) for part in conversations)
     candidates = []
     for name in names:

@@ -9,7 +9,7 @@ from cases.problem import Shaped, dtype_name
 from cases.suites import BOTH, DECODE, DECODERS, PAPER_DROPOUT, POOLS, SMALL, Setting, step_case
 from harness.measure import paired_ratio
 
-from .text import bar, judge
+from .text import bar
 
 TRAINING = "forward+backward"
 
@@ -22,7 +22,7 @@ def summarise(rows: Sequence[dict], setting: Setting) -> list[dict]:
         bars = [*gpu_bars(rows, setting), *bars]
     if not setting.gpu:
         bars = [*layer_bars(rows, setting), *decoder_bars(rows), *bars]
-    return [judge(bar) | ({"met": None} if setting.quick else {}) for bar in bars]
+    return [bar | ({"met": None} if setting.quick else {}) for bar in bars]
 
 
 def find(rows: Sequence[dict], suite: str, case: Shaped, implementation: str, which: str) -> dict | None:
