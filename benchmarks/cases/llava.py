@@ -3,9 +3,10 @@
 from typing import NamedTuple
 
 import torch
-from mixlora_llava.model.small import make_llava, make_processor
 from sklearn.datasets import load_sample_images
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from mixlora_llava.model.small import make_llava, make_processor
 
 PATCH = 14  # pixels, as CLIP ViT-L/14's
 PROMPT = "USER : <image> {question} ASSISTANT :"
