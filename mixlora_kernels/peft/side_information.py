@@ -185,11 +185,18 @@ class SideInformation:
             setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward.routings))
 
     def _guard_checkpoints(self, decoder: nn.Module) -> None:
-        for module in decoder.modules():
-            for attribute in CHECKPOINT_ATTRIBUTES:
-                function = vars(module).get(attribute)
+        """In every forward, because checkpointing may be switched on at any time. So it takes a shorter way than
+        ``nn.Module.modules``, and leaves out what is inside an adapted layer, where nothing is checkpointed."""
+        waiting: list[nn.Module] = [decoder]
+        while waiting:
+            attributes = vars(waiting.pop())
+            if attributes.get("side") is self:
+                continue
+            for name in CHECKPOINT_ATTRIBUTES:
+                function = attributes.get(name)
                 if function is not None and not isinstance(function, RestoringCheckpoint):
-                    setattr(module, attribute, RestoringCheckpoint(self, function))
+                    attributes[name] = RestoringCheckpoint(self, function)
+            waiting += [child for child in attributes["_modules"].values() if child is not None]
 
 
 class RestoringCheckpoint:

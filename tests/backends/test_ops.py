@@ -73,15 +73,14 @@ def test_decoding_packed_and_onto_a_given_output(device):
 
 FORWARD = ["project_kernel", "pool_kernel", "route_kernel", "expand_kernel"]
 BACKWARD = [
-    "expand_collect_kernel", "expand_gather_kernel", "route_backward_kernel", "routers_backward_kernel",
-    "walk_kernel", "project_gather_kernel",
+    "expand_collect_kernel", "expand_gather_kernel", "routers_backward_kernel", "walk_kernel", "project_gather_kernel",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("G", mostly_slow([1, 3], 0))
 @pytest.mark.parametrize("settings", [{}, {"conditioning": "tied", "gate": "normalized"}, {"dropout": 0.3}])
 def test_launches_of_a_training_step(settings, G, launched, device):
-    """Ten for a group, however many siblings and whatever the mode; six where the routing is given."""
+    """Nine for a group, however many siblings and whatever the mode; six where the routing is given."""
     bases, adapters, config = make_group(**settings)
     bases = [mk.FrozenLinear(*(t.float().to(device) for t in base)) for base in bases[:G]]
     factors = [adapter.float().to(device).factors for adapter in adapters[:G]]

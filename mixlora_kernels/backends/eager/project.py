@@ -38,11 +38,11 @@ def project(group: Group) -> tuple[Routing, Saved]:
 
 
 def project_backward(
-    group: Group, dx: Tensor | None, drouting, routing: Routing, saved: Saved, carried: Saved, needs: Needs
+    group: Group, dx: Tensor | None, routing: Routing, saved: Saved, carried: Saved, needs: Needs
 ) -> Gradients:
-    """``Stages.project_backward``; carried is du [N, G * R]."""
+    """``Stages.project_backward``; ``carried`` is what ``expand_backward`` says."""
     x, instances, options, G = group.x, group.instances, group.options, len(group.factors)
-    (_, read, *kept), (du,) = saved, carried
+    (_, read, *kept), (du, *drouting) = saved, carried
     pools = [factors.lora_A for factors in group.factors]
     choice = choose(pools, routing.index_a, instances, du.dtype)
     dlora_A = [None] * G
