@@ -121,13 +121,15 @@ def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Ti
     """
     if arch == "interpreter":
         return Tile(rows(tokens), 32, 2 * rows(tokens), 4, 1)
-    columns = 512 // itemsize
+    columns, gfx = 512 // itemsize, arch.startswith("gfx")
     span = rows(tokens)
     while hands_on(slots, itemsize, columns, span) > (1 / 4 if slots <= 16 else 1):
         span *= 2
     while span < 512 and divide(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
-    return Tile(rows(tokens), columns, span, 8, 2 if arch.startswith("gfx") else 3)
+    if itemsize == 4 and slots > 16:  # exact products keep their operands in registers, and these are long
+        return Tile(16, columns, span, 4 if gfx else 8, 2 if gfx else 3)
+    return Tile(rows(tokens), columns, span, 8, 2 if gfx else 3)
 
 
 def hands_on(slots: int, itemsize: int, columns: int, span: int) -> float:
