@@ -118,16 +118,23 @@ class Stages(Protocol):
 
     ``project`` reads x: it chooses the factors (Equations 5 to 8) and takes the products with the chosen rows of
     lora_A. ``expand`` adds their combination of the chosen rows of lora_B (Equations 1 and 9). ``node.py`` calls them.
+
+    Attributes:
+        writes_first: whether ``expand`` and ``project_backward`` may run before the frozen products, which then
+            accumulate onto what they wrote. False: the products run first, and at ``lora_B = 0`` the layer has the
+            bits of the frozen one.
     """
+
+    writes_first: bool
 
     def project(self, group: Group) -> tuple[Routing, Saved]:
         """The routing, its tensors [G, B, ...], and what the later stages need."""
 
     def expand(
-        self, group: Group, ys: Sequence[Tensor], fresh: Sequence[bool], routing: Routing, saved: Saved
+        self, group: Group, ys: Sequence[Tensor] | None, fresh: Sequence[bool], routing: Routing, saved: Saved
     ) -> tuple[Sequence[Tensor], Saved]:
-        """Add the update to each frozen output y [N, O], in place where it is ``fresh``; and what the backward needs
-        beside the routing."""
+        """Add the update to each frozen output y [N, O], in place where it is ``fresh``, or return it by itself where
+        there are none; and what the backward needs beside the routing."""
 
     def expand_backward(
         self, group: Group, dys: Sequence[Tensor], drouting: tuple[Tensor | None, Tensor | None, Tensor | None],

@@ -58,11 +58,18 @@ class Node(torch.autograd.Function):
         group = Group(x, bases, factors, read, given, seeds, instances, options)
         routing, saved = stages.project(group)
         fresh = [isinstance(base, FrozenLinear) for base in bases]
-        ys = [frozen_product(x, *base) if isinstance(base, FrozenLinear) else base for base in bases]
-        ys, saved = stages.expand(group, ys, fresh, routing, saved)
+        # A graph being compiled knows no operation in place.
+        first = stages.writes_first and all(fresh) and not torch.compiler.is_compiling()
+        if first:
+            ys, saved = stages.expand(group, None, fresh, routing, saved)
+            ys = [frozen_product(x, *base, onto=y) for base, y in zip(bases, ys)]
+        else:
+            ys = [frozen_product(x, *base) if isinstance(base, FrozenLinear) else base for base in bases]
+            ys, saved = stages.expand(group, ys, fresh, routing, saved)
 
         ctx.set_materialize_grads(False)
         ctx.stages, ctx.options, ctx.routed, ctx.device_type = stages, options, given is None, x.device.type
+        ctx.first = first
         ctx.shapes = [y.shape for y in ys]
         learned = any(ctx.needs_input_grad[9 + i] for i in range(len(own)) if i % OWN in (3, 5, 6, 7))
         kept = [tensor for i, tensor in enumerate(own) if i % OWN not in (0, 2)]
@@ -107,8 +114,9 @@ class Node(torch.autograd.Function):
         needs = Needs(need_x, any(want[3] for want in wanted), any(want[4] for want in wanted), routes, need_gate)
 
         dlora_B, dgate, carried = stages.expand_backward(group, dys, drouting, routing, saved, needs)
-        dx = frozen_backward(dys, bases) if need_x else None
+        dx = frozen_backward(dys, bases) if need_x and not ctx.first else None
         found = stages.project_backward(group, dx, routing, saved, carried, needs)
+        dx = frozen_backward(dys, bases, found.x) if need_x and ctx.first else found.x
 
         given = []
         for g, want in enumerate(wanted):
@@ -118,14 +126,12 @@ class Node(torch.autograd.Function):
                 _as(d, factor.dtype) if want[3 + i] and d is not None and not unused[g] else None
                 for i, (d, factor) in enumerate(zip(gradients, factors[g]))
             )
-        dx = found.x if need_x else None
         dread = found.read if need_read else None
-        return (None, None, None, dx, dread, None, dgate, None, None, *given)
+        return (None, None, None, dx if need_x else None, dread, None, dgate, None, None, *given)
 
 
-def frozen_backward(dys: Sequence[Tensor], bases: Sequence[FrozenLinear]) -> Tensor | None:
-    """Σ_g dy_g · W_g [N, D], each product added to the sum of those before; None where no weights are given."""
-    dx = None
+def frozen_backward(dys: Sequence[Tensor], bases: Sequence[FrozenLinear], dx: Tensor | None = None) -> Tensor | None:
+    """dx + Σ_g dy_g · W_g [N, D], each product added to the sum of those before; None where no weights are given."""
     for dy, base in zip(dys, bases):
         if base.weight is not None:
             dx = frozen_product_backward(dy, base.weight, dx)
