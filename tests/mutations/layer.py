@@ -77,7 +77,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gates: that of a kept routing gets no gradient", _NODE,
-        "dgate if need_gate else None", "None",
+        "None, dgate, None, None, *given", "None, None, None, None, *given",
         "tests/test_functional.py::test_kept_routing_repeats_the_choice_and_passes_the_gradient_to_its_gate",
     ),
     Mutation(
