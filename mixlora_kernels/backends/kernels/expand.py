@@ -109,7 +109,7 @@ def plan_expand(
     arch, itemsize, u_shape, R, scale, packed, B, L, widths, out_strides, base_strides, adds, precision
 ) -> Launch:  # fmt: skip
     G, S, N, E = u_shape
-    tile = tuning.add(arch, N, itemsize)
+    tile = tuning.add(arch, N, R, itemsize)
     return Launch(
         expand_kernel, (count_tiles(N, B, L, packed, tile.rows), count_pieces(widths, tile.columns)), tile.options,
         scale=scale, B=B, L=L, N=N, widths=widths, out_strides=out_strides, base_strides=base_strides,

@@ -91,7 +91,7 @@ def project(arch: str, tokens: int, width: int, pool: int, itemsize: int) -> Til
     # Few tokens leave most of the device idle unless several programs share a row of x; each leaves a plane of u.
     splits = max(1, min(PROGRAMS * rows(tokens) // bucket(tokens), 16))
     span = 0 if splits == 1 else columns * max(4, divide(divide(width, splits), columns))
-    return Tile(rows(tokens), columns, span, 4, 2 if arch.startswith("gfx") else 4)
+    return Tile(rows(tokens), columns, span, 4, 2 if arch.startswith("gfx") else 3 if itemsize == 4 else 4)
 
 
 def pool(arch: str, pool: int) -> Tile:
@@ -108,10 +108,15 @@ def table_span(width: int, blocks: int, block: int) -> int:
     return block * divide(divide(width, splits), block)
 
 
-def add(arch: str, tokens: int, itemsize: int) -> Tile:
+def is_long(slots: int, itemsize: int) -> bool:
+    """Whether an exact float32 product over the slots is too long for the registers, in which its operands are kept."""
+    return itemsize == 4 and slots > 16
+
+
+def add(arch: str, tokens: int, slots: int, itemsize: int) -> Tile:
     if arch == "interpreter":
         return Tile(rows(tokens), 32, 0, 4, 1)
-    return Tile(rows(tokens), 256 // itemsize, 0, 8, 1)
+    return Tile(16 if is_long(slots, itemsize) else rows(tokens), 256 // itemsize, 0, 8, 1)
 
 
 def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Tile:
@@ -127,9 +132,8 @@ def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Ti
         span *= 2
     while span < 512 and divide(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
-    if itemsize == 4 and slots > 16:  # exact products keep their operands in registers, and these are long
-        return Tile(16, columns, span, 4 if gfx else 8, 2 if gfx else 3)
-    return Tile(rows(tokens), columns, span, 8, 2 if gfx else 3)
+    block = 16 if is_long(slots, itemsize) else rows(tokens)
+    return Tile(block, columns, span, 4 if gfx and slots > 16 else 8, 2 if gfx else 3)
 
 
 def hands_on(slots: int, itemsize: int, columns: int, span: int) -> float:
@@ -144,17 +148,23 @@ def walk(arch: str, tokens: int, width: int, slots: int, itemsize: int, drops: b
     span = block  # as long as the device stays full
     while span < 512 and divide(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
-    # The draws of dropout take the registers that a larger tile, or a second one on its way, would need.
+    # The draws of dropout take the registers that a larger tile, or a second one on its way, would need. On sm_80 the
+    # larger tile spills without them, too.
     if drops:
-        return Tile(min(block, 32), columns, span, 4 if arch.startswith("gfx") else 8, 1)
-    return Tile(block, columns, span, 8, 2)
+        block = min(block, 16 if is_long(slots, itemsize) else 32)
+        gfx = arch.startswith("gfx")
+        return Tile(block, columns, span, 4 if gfx else 8, 1, 0 if gfx else 255)
+    return Tile(min(block, 32) if arch.startswith("sm_8") else block, columns, span, 8, 2)
 
 
 def gather(arch: str, pool: int) -> Tile:
     """For the sums over partial sums: rows at a time, and columns."""
     if arch == "interpreter":
         return Tile(16, 32, 0, 4, 1)
-    return Tile(32, max(16, min(64, 1024 // pool)), 0, 4 if pool < 64 else 8, 2)
+    columns, warps = max(16, min(64, 1024 // pool)), 4 if pool < 64 else 8
+    if arch == "sm_100":  # for which the compiler spills to fit one program more
+        return Tile(32, columns, 0, warps, 1, 96 if pool < 64 else 0)
+    return Tile(32, columns, 0, warps, 2)
 
 
 def decode(arch: str, slots: int) -> Tile:
