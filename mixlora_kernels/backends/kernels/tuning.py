@@ -159,12 +159,17 @@ def walk(arch: str, tokens: int, width: int, slots: int, itemsize: int, drops: b
 
 def gather(arch: str, pool: int) -> Tile:
     """For the sums over partial sums: rows at a time, and columns."""
+    tile = routers(arch, pool)
+    if arch == "sm_100":  # for which the compiler spills to fit one program more
+        return tile._replace(num_stages=1, registers=96 if pool < 64 else 0)
+    return tile
+
+
+def routers(arch: str, pool: int) -> Tile:
+    """For the routers' gradients, columns alone."""
     if arch == "interpreter":
         return Tile(16, 32, 0, 4, 1)
-    columns, warps = max(16, min(64, 1024 // pool)), 4 if pool < 64 else 8
-    if arch == "sm_100":  # for which the compiler spills to fit one program more
-        return Tile(32, columns, 0, warps, 1, 96 if pool < 64 else 0)
-    return Tile(32, columns, 0, warps, 2)
+    return Tile(32, max(16, min(64, 1024 // pool)), 0, 4 if pool < 64 else 8, 2)
 
 
 def decode(arch: str, slots: int) -> Tile:
