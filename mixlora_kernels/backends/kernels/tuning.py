@@ -151,7 +151,7 @@ def walk(arch: str, tokens: int, width: int, slots: int, itemsize: int, drops: b
     # The draws of dropout take the registers that a larger tile, or a second one on its way, would need. On sm_80 the
     # larger tile spills without them, too.
     if drops:
-        block = min(block, 16 if is_long(slots, itemsize) else 32)
+        block = min(block, 16 if is_long(slots, itemsize) or arch == "sm_100" else 32)
         gfx = arch.startswith("gfx")
         return Tile(block, columns, span, 4 if gfx else 8, 1, 0 if gfx else 255)
     return Tile(min(block, 32) if arch.startswith("sm_8") else block, columns, span, 8, 2)
