@@ -161,7 +161,7 @@ def gather(arch: str, pool: int) -> Tile:
     """For the sums over partial sums: rows at a time, and columns."""
     tile = routers(arch, pool)
     if arch == "sm_100":  # for which the compiler spills to fit one program more
-        return tile._replace(num_stages=1, registers=96 if pool < 64 else 0)
+        return tile._replace(num_stages=1, registers=96 if pool < 64 else 128)
     return tile
 
 
