@@ -79,9 +79,10 @@ def rows(tokens: int) -> int:
     return 16 if bucket(tokens) <= 128 else 64
 
 
-def siblings(pool: int) -> int:
-    """How many siblings one program of ``project`` or ``walk`` serves: their sums all stay in registers."""
-    return max(1, 64 // pool)
+def siblings(pool: int, draws: bool = False) -> int:
+    """How many siblings one program of ``project`` or ``walk`` serves: their sums all stay in registers. So do, in an
+    exact walk that ``draws`` dropout, the draws and the operands of its float32 products."""
+    return max(1, (32 if draws else 64) // pool)
 
 
 def project(arch: str, tokens: int, width: int, pool: int, itemsize: int) -> Tile:
