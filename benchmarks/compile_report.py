@@ -148,13 +148,13 @@ def launch_everything(D: int, widths: tuple[int, ...], E: int, r: int, mode: Mod
     options = Options(r, 8.0, mode.dropout, mode.gate, conditioning, tied, True, mode.dtype)
     seeds = empty(len(widths), dtype=torch.int64) if mode.dropout else None
     bases = [FrozenLinear(empty(O, D, dtype=mode.dtype), None) for O in widths]
-    group, needs = Group(x, bases, factors, None, None, seeds, instances, options), Needs(*[True] * 5)
+    group, needs = Group(x, bases, factors, None, None, seeds, instances, options), Needs(*[True] * 4, gate=False)
 
     routing, saved = project(group)
     ys = [empty(N, O, dtype=mode.dtype) for O in widths]
     ys, saved = expand(group, ys, [True] * len(ys), routing, saved)
-    _, dgate, carried = expand_backward(group, ys, routing, saved, needs)
-    project_backward(group, x, (dgate, None, None), routing, saved, carried, needs)
+    _, _, carried = expand_backward(group, ys, (None, None, None), routing, saved, needs)
+    project_backward(group, x, routing, saved, carried, needs)
     step = Instances(B, 1)
     kept = Routing(*routing[:3], None, None)
     decode(group._replace(x=x[:B], instances=step, given=kept, seeds=None, bases=[y[:B] for y in ys]))

@@ -1,6 +1,7 @@
 """MixLoRAAdapter: the parameters of one adapter, and its computation on top of a frozen layer."""
 
 import math
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,12 @@ class MixLoRAAdapter(nn.Module):
         backend: see ``MixLoRALinear``.
     """
 
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    router_A: nn.Parameter | None
+    router_B: nn.Parameter | None
+    router_AB: nn.Parameter | None
+
     def __init__(
         self,
         in_features: int,
@@ -39,9 +46,9 @@ class MixLoRAAdapter(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.config = in_features, out_features, config
         self.backend = backend
-        options = {"device": device, "dtype": dtype or torch.float32}
+        dtype = dtype or torch.float32
         for name, shape in self.shapes(in_features, out_features, config).items():
-            parameter = None if shape is None else nn.Parameter(torch.empty(shape, **options))
+            parameter = None if shape is None else nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             if name.startswith("router") and parameter is not None:
                 parameter.requires_grad_(config.gate != "binary")
             self.register_parameter(name, parameter)
@@ -102,7 +109,7 @@ def frozen_map(base: nn.Module, x: Tensor) -> FrozenLinear | Tensor:
     return FrozenLinear(base.weight, base.bias) if can_fuse(base) else base(x)
 
 
-def can_fuse(base: nn.Module) -> bool:
+def can_fuse(base: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether the frozen product may be taken without calling the layer: a plain nn.Linear that computes nothing
     else, has no hooks to run (some fetch the weight), and a weight that is a tensor like any other and frozen."""
     return (

@@ -1,15 +1,32 @@
 """MixLoRAConfig: what one adapter computes."""
 
+import warnings
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from .fields import check_fields
 
-Routing = Literal["instance", "task", "random"]
-Conditioning = Literal["factors", "none", "published", "tied"]
-Gate = Literal["straight_through", "binary", "weighted", "normalized"]
-Pool = Literal["sequence", "prompt", "all"]
-Decode = Literal["prompt", "token"]
+RoutingInput = Literal["instance", "task", "random"]
+ConditioningKind = Literal["factors", "none", "published", "tied"]
+GateKind = Literal["straight_through", "binary", "weighted", "normalized"]
+PooledTokens = Literal["sequence", "prompt", "all"]
+DecodeRouting = Literal["prompt", "token"]
+
+_RENAMED = {
+    "Routing": "RoutingInput",
+    "Conditioning": "ConditioningKind",
+    "Gate": "GateKind",
+    "Pool": "PooledTokens",
+    "Decode": "DecodeRouting",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """The names of version 0.1.0, with a warning; the next version removes them."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{__name__}.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]
 
 
 @dataclass
@@ -25,7 +42,7 @@ class MixLoRAConfig:
         routing: what the routers read. ``"instance"``: the mean of the hidden states (Equation 5);
             ``"task"``: the mean of a task embedding (Equation 10); ``"random"``: nothing, r distinct
             factors are drawn for each instance (Table 2).
-        conditioning: how the factors chosen for A bear on the choice for B. ``"factors"``: Equation 7;
+        conditioning: how the choice for B depends on the factors chosen for A. ``"factors"``: Equation 7;
             ``"none"``: not at all (Figure 4); ``"published"``: the product of sums that the released
             code computes; ``"tied"``: B takes the factors of A's choice, pair by pair, and has no router.
         gate: what multiplies a chosen pair of factors. ``"straight_through"``: 1, with the gradient of
@@ -34,8 +51,8 @@ class MixLoRAConfig:
             ``"normalized"``: the same with each renormalised to a mean of 1 over the r chosen. A tied
             pair was chosen by one probability, which counts once.
         pool: which tokens of a model's input an instance's mean runs over. ``"sequence"``: all that are
-            not padding; ``"prompt"``: the instruction's only; ``"all"``: padding included. It tells
-            whoever builds the masks of a whole model; a layer that is given a mask obeys the mask.
+            not padding; ``"prompt"``: the instruction's only; ``"all"``: padding included. The
+            code that builds a whole model's masks reads it; a layer by itself averages over the mask it is given.
         decode: what routes a generated token. ``"prompt"``: the routing found at prefill is kept;
             ``"token"``: every step routes anew.
         task_dim: width of the task embedding; needed by, and only by, ``routing="task"``.
@@ -49,11 +66,11 @@ class MixLoRAConfig:
     num_factors: int = 16
     alpha: float | None = None
     dropout: float = 0.0
-    routing: Routing = "instance"
-    conditioning: Conditioning = "factors"
-    gate: Gate = "straight_through"
-    pool: Pool = "sequence"
-    decode: Decode = "prompt"
+    routing: RoutingInput = "instance"
+    conditioning: ConditioningKind = "factors"
+    gate: GateKind = "straight_through"
+    pool: PooledTokens = "sequence"
+    decode: DecodeRouting = "prompt"
     task_dim: int | None = None
 
     def __post_init__(self):
@@ -96,12 +113,12 @@ class MixLoRAConfig:
 
     @property
     def has_routers(self) -> bool:
-        """Whether anything is learned about the choice of factors."""
+        """Whether routers choose the factors; random routing has none."""
         return self.routing != "random"
 
     @property
     def chooses_b(self) -> bool:
-        """Whether B's factors are chosen apart from A's; otherwise they are those of A."""
+        """Whether B has a choice of its own; where pairs are tied, B takes A's."""
         return self.conditioning != "tied"
 
     @property

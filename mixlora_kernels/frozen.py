@@ -12,11 +12,14 @@ from .routing import can_look
 BLOCK_N, BLOCK_D = 320, 256  # a few MiB of float32 at a time, whatever the size of dy and of the weight
 
 
-def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """W x + bias, bit for bit as ``nn.Linear`` has it: [N, d_in] -> [N, d_out]."""
+def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:
+    """W x + bias, bit for bit as ``nn.Linear`` has it: [N, d_in] -> [N, d_out]; added in place to what is given."""
     if weight.dtype is not x.dtype:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return F.linear(x, weight, bias)
+    if onto is None:
+        return F.linear(x, weight, bias)
+    onto.addmm_(x, weight.T)
+    return onto if bias is None else onto.add_(bias)
 
 
 def frozen_product_backward(dy: Tensor, weight: Tensor, dx: Tensor | None = None) -> Tensor:

@@ -59,17 +59,15 @@ class MixLoRALinear(nn.Module):
         """
         if not isinstance(linear, nn.Module):
             raise TypeError(f"linear must be a torch.nn.Module, got {type(linear).__name__}")
-        sizes = {"in_features": in_features, "out_features": out_features}
-        for name, given in sizes.items():
-            sizes[name] = getattr(linear, name, None) if given is None else given
-            if not isinstance(sizes[name], int):
-                raise ValueError(f"{type(linear).__name__} has no attribute {name}: give it to from_linear")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adapt(linear, config, *sizes.values(), backend)
+        d_in, d_out = _size(linear, "in_features", in_features), _size(linear, "out_features", out_features)
+        layer._adapt(linear, config, d_in, d_out, backend)
         return layer
 
-    def _adapt(self, linear, config, in_features, out_features, backend):
+    def _adapt(
+        self, linear: nn.Module, config: MixLoRAConfig | None, in_features: int, out_features: int, backend: str | None
+    ) -> None:
         self.base_layer = linear.requires_grad_(False)
         like = next((p for p in linear.parameters()), torch.empty(0))
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -118,3 +116,10 @@ class MixLoRALinear(nn.Module):
         """
         y, routing = self.adapter(x, self.base_layer, context)
         return (y, routing) if return_routing else y
+
+
+def _size(linear: nn.Module, name: str, given: int | None) -> int:
+    size = getattr(linear, name, None) if given is None else given
+    if not isinstance(size, int):
+        raise ValueError(f"{type(linear).__name__} has no attribute {name}: give it to from_linear")
+    return size

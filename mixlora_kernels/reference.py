@@ -7,7 +7,7 @@ Shapes: h [L, d_in] hidden states of one instance, lora_A [E, d_in], lora_B [E, 
 [E, d_route], router_AB [r, E, d_in]; d_route is d_in, or the width of the task embedding.
 """
 
-import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -32,13 +32,13 @@ def select_a(pooled: Tensor, router_A: Tensor, r: int) -> tuple[Tensor, Tensor]:
 
 
 def conditional(A: Tensor, router_AB: Tensor) -> Tensor:
-    """Equation 7: what the chosen factors A [r, d_in] say of each factor of B, [E]."""
-    return sum(torch.softmax(router_AB[i] @ A[i], dim=-1) for i in range(len(A)))
+    """Equation 7: the logits of B's factors, [E], from the chosen factors A [r, d_in]."""
+    return reduce(torch.add, (torch.softmax(router_AB[i] @ A[i], dim=-1) for i in range(len(A))))
 
 
 def conditional_published(A: Tensor, router_AB: Tensor) -> Tensor:
     """Equation 7 as the released code has it: 'rd,rfe->re' sums d and f apart, a product of sums."""
-    return sum(torch.softmax(A[i].sum() * router_AB[i].sum(dim=-1), dim=-1) for i in range(len(A)))
+    return reduce(torch.add, (torch.softmax(A[i].sum() * router_AB[i].sum(dim=-1), dim=-1) for i in range(len(A))))
 
 
 def select_b(pooled: Tensor, router_B: Tensor, r: int, r_cfs: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -49,17 +49,17 @@ def select_b(pooled: Tensor, router_B: Tensor, r: int, r_cfs: Tensor | None) -> 
     return p_b, top_r(p_b, r)
 
 
-def gates(kind: str, *chosen: Tensor) -> Tensor:
+def gates(kind: str, *probabilities: Tensor) -> Tensor:
     """What multiplies each of the r pairs, from the probabilities that chose them, [r] each: A's and B's, or A's alone
     where pairs are tied."""
     if kind == "binary":  # g[i] = 1 below Equation 6
-        return torch.ones_like(chosen[0])
+        return torch.ones_like(probabilities[0])
     if kind == "straight_through":  # the same 1, through which the routers learn
-        return 1 + sum(p - p.detach() for p in chosen)
+        return 1 + reduce(torch.add, (p - p.detach() for p in probabilities))
     if kind == "weighted":
-        return math.prod(p / p.sum() for p in chosen)
+        return reduce(torch.mul, (p / p.sum() for p in probabilities))
     if kind == "normalized":  # a mean of 1 over the r chosen
-        return math.prod(len(p) * p / p.sum() for p in chosen)
+        return reduce(torch.mul, (len(p) * p / p.sum() for p in probabilities))
     raise ValueError(f"unknown gate {kind!r}")
 
 

@@ -50,7 +50,7 @@ class Instances(NamedTuple):
             routing; None where all tokens of rows are pooled, or no mean is taken.
     """
 
-    count: int
+    count: int  # type: ignore[assignment]  # tuple has a method of this name, which nothing here calls
     length: int | None
     cu_seqlens: Tensor | None = None
     segment: Tensor | None = None
@@ -58,7 +58,7 @@ class Instances(NamedTuple):
     shares: Tensor | None = None
 
     @property
-    def share(self) -> Tensor | float:
+    def token_share(self) -> Tensor | float:
         """What one pooled token counts in its instance's mean: [B, 1], or one number."""
         return 1.0 / (self.length or 1) if self.shares is None else self.shares
 
@@ -66,22 +66,24 @@ class Instances(NamedTuple):
         """View [N, K] so that ``expand``'s results fit it."""
         return values if self.length is None else values.view(self.count, self.length, values.shape[-1])
 
-    def index(self, device: torch.device) -> Tensor:
+    def instance_of_token(self, device: torch.device) -> Tensor:
         """The instance of each token, [N] int64."""
-        if self.length is None:
-            return self.segment
-        return torch.arange(self.count, device=device).repeat_interleave(self.length)
+        if self.length is not None:
+            return torch.arange(self.count, device=device).repeat_interleave(self.length)
+        return _packed(self.segment)
 
     def expand(self, values: Tensor) -> Tensor:
         """Give every token its instance's values: [B, K] -> [B, L, K] without a copy, or [N, K]."""
-        return values[self.segment] if self.length is None else values.unsqueeze(1).expand(-1, self.length, -1)
+        if self.length is not None:
+            return values.unsqueeze(1).expand(-1, self.length, -1)
+        return values[_packed(self.segment)]
 
     def sum(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Add up each instance's tokens, the adjoint of ``expand``: [B, L, K] or [N, K] -> [B, K]."""
+        """Add up each instance's tokens: [B, L, K] or [N, K] -> [B, K]. ``expand``'s backward."""
         if self.length is not None:
             return values.sum(dim=1, dtype=dtype)
         total = values.new_zeros(self.count, values.shape[-1], dtype=dtype)
-        return total.index_add_(0, self.segment, values.to(dtype))
+        return total.index_add_(0, _packed(self.segment), values.to(dtype))
 
 
 class RoutingContext(NamedTuple):
@@ -115,13 +117,14 @@ def find_instances(x: Tensor, context: RoutingContext, pooled: bool) -> Instance
         ValueError: their shape, device or values do not fit the input.
     """
     tokens = x.shape[:-1].numel()
-    packed = context.cu_seqlens is not None
+    given = context.cu_seqlens
+    packed = given is not None
     if packed and x.dim() > 2 and x.shape[:-2].numel() != 1:
         raise ValueError(f"cu_seqlens needs packed x, [N, d_in] or [1, N, d_in], got x of shape {tuple(x.shape)}")
-    count = context.cu_seqlens.numel() - 1 if packed else x.shape[0] if x.dim() > 2 else 1
+    count = given.numel() - 1 if given is not None else x.shape[0] if x.dim() > 2 else 1
     cu_seqlens = segment = None
-    if packed:
-        cu_seqlens = _check_cu_seqlens(context.cu_seqlens, x, tokens)
+    if given is not None:
+        cu_seqlens = _check_cu_seqlens(given, x, tokens)
         segment = torch.bucketize(torch.arange(tokens, device=x.device), cu_seqlens[1:], right=True)
     length = None if packed else x.shape[-2] if x.dim() == 2 else x.shape[1:-1].numel()
     mask = None if context.mask is None else _check_mask(context.mask, x, count, packed)
@@ -134,6 +137,12 @@ def find_instances(x: Tensor, context: RoutingContext, pooled: bool) -> Instance
     return instances._replace(shares=_find_shares(instances, torch.promote_types(x.dtype, torch.float32)))
 
 
+def _packed(tensor: Tensor | None) -> Tensor:
+    if tensor is None:
+        raise ValueError("packed instances (length=None) need cu_seqlens and segment, got None")
+    return tensor
+
+
 def _find_shares(instances: Instances, dtype: torch.dtype) -> Tensor | None:
     """An instance without a pooled token (refused on the CPU; on a device, where looking would stall it, it gets this
     far) has a mean of 0."""
@@ -142,7 +151,7 @@ def _find_shares(instances: Instances, dtype: torch.dtype) -> Tensor | None:
     elif instances.length is not None:
         return None
     else:
-        pooled = instances.cu_seqlens.diff().unsqueeze(-1).to(dtype)
+        pooled = _packed(instances.cu_seqlens).diff().unsqueeze(-1).to(dtype)
     return 1.0 / pooled.clamp(min=1)
 
 

@@ -30,7 +30,7 @@ class UntestedVersionWarning(UserWarning):
 def warn_of_untested(*names: str) -> None:
     """Warn once, of all those libraries together whose installed version is outside the tested range.
 
-    A library that is not installed is not spoken of. Releases are compared as far as the range gives them: 5.24.3 is
+    A library that is not installed causes no warning. Releases are compared as far as the range gives them: 5.24.3 is
     inside a range that ends with 5.24.
 
     Args:

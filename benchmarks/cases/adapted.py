@@ -40,7 +40,7 @@ def adapt_model(name: str, model: nn.Module, config: mk.MixLoRAConfig, seed: int
 
         targets = {"target_modules": projection_names(model)}
         model = get_peft_model(model, ConditionalMixLoRAConfig(**asdict(config), **targets))
-        find_side_information(model).shares = chosen.shares
+        find_side_information(model).groups_siblings = chosen.shares
         for number, (parent, leaf) in enumerate(projections(model)):
             layer = getattr(parent, leaf)
             layer.mixlora_adapter["default"].load_state_dict(factors_of(layer.base_layer, number, config, seed))

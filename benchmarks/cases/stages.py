@@ -101,17 +101,14 @@ def calls_of(case: Case, device: torch.device) -> Iterator[tuple[str, Callable[[
             pools=True, dtype=case.dtype,
         ),
     )  # fmt: skip
-    needs = Needs(x=True, lora_A=True, lora_B=True, routers=True, gate=True)
+    needs, nothing = Needs(x=True, lora_A=True, lora_B=True, routers=True, gate=False), (None, None, None)
     routing, projected = KERNELS.project(group)
     _, saved = KERNELS.expand(group, [y], [True], routing, projected)
-    _, dgate, carried = KERNELS.expand_backward(group, [dy], routing, saved, needs)
+    _, _, carried = KERNELS.expand_backward(group, [dy], nothing, routing, saved, needs)
     yield "project", lambda: KERNELS.project(group)
     yield "expand", lambda: KERNELS.expand(group, [y], [True], routing, projected)
-    yield "expand, back", lambda: KERNELS.expand_backward(group, [dy], routing, saved, needs)
-    yield (
-        "project, back",
-        lambda: KERNELS.project_backward(group, dx, (dgate, None, None), routing, saved, carried, needs),
-    )
+    yield "expand, back", lambda: KERNELS.expand_backward(group, [dy], nothing, routing, saved, needs)
+    yield "project, back", lambda: KERNELS.project_backward(group, dx, routing, saved, carried, needs)
 
 
 def find_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:

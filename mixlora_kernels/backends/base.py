@@ -80,7 +80,7 @@ class Needs(NamedTuple):
     lora_A: bool
     lora_B: bool
     routers: bool  # all of them, and what they read in task routing
-    gate: bool
+    gate: bool  # a given one; the gradient of a gate that was computed goes on to the routers
 
 
 class Gradients(NamedTuple):
@@ -118,31 +118,43 @@ class Stages(Protocol):
 
     ``project`` reads x: it chooses the factors (Equations 5 to 8) and takes the products with the chosen rows of
     lora_A. ``expand`` adds their combination of the chosen rows of lora_B (Equations 1 and 9). ``node.py`` calls them.
+
+    Attributes:
+        writes_first: whether ``expand`` and ``project_backward`` may run before the frozen products, which then
+            accumulate onto what they wrote. False: the products run first, and at ``lora_B = 0`` the layer has the
+            bits of the frozen one.
     """
+
+    writes_first: bool
 
     def project(self, group: Group) -> tuple[Routing, Saved]:
         """The routing, its tensors [G, B, ...], and what the later stages need."""
 
     def expand(
-        self, group: Group, ys: Sequence[Tensor], fresh: Sequence[bool], routing: Routing, saved: Saved
+        self, group: Group, ys: Sequence[Tensor] | None, fresh: Sequence[bool], routing: Routing, saved: Saved
     ) -> tuple[Sequence[Tensor], Saved]:
-        """Add the update to each frozen output y [N, O], in place where it is ``fresh``; and what the backward needs
-        beside the routing."""
+        """Add the update to each frozen output y [N, O], in place where it is ``fresh``, or return it by itself where
+        there are none; and what the backward needs beside the routing."""
 
     def expand_backward(
-        self, group: Group, dys: Sequence[Tensor], routing: Routing, saved: Saved, needs: Needs
-    ) -> tuple[Sequence[Tensor | None], Tensor | None, Saved]:
-        """From y's gradients [N, O]: those of each lora_B, that of the gate [G, B, R], and what ``project_backward``
-        needs of dy."""
+        self, group: Group, dys: Sequence[Tensor], drouting: tuple[Tensor | None, Tensor | None, Tensor | None],
+        routing: Routing, saved: Saved, needs: Needs,
+    ) -> tuple[Sequence[Tensor | None], Tensor | None, Saved]:  # fmt: skip
+        """The gradients of each lora_B; of a given gate [G, B, R], where it is needed; and what ``project_backward``
+        needs.
+
+        Args:
+            dys: y's gradients [N, O].
+            drouting: the gradients of the gate [G, B, R], of p_A and of p_B [G, B, E] as what ``project`` returned;
+                None where there is none.
+        """
 
     def project_backward(
-        self, group: Group, dx: Tensor | None, drouting: tuple[Tensor | None, Tensor | None, Tensor | None],
-        routing: Routing, saved: Saved, carried: Saved, needs: Needs,
-    ) -> Gradients:  # fmt: skip
+        self, group: Group, dx: Tensor | None, routing: Routing, saved: Saved, carried: Saved, needs: Needs
+    ) -> Gradients:
         """The other gradients.
 
         Args:
             dx: x's gradient through the frozen maps, to which the adapters' is added in place; None: there is none.
-            drouting: those of the gate [G, B, R], of p_A and of p_B [G, B, E]; None where there is none.
             carried: what ``expand_backward`` left.
         """

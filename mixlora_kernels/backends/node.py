@@ -58,11 +58,18 @@ class Node(torch.autograd.Function):
         group = Group(x, bases, factors, read, given, seeds, instances, options)
         routing, saved = stages.project(group)
         fresh = [isinstance(base, FrozenLinear) for base in bases]
-        ys = [frozen_product(x, *base) if isinstance(base, FrozenLinear) else base for base in bases]
-        ys, saved = stages.expand(group, ys, fresh, routing, saved)
+        # A graph being compiled knows no operation in place.
+        first = stages.writes_first and all(fresh) and not torch.compiler.is_compiling()
+        if first:
+            ys, saved = stages.expand(group, None, fresh, routing, saved)
+            ys = [frozen_product(x, *base, onto=y) for base, y in zip(bases, ys)]
+        else:
+            ys = [frozen_product(x, *base) if isinstance(base, FrozenLinear) else base for base in bases]
+            ys, saved = stages.expand(group, ys, fresh, routing, saved)
 
         ctx.set_materialize_grads(False)
         ctx.stages, ctx.options, ctx.routed, ctx.device_type = stages, options, given is None, x.device.type
+        ctx.first = first
         ctx.shapes = [y.shape for y in ys]
         learned = any(ctx.needs_input_grad[9 + i] for i in range(len(own)) if i % OWN in (3, 5, 6, 7))
         kept = [tensor for i, tensor in enumerate(own) if i % OWN not in (0, 2)]
@@ -91,27 +98,25 @@ class Node(torch.autograd.Function):
         given = None if ctx.routed else routing
         instances = Instances(ctx.count, ctx.length, *divided)
         group = Group(x, bases, factors, read, given, seeds, instances, options)
-        dys, (dgate, dprobs_a, dprobs_b) = list(grads[:G]), _drouting(grads[G:], ctx.routed, options.tied)
+        dys, drouting = list(grads[:G]), _drouting(grads[G:], ctx.routed, options.tied)
 
         # A sibling whose y nobody used has no gradient; neither have its factors, unless its probabilities were used.
-        unused = [dy is None and dgate is None and dprobs_a is None and dprobs_b is None for dy in dys]
+        silent = all(gradient is None for gradient in drouting)
+        unused = [dy is None and silent for dy in dys]
         for g, dy in enumerate(dys):
             if dy is None:
                 dys[g] = factors[g].lora_B.new_zeros(ctx.shapes[g], dtype=options.dtype)
         need_x, need_read, _, need_gate = ctx.needs_input_grad[3:7]
         wanted = [ctx.needs_input_grad[9 + g * OWN : 9 + (g + 1) * OWN] for g in range(G)]
         # With a binary gate the routers learn from a loss of the probabilities alone.
-        routes = ctx.routed and not (options.gate == "binary" and dprobs_a is None and dprobs_b is None)
+        routes = ctx.routed and not (options.gate == "binary" and silent)
         routes = routes and (need_x or need_read or any(any(want[3:]) for want in wanted))
-        needs = Needs(
-            need_x, any(want[3] for want in wanted), any(want[4] for want in wanted), routes, routes or need_gate
-        )
+        needs = Needs(need_x, any(want[3] for want in wanted), any(want[4] for want in wanted), routes, need_gate)
 
-        dlora_B, dgate_y, carried = stages.expand_backward(group, dys, routing, saved, needs)
-        if dgate_y is not None:
-            dgate = dgate_y if dgate is None else dgate_y + dgate
-        dx = frozen_backward(dys, bases) if need_x else None
-        found = stages.project_backward(group, dx, (dgate, dprobs_a, dprobs_b), routing, saved, carried, needs)
+        dlora_B, dgate, carried = stages.expand_backward(group, dys, drouting, routing, saved, needs)
+        dx = frozen_backward(dys, bases) if need_x and not ctx.first else None
+        found = stages.project_backward(group, dx, routing, saved, carried, needs)
+        dx = frozen_backward(dys, bases, found.x) if need_x and ctx.first else found.x
 
         given = []
         for g, want in enumerate(wanted):
@@ -121,14 +126,12 @@ class Node(torch.autograd.Function):
                 _as(d, factor.dtype) if want[3 + i] and d is not None and not unused[g] else None
                 for i, (d, factor) in enumerate(zip(gradients, factors[g]))
             )
-        dx = found.x if need_x else None
         dread = found.read if need_read else None
-        return (None, None, None, dx, dread, None, dgate if need_gate else None, None, None, *given)
+        return (None, None, None, dx if need_x else None, dread, None, dgate, None, None, *given)
 
 
-def frozen_backward(dys: Sequence[Tensor], bases: Sequence[FrozenLinear]) -> Tensor | None:
-    """Σ_g dy_g · W_g [N, D], each product added to the sum of those before; None where no weights are given."""
-    dx = None
+def frozen_backward(dys: Sequence[Tensor], bases: Sequence[FrozenLinear], dx: Tensor | None = None) -> Tensor | None:
+    """dx + Σ_g dy_g · W_g [N, D], each product added to the sum of those before; None where no weights are given."""
     for dy, base in zip(dys, bases):
         if base.weight is not None:
             dx = frozen_product_backward(dy, base.weight, dx)

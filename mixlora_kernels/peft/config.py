@@ -10,7 +10,7 @@ from packaging.version import InvalidVersion, Version
 from peft import PeftConfig
 
 from .. import __version__
-from ..config import MixLoRAConfig, Pool
+from ..config import MixLoRAConfig, PooledTokens
 from .card import write_card
 from .registration import add_peft_type
 
@@ -44,7 +44,7 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
             ``layers_to_transform``, or is none.
     """
 
-    pool: Pool = "prompt"
+    pool: PooledTokens = "prompt"
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
     layers_to_transform: list[int] | int | None = None

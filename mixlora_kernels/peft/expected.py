@@ -23,7 +23,7 @@ def tensors_to_come(model: nn.Module, config: ConditionalMixLoRAConfig, matches:
     Returns:
         By the names in the model, without the adapter's name.
     """
-    expected = {}
+    expected: dict[str, Expected] = {}
     for name, module in outside_adapters(model):
         if name and matches(config, name):
             shapes = MixLoRAAdapter.shapes(*linear_sizes(module), config)

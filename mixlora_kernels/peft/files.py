@@ -6,6 +6,7 @@ A file's header tells names, shapes and dtypes; the values are then read one ten
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +82,7 @@ def opened(file: Path) -> Iterator[dict[str, Given]]:
                 name: Given(
                     shape=tuple(header.get_shape()),
                     dtype=FLOATING.get(header.get_dtype(), header.get_dtype()),
-                    read=lambda name=name: archive.get_tensor(name),
+                    read=partial(archive.get_tensor, name),
                 )
                 for name, header in headers.items()
             }
@@ -119,7 +120,7 @@ def describe(tensors: object, where: str = "") -> dict[str, Given]:
         name: Given(
             shape=tuple(tensor.shape),
             dtype=tensor.dtype if tensor.dtype in FLOATING.values() else str(tensor.dtype).removeprefix("torch."),
-            read=lambda tensor=tensor: tensor,
+            read=partial(tensors.__getitem__, name),
         )
         for name, tensor in tensors.items()
     }
@@ -156,7 +157,7 @@ def check_fits(
     missing, unknown = expected.keys() - given.keys(), given.keys() - expected.keys()
     mapped = names_may_change and all(expected[name].own for name in missing)
     if mapped and _kinds(expected, missing) == _kinds(given, unknown):
-        missing = unknown = frozenset()
+        missing, unknown = set(), set()
     pairs = {name: (given[name], expected.get(name, UNNAMED)) for name in sorted(given.keys() - unknown)}
     refuse(
         adapter_name,

@@ -30,8 +30,8 @@ WITHOUT_LABELS = (
 )
 
 
-class Call:
-    """The arguments of a whole model's forward that bear on routing.
+class ModelInputs:
+    """The arguments of a whole model's forward that decide the routing.
 
     Args:
         labels: [B, L], the answers' tokens; other shapes (a classifier's) say nothing about tokens.
@@ -54,20 +54,20 @@ class Forward:
     Args:
         shape: (B, L), or None.
         named: the decoder's arguments by name.
-        call: the whole model's.
+        inputs: the whole model's.
         training: whether the decoder trains.
         past: what the decoder was handed of earlier tokens.
     """
 
-    def __init__(self, shape, named: dict, call: Call, training: bool, past: Past):
+    def __init__(self, shape, named: dict, inputs: ModelInputs, training: bool, past: Past):
         self.B, self.L = shape or (None, None)
         self._device = next((value.device for value in named.values() if isinstance(value, Tensor)), None)
-        self.call, self.training, self.past, self.cached = call, training, past, past.length
+        self.inputs, self.training, self.past, self.cached = inputs, training, past, past.length
         self.mask, self.position_ids = named.get("attention_mask"), named.get("position_ids")
         self.cache_position = named.get("cache_position")
         self.cu_seq_lens, self.seq_idx = named.get("cu_seq_lens_q"), named.get("seq_idx")
         self.encoded, self.encoder_mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
-        self.keep = 0 if past.cache is None else call.logits_to_keep
+        self.keep = 0 if past.cache is None else inputs.logits_to_keep
         self.routings: dict[tuple[str, str], Recorded] = {}
         self.sharing = Sharing()
         self._contexts: dict[tuple[str, str, str], RoutingContext] = {}
@@ -157,7 +157,7 @@ class Forward:
     def _find_context(self, config: MixLoRAConfig) -> RoutingContext:
         task = task_mask = None
         if config.routing == "task":
-            task, task_mask = self.call.task, self.call.task_mask
+            task, task_mask = self.inputs.task, self.inputs.task_mask
             if task is None:
                 raise ValueError(
                     "an adapter with routing='task' needs the task embedding at every step: pass task_embedding=... "
@@ -197,7 +197,7 @@ class Forward:
         """Refuse a forward that continues a sequence while no cache tells the routing of its prompt."""
         if self.past.unknown is not None:
             raise unknown_cache_error(self.past.unknown)
-        if self.cached or self.L is None or not self.call.generates:
+        if self.cached or self.L is None or not self.inputs.generates:
             return
         evidence = longer_mask(self.mask, self.L) if self.past.cache is None else None
         evidence = evidence or late_start(self.position_ids, self.cache_position, self.L)
@@ -214,7 +214,7 @@ class Forward:
                 starts = segment_starts(self.position_ids, self.cu_seq_lens, self.seq_idx, mask, self.B, self.L)
             if mask is not None:
                 # A row of nothing but padding fills up a batch (generate() makes such masks where every token is the
-                # padding's); it is no instance, and routes somehow.
+                # padding's). It is no instance, but its mean has to exist, so all its tokens count.
                 mask = mask | ~mask.any(1, keepdim=True)
             self._tokens = mask, starts
         return self._tokens
@@ -225,7 +225,7 @@ class Forward:
         Raises:
             ValueError: labels [B, tokens] of another number of tokens.
         """
-        labels, answer = self.call.labels, self.call.logits_to_keep - 1
+        labels, answer = self.inputs.labels, self.inputs.logits_to_keep - 1
         if labels is not None:
             if tuple(labels.shape) != (self.B, self.L):
                 raise ValueError(
@@ -238,7 +238,7 @@ class Forward:
             # and of the one before them.
             labels = torch.where(self._last(answer), 0, IGNORED).expand(self.B, -1)
             return prompt_mask(labels, mask, starts)
-        if self.training and self.call.generates and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.training and self.inputs.generates and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             warnings.warn(WITHOUT_LABELS, stacklevel=2)
         return mask
 
@@ -274,7 +274,7 @@ class Forward:
 
 
 def _kind(config: MixLoRAConfig) -> tuple[str, str, str]:
-    """What of an adapter's settings bears on its context."""
+    """The settings of an adapter that decide its context."""
     return config.routing, config.pool, config.decode
 
 

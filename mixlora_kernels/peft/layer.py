@@ -99,7 +99,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         forward, y = self.side.forward, self.base_layer
         if args or kwargs:
             y = self.base_layer(x, *args, **kwargs)
-        elif len(names) == 1 and forward is not None and self.side.shares:
+        elif len(names) == 1 and forward is not None and self.side.groups_siblings:
             shared = forward.sharing.compute(self, names[0], x, forward)
             if shared is not None:
                 return shared

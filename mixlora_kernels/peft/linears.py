@@ -97,7 +97,8 @@ def _stacks(module: nn.Module) -> dict[str, Tensor]:
 
 def outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules by name, without what lies inside of adapted layers."""
-    found, inside = [], ()
+    inside: tuple[str, ...] = ()
+    found = []
     for name, module in model.named_modules():
         if not name.startswith(inside or ("\0",)):
             found.append((name, module))

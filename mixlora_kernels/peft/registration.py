@@ -1,4 +1,4 @@
-"""Make the method known to peft, whose list of methods is an enumeration without an entry for strangers."""
+"""Register the method with peft, whose enumeration of methods has to be extended for it."""
 
 import importlib.metadata
 
@@ -48,7 +48,7 @@ def add_peft_type(name: str) -> PeftType:
     return PeftType(name)
 
 
-def register(peft_type: PeftType, config_cls: type, model_cls: type) -> None:
+def register(peft_type: PeftType, config_cls: type, model_cls: type[BaseTuner]) -> None:
     """Enter the method in peft's tables; a second import of this package changes nothing."""
     if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(

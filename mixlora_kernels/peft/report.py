@@ -1,6 +1,7 @@
 """A second look at routing: what the last forward chose, and how narrowly."""
 
 import warnings
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -81,7 +82,7 @@ def chooses(row: dict, pool: str) -> bool:
 
 
 def _summary(routing: Routing, near: float) -> dict:
-    summary = {"instances": routing.index_a.shape[0]}
+    summary: dict[str, Any] = {"instances": routing.index_a.shape[0]}
     for pool, index, probs in (
         ("a", routing.index_a, routing.probs_a),
         ("b", routing.index_b, routing.probs_b),
@@ -91,8 +92,8 @@ def _summary(routing: Routing, near: float) -> dict:
         summary[f"usage_{pool}"] = usage.tolist()
         summary[f"most_used_{pool}"] = (usage.topk(r)[0].sum() / usage.sum()).item()
         summary[f"near_ties_{pool}"] = _near_ties(probs, r, near)
-        share = probs / probs.sum(-1, keepdim=True)  # p_B is the sum of two distributions
-        summary[f"entropy_{pool}"] = torch.special.entr(share).sum(-1).mean().item()
+        distribution = probs / probs.sum(-1, keepdim=True)  # p_B is the sum of two distributions
+        summary[f"entropy_{pool}"] = torch.special.entr(distribution).sum(-1).mean().item()
     return summary
 
 

@@ -6,7 +6,8 @@ alone, which gives the same bits. Nothing that was left outlives the forward.
 
 Which layers are siblings is observed: those of one parent that a forward calls in succession with one tensor. For the
 names of ``USUAL`` it is expected before the first forward, so that a run that is resumed has the bits of one that was
-not; what is expected or observed and does not hold in a forward is dropped after it.
+not; what is expected or observed and does not hold in a forward is dropped after it. torch.compile traces what is
+expected, and observes nothing.
 """
 
 import weakref
@@ -84,11 +85,9 @@ class Sharing:
     def compute(self, layer: "MixLoRALayer", name: str, x: Tensor, forward: "Forward") -> Tensor | None:
         """The layer's output, which a sibling left for it, or which it computes for all of them; None: it is to compute
         alone."""
-        if torch.compiler.is_compiling():
-            return None
         left = self._left.pop(layer.key, None)
         if left is not None:
-            if left.x is x and left.version == x._version and left.modes == _modes(layer, name):
+            if left.x is x and _is_unchanged(x, left.version) and left.modes == _modes(layer, name):
                 return left.y
             self._refused.add(layer.key)
         members = self._find_members(layer, name, x)
@@ -143,7 +142,7 @@ class Sharing:
             layer.family = family
 
     def _observe(self, layer: "MixLoRALayer", x: Tensor) -> None:
-        if self._over:
+        if self._over or torch.compiler.is_compiling():
             return
         if self._run and self._x() is x and self._run[0].parent == layer.parent and layer not in self._run:
             self._run.append(layer)
@@ -156,10 +155,25 @@ class Sharing:
         """Those that the layer computes with itself. A recomputation has to save what its forward saved, so it has the
         same."""
         members = self._led.get(layer.key, ()) if self._over else layer.family.layers
-        if not members or members[0] is not layer or type(x) is not Tensor or x.is_inference():
+        if not members or members[0] is not layer or type(x) is not Tensor:
+            return ()
+        if not torch.compiler.is_compiling() and x.is_inference():  # which has no version
             return ()
         modes = _modes(layer, name)
         return members if all(_readable(member, name) and _modes(member, name) == modes for member in members) else ()
+
+
+def _is_unchanged(x: Tensor, version: int) -> bool:
+    """Whether nothing has changed x in place since it had that version.
+
+    A graph being compiled cannot take another way by a tensor's version: there a change in place is an error, whose
+    text is torch's and whose traceback leads here. ``torch.compiler.disable`` on the module around the layers
+    avoids it.
+    """
+    if torch.compiler.is_compiling():
+        torch._check(x._version == version)
+        return True
+    return x._version == version
 
 
 def _modes(layer: "MixLoRALayer", name: str) -> tuple:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..routing import Routing
 from .cache import KeptRouting, find_cache, find_past
-from .forward import Call, Forward
+from .forward import Forward, ModelInputs
 from .recorded import Recorded, detach
 from .siblings import expect_families
 
@@ -27,13 +27,13 @@ class Running:
     """What one thread runs.
 
     Attributes:
-        call: the arguments of the whole model's forward; None outside of one.
+        inputs: the arguments of the whole model's forward; None outside of one.
         forward: the decoder's forward; None outside of one.
         task: a task embedding and its mask for every forward, set by ``task_embedding``.
     """
 
     def __init__(self):
-        self.call: Call | None = None
+        self.inputs: ModelInputs | None = None
         self.forward: Forward | None = None
         self.task: tuple[Tensor | None, Tensor | None] = (None, None)
 
@@ -52,11 +52,12 @@ class SideInformation:
     runs is not copied.
 
     Attributes:
-        shares: whether layers that read the same x are computed together; False: each by itself, with the same bits.
+        groups_siblings: whether layers that read the same x are computed together; False: each by itself,
+            with the same bits.
     """
 
     def __init__(self):
-        self.shares = True
+        self.groups_siblings = True
         self._last: dict[tuple[str, str], Recorded] = {}
         self.decoder_paths: tuple[str, ...] = ()
         self._generates = True
@@ -113,7 +114,7 @@ class SideInformation:
         """Refuse to train a decoder's layer outside of the decoder's forward.
 
         It happens where something recomputes the layer that this module does not know of; its instances, and with
-        them the gradients, would be wrong without a word.
+        them the gradients, would be wrong, and nothing would show it.
         """
         if layer.training and torch.is_grad_enabled() and layer.key.startswith(self.decoder_paths or ("\0",)):
             raise RuntimeError(
@@ -132,41 +133,41 @@ class SideInformation:
             kwargs = dict(kwargs)
             task, task_mask = kwargs.pop("task_embedding"), kwargs.pop("task_mask", None)
         running.forward = None
-        running.call = Call(named.get("labels"), named.get("logits_to_keep"), task, task_mask, self._generates)
+        running.inputs = ModelInputs(named.get("labels"), named.get("logits_to_keep"), task, task_mask, self._generates)
         return args, kwargs
 
     def _leave_model(self, _module, _args, _output) -> None:
         running = self.running
-        running.forward = running.call = None
+        running.forward = running.inputs = None
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        self._enter(module, args, kwargs, self.running.call)
+        self._enter(module, args, kwargs, self.running.inputs)
 
     def _enter_encoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        call = self.running.call
-        if call is not None:  # what the encoder reads is prompt to its last token; the labels are the decoder's
-            call = Call(task=call.task, task_mask=call.task_mask, generates=False)
-        self._enter(module, args, kwargs, call)
+        inputs = self.running.inputs
+        if inputs is not None:  # what the encoder reads is prompt to its last token; the labels are the decoder's
+            inputs = ModelInputs(task=inputs.task, task_mask=inputs.task_mask, generates=False)
+        self._enter(module, args, kwargs, inputs)
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict, call: Call | None) -> None:
+    def _enter(self, module: nn.Module, args: tuple, kwargs: dict, inputs: ModelInputs | None) -> None:
         named, running = _by_name(module, args, kwargs), self.running
         tokens = named.get("inputs_embeds")
         tokens = named.get("input_ids") if tokens is None else tokens
         shape = tokens.shape[:2] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
-        if call is None:  # called without the whole model
-            call = Call(task=running.task[0], task_mask=running.task[1], generates=self._generates)
+        if inputs is None:  # called without the whole model
+            inputs = ModelInputs(task=running.task[0], task_mask=running.task[1], generates=self._generates)
         past = find_past(named, None if shape is None else shape[1])
         if not self._expects_families:
             expect_families(layer for layer in module.modules() if vars(layer).get("side") is self)
             self._expects_families = True
-        running.forward = Forward(shape, named, call, module.training, past)
+        running.forward = Forward(shape, named, inputs, module.training, past)
         if module.training and torch.is_grad_enabled():
             self._guard_checkpoints(module)
 
     def _leave_decoder(self, _module, args, kwargs: dict, output) -> None:
         running = self.running
         forward = running.forward
-        if running.call is None:  # called without the whole model
+        if running.inputs is None:  # called without the whole model
             running.forward = None
         if forward is None:
             return
@@ -185,11 +186,18 @@ class SideInformation:
             setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward.routings))
 
     def _guard_checkpoints(self, decoder: nn.Module) -> None:
-        for module in decoder.modules():
-            for attribute in CHECKPOINT_ATTRIBUTES:
-                function = vars(module).get(attribute)
+        """In every forward, because checkpointing may be switched on at any time. So it takes a shorter way than
+        ``nn.Module.modules``, and leaves out what is inside an adapted layer, where nothing is checkpointed."""
+        waiting: list[nn.Module] = [decoder]
+        while waiting:
+            attributes = vars(waiting.pop())
+            if attributes.get("side") is self:
+                continue
+            for name in CHECKPOINT_ATTRIBUTES:
+                function = attributes.get(name)
                 if function is not None and not isinstance(function, RestoringCheckpoint):
-                    setattr(module, attribute, RestoringCheckpoint(self, function))
+                    attributes[name] = RestoringCheckpoint(self, function)
+            waiting += [child for child in attributes["_modules"].values() if child is not None]
 
 
 class RestoringCheckpoint:

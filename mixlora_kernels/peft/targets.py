@@ -93,7 +93,7 @@ def decoder_linears(model: nn.Module, config: ConditionalMixLoRAConfig) -> str:
     indices = [indices] if isinstance(indices, int) else indices
     experts = expert_modules(decoder)
     routers = expert_routers(decoder, experts)
-    inside = {}  # what stands below a layer, by whether it is a linear layer to adapt
+    inside: dict[bool, set[str]] = {}  # what stands below a layer, by whether it is a linear layer to adapt
     for name, module in outside_adapters(decoder):
         head = next((head for head in lists if name.startswith(f"{head}.")), name)
         index, _, rest = name[len(head) + 1 :].partition(".")

@@ -74,8 +74,8 @@ def make_group(
 
 def run_stages(stages, group: Group, needs: Needs = EVERYTHING, learns=True) -> dict:
     """Everything that the stages give, by name, from fixed y, dy and gradients of the routing."""
-    if group.given is not None:
-        needs = needs._replace(routers=False)
+    given = group.given is not None
+    needs = needs._replace(routers=needs.routers and not given, gate=needs.gate and given)
     N, G = len(group.x), len(group.factors)
     like = {"device": group.x.device, "dtype": group.x.dtype}
     widths = [own.lora_B.shape[1] for own in group.factors]
@@ -83,14 +83,15 @@ def run_stages(stages, group: Group, needs: Needs = EVERYTHING, learns=True) -> 
     routing, saved = stages.project(group)
     outs, saved = stages.expand(group, ys, [True] * G, routing, saved)
     found = {f"y{g}": y for g, y in enumerate(outs)}
-    dlora_B, dgate, carried = stages.expand_backward(group, dys, routing, saved, needs)
-    found |= {f"lora_B{g}": d for g, d in enumerate(dlora_B)} | {"gate": dgate}
     dx, drouting = draw(N, group.x.shape[1], seed=300, **like), (None, None, None)
-    if learns and group.given is None:
+    if learns and not given:
         real = {"device": group.x.device, "dtype": routing.gate.dtype}
         dprobs = [draw(*routing.probs_a.shape, seed=n, **real) for n in (1, 2)]
+        dgate = None if group.options.gate == "binary" else draw(*routing.gate.shape, seed=3, **real)
         drouting = dgate, dprobs[0], None if group.options.tied else dprobs[1]
-    gradients = stages.project_backward(group, dx, drouting, routing, saved, carried, needs)
+    dlora_B, dgate, carried = stages.expand_backward(group, dys, drouting, routing, saved, needs)
+    found |= {f"lora_B{g}": d for g, d in enumerate(dlora_B)} | {"gate": dgate}
+    gradients = stages.project_backward(group, dx, routing, saved, carried, needs)
     for name, value in gradients._asdict().items():
         found |= {name: value} if name in ("x", "read") else {f"{name}{g}": d for g, d in enumerate(value)}
     return routing, found

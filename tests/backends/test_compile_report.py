@@ -33,7 +33,7 @@ def test_no_kernel_spills_or_asks_for_too_much():
     for target, instruction in MATRIX_UNITS.items():
         own = [row for row in rows if row[1] == target]
         assert {row[0] for row in own} == {
-            "project", "pool", "route", "expand", "expand_collect", "expand_gather", "route_backward",
+            "project", "pool", "route", "expand", "expand_collect", "expand_gather",
             "routers_backward", "walk", "project_gather", "decode",
         }  # fmt: skip
         assert all(instruction in " ".join(row[8:]) for row in own if row[0] == "project"), target

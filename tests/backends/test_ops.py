@@ -73,15 +73,14 @@ def test_decoding_packed_and_onto_a_given_output(device):
 
 FORWARD = ["project_kernel", "pool_kernel", "route_kernel", "expand_kernel"]
 BACKWARD = [
-    "expand_collect_kernel", "expand_gather_kernel", "route_backward_kernel", "routers_backward_kernel",
-    "walk_kernel", "project_gather_kernel",
+    "expand_collect_kernel", "expand_gather_kernel", "routers_backward_kernel", "walk_kernel", "project_gather_kernel",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("G", mostly_slow([1, 3], 0))
 @pytest.mark.parametrize("settings", [{}, {"conditioning": "tied", "gate": "normalized"}, {"dropout": 0.3}])
 def test_launches_of_a_training_step(settings, G, launched, device):
-    """Ten for a group, however many siblings and whatever the mode; six where the routing is given."""
+    """Nine for a group, however many siblings and whatever the mode; six where the routing is given."""
     bases, adapters, config = make_group(**settings)
     bases = [mk.FrozenLinear(*(t.float().to(device) for t in base)) for base in bases[:G]]
     factors = [adapter.float().to(device).factors for adapter in adapters[:G]]
@@ -97,6 +96,29 @@ def test_launches_of_a_training_step(settings, G, launched, device):
     assert launched == FORWARD + BACKWARD
     step(mk.RoutingContext(routing=routing.detach()))
     assert launched == [name for name in FORWARD + BACKWARD if "rout" not in name and name != "pool_kernel"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_writing_the_update_first(bias, monkeypatch, device):
+    """With the switch on, the frozen products are added to what the kernels wrote, forward and backward; everything is
+    as with it off, but for the rounding of float32 sums in another order."""
+    bases, adapters, config = make_group(gate="weighted")
+    bases = [[t.float().to(device) for t in base] for base in bases]
+    bases = [mk.FrozenLinear(weight, own if bias else None) for weight, own in bases]
+    parameters = [p for adapter in adapters for p in adapter.float().to(device).parameters()]
+    x = make_input(2, 20, 12, dtype=torch.float32).detach().to(device).requires_grad_()
+
+    def step():
+        factors = [adapter.factors for adapter in adapters]
+        ys, _ = mk.mixlora_siblings(x, bases, factors, config, training=True, backend="triton")
+        return [*ys, *torch.autograd.grad(sum(y.square().sum() for y in ys), [x, *parameters])]
+
+    expected = step()
+    monkeypatch.setattr(kernels.KERNELS, "writes_first", True)
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn.functional, "linear", None)  # a product by itself
+        found = step()
+    assert all(relative_error(ours, theirs) <= 1e-6 for ours, theirs in zip(found, expected, strict=True))
 
 
 CASES = {

@@ -60,11 +60,10 @@ def test_as_plain_torch(case, device):
 
 @pytest.mark.parametrize("wanted", mostly_slow(range(5), 3))
 def test_only_what_is_needed(wanted, device):
-    """One kind of gradient at a time has the bits that it has among all."""
-    group = make_group(device, widths=(37, 5))
-    _, everything = run_stages(KERNELS, group)
+    """One kind of gradient at a time has the bits that it has among all; the gate's is that of a given routing."""
     needs = Needs(*(i == wanted for i in range(5)))
-    needs = needs._replace(gate=needs.gate or needs.routers)  # the routers learn through the gate
+    group = make_group(device, widths=(37, 5), given=needs.gate)
+    _, everything = run_stages(KERNELS, group)
     _, found = run_stages(KERNELS, group, needs, learns=needs.routers)
     for name, value in found.items():
         kind = name.rstrip("01")
@@ -79,7 +78,7 @@ def test_siblings_in_several_launches(together, device, monkeypatch):
     """As where the pools are so large that registers hold the sums of only one or two siblings."""
     group = make_group(device, widths=(37, 5, 20), dropout=0.0)
     _, expected = run_stages(KERNELS, group)
-    monkeypatch.setattr(tuning, "siblings", lambda pool: together)
+    monkeypatch.setattr(tuning, "siblings", lambda pool, draws=False: together)
     _, found = run_stages(KERNELS, group)
     assert_close(found, expected, 1e-6)
     for name, value in expected.items():  # x's gradient is added to in another order
@@ -94,9 +93,9 @@ def test_adjoints(device):
     dys = [draw(N, O, device=device, seed=O) for O in (33, 7)]
     routing, saved = KERNELS.project(group)
     updates, saved = KERNELS.expand(group, [torch.zeros_like(dy) for dy in dys], [True, True], routing, saved)
-    dlora_B, dgate, carried = KERNELS.expand_backward(group, dys, routing, saved, EVERYTHING)
-    needs = EVERYTHING._replace(routers=False)
-    found = KERNELS.project_backward(group, None, (None, None, None), routing, saved, carried, needs)
+    needs, nothing = EVERYTHING._replace(routers=False), (None, None, None)
+    dlora_B, dgate, carried = KERNELS.expand_backward(group, dys, nothing, routing, saved, needs)
+    found = KERNELS.project_backward(group, None, routing, saved, carried, needs)
 
     def inner(a, b):
         return (a.double() * b.double()).sum()
@@ -176,6 +175,9 @@ def test_workspaces_are_bounded(widths, r, monkeypatch):
     u, gate = torch.empty(len(widths), B * L, r, device="meta"), torch.empty(len(widths), B, r, device="meta")
     lora_B = [torch.empty(128, O, device="meta") for O in widths]
     with mock.patch.object(torch.Tensor, "fill_", lambda self, _: self):
-        implementations["expand_backward"](dys, u, lora_B, index, gate, 1.0, None, B, L, True, True)
+        nothing = [None] * 6
+        implementations["expand_backward"](
+            dys, u, lora_B, index, index, gate, *nothing, 1.0, "weighted", None, B, L, True, True, False
+        )
     used = sum(seen[name].numel() * 4 for name in ("planes", "parts"))
     assert used <= sum(dy.numel() * 2 for dy in dys) * (1 / 4 if r <= 16 else 1)

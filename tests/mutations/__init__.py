@@ -8,6 +8,7 @@ class Mutation(NamedTuple):
 
     Attributes:
         tests: a selection of pytest's, as short as it can be.
+        sanitized: whether ttsem runs the kernels, and has to say what is wrong with their use of memory.
     """
 
     what: str
@@ -15,3 +16,4 @@ class Mutation(NamedTuple):
     old: str
     new: str
     tests: str
+    sanitized: bool = False

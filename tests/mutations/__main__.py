@@ -5,9 +5,15 @@
 Of the mutations whose name contains a PATTERN (all of them without one) each copy is changed in one place, and the
 tests that should notice are run. First the same tests are run unchanged: where they fail anyway, a failure says
 nothing. The exit status is 1 if a mutation survives, or if its tests could not judge it.
+
+Races and accesses out of bounds ("memory: ...") are looked for by ttsem, which runs Triton's kernels on a CPU; without
+it they are left out, unless they were asked for:
+
+    pip install --no-deps --ignore-requires-python ttsem==0.1.0
 """
 
 import argparse
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -16,11 +22,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from . import Mutation, kernels, layer, peft, serving
+from . import Mutation, kernels, layer, memory, peft, serving
 
 ROOT = Path(__file__).resolve().parents[2]
-MUTATIONS = [*layer.MUTATIONS, *kernels.MUTATIONS, *peft.MUTATIONS, *serving.MUTATIONS]
+MUTATIONS = [*layer.MUTATIONS, *kernels.MUTATIONS, *memory.MUTATIONS, *peft.MUTATIONS, *serving.MUTATIONS]
 LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "results", "*.egg-info", "build", "dist", "site")
 CAUGHT, SURVIVED, UNCLEAR = "caught", "SURVIVED", "UNCLEAR"
 SECONDS = 600  # of a mutation's tests; what then still runs hangs, which is noticed too
@@ -32,36 +39,51 @@ def main() -> int:
     if arguments.list:
         print("\n".join(f"{mutation.what}: {mutation.file}, {mutation.tests}" for mutation in chosen))
         return 0
-    sound = {tests: run(tests) for tests in dict.fromkeys(mutation.tests for mutation in chosen)}
+    unchanged = dict.fromkeys((mutation.tests, mutation.sanitized) for mutation in chosen)
+    sound = {tests: run(*tests).status for tests in unchanged}
     verdicts = []
     for mutation in chosen:
         began = time.perf_counter()
-        verdict = UNCLEAR if sound[mutation.tests] else judge(run(mutation.tests, mutation))
-        verdicts.append(verdict)
-        print(f"{verdict:8} {time.perf_counter() - began:6.1f} s  {mutation.what} ({mutation.tests})", flush=True)
+        found = UNCLEAR
+        if not sound[mutation.tests, mutation.sanitized]:
+            found = judge(mutation, run(mutation.tests, mutation.sanitized, mutation))
+        verdicts.append(found)
+        print(f"{found:8} {time.perf_counter() - began:6.1f} s  {mutation.what} ({mutation.tests})", flush=True)
     left = {verdict: verdicts.count(verdict) for verdict in (CAUGHT, SURVIVED, UNCLEAR)}
     print(", ".join(f"{count} {verdict}" for verdict, count in left.items()))
     return 0 if verdicts and left[CAUGHT] == len(verdicts) else 1
 
 
 def select(patterns: Sequence[str]) -> list[Mutation]:
-    """Those whose name, or file, contains one of the patterns; all without one."""
-    return [m for m in MUTATIONS if not patterns or any(p in m.what or p in m.file for p in patterns)]
+    """Those whose name, or file, contains one of the patterns; without one, all that can be run."""
+    if not patterns:
+        sanitizes = importlib.util.find_spec("ttsem") is not None
+        return [m for m in MUTATIONS if sanitizes or not m.sanitized]
+    return [m for m in MUTATIONS if any(p in m.what or p in m.file for p in patterns)]
 
 
-def run(tests: str, mutation: Mutation | None = None) -> int | None:
-    """pytest's exit status in a copy of the tree with the mutation in it; None: it did not end."""
+class Outcome(NamedTuple):
+    status: int | None  # pytest's; None: it did not end
+    text: str = ""
+
+
+def run(tests: str, sanitized: bool, mutation: Mutation | None = None) -> Outcome:
+    """The tests in a copy of the tree with the mutation in it."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder, "tree")
         shutil.copytree(ROOT, tree, ignore=LEFT_OUT)
         if mutation is not None:
             apply(mutation, tree)
-        command = [sys.executable, "-B", "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", tests]
+        program = ["ttsem.sanitize", "pytest"] if sanitized else ["pytest"]
+        command = [sys.executable, "-B", "-m", *program, "-x", "-q", "-p", "no:cacheprovider", tests]
         environment = os.environ | {"PYTHONPATH": str(tree)}  # before a package that is installed
         try:
-            return subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=SECONDS).returncode
+            done = subprocess.run(
+                command, cwd=tree, env=environment, capture_output=True, text=True, timeout=SECONDS, errors="replace"
+            )
         except subprocess.TimeoutExpired:
-            return None
+            return Outcome(None)
+        return Outcome(done.returncode, done.stdout)
 
 
 def apply(mutation: Mutation, tree: Path) -> None:
@@ -76,9 +98,11 @@ def apply(mutation: Mutation, tree: Path) -> None:
     file.write_text(text.replace(mutation.old, mutation.new), encoding="utf-8")
 
 
-def judge(status: int | None) -> str:
+def judge(mutation: Mutation, outcome: Outcome) -> str:
     """pytest exits with 1 where tests fail. With 2 to 5 it could not run them, or there were none."""
-    return {0: SURVIVED, 1: CAUGHT, None: CAUGHT}.get(status, UNCLEAR)
+    if mutation.sanitized and outcome.status == 1 and "KernelFault" not in outcome.text:
+        return SURVIVED  # a wrong value was noticed, not the access
+    return {0: SURVIVED, 1: CAUGHT, None: CAUGHT}.get(outcome.status, UNCLEAR)
 
 
 def parse_arguments() -> argparse.Namespace:

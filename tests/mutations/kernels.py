@@ -61,7 +61,7 @@ MUTATIONS = [
         f"{_EVERY_MODE}[triton-instance-none-weighted]",
     ),
     Mutation(
-        "expand: the base is not added", f"{_KERNELS}/expand.py", "added + before.to(tl.float32)", "added",
+        "expand: the base is not added", f"{_KERNELS}/expand.py", "added += before", "added += 0.0",
         _MODE,
     ),
     Mutation(

@@ -4,6 +4,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from mixlora_kernels.op import mixlora_siblings
+from mixlora_kernels.peft.layer import MixLoRALayer
+
 from ..cases import needs_compiler
 from .models import TEXT, adapt, gradients, pad, prompts, relative
 
@@ -41,6 +44,59 @@ def check(model, compiled):
 def test_training(model, backend):
     model.train()
     check(model, torch.compile(model, backend=backend, fullgraph=True))
+
+
+@pytest.fixture
+def siblings(monkeypatch):
+    """A model whose q, k and v are adapted, and the sizes of the groups that are computed."""
+    sizes, compute = [], mixlora_siblings
+
+    def counting(x, bases, *args, **kwargs):
+        sizes.append(len(bases))
+        return compute(x, bases, *args, **kwargs)
+
+    for module in ("siblings", "layer"):
+        monkeypatch.setattr(f"mixlora_kernels.peft.{module}.mixlora_siblings", counting)
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**{**TEXT, "num_hidden_layers": 1}))
+    yield adapt(base, alpha=4, target_modules=["q_proj", "k_proj", "v_proj"]).train(), sizes
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_siblings(siblings, broken, monkeypatch):
+    """They are computed together in one graph, and where a graph ends after each of them."""
+    model, sizes = siblings
+    if broken:
+        forward = MixLoRALayer.forward
+
+        def breaking(self, *args, **kwargs):
+            y = forward(self, *args, **kwargs)
+            torch._dynamo.graph_break()
+            return y
+
+        monkeypatch.setattr(MixLoRALayer, "forward", breaking)
+    check(model, torch.compile(model, backend="aot_eager", fullgraph=not broken))
+    assert sizes == [3, 3]
+
+
+def test_siblings_whose_input_is_changed(siblings):
+    """A graph cannot take another way by that, and is refused. Eager, each layer then computes by itself."""
+    model, sizes = siblings
+    key = model.base_model.model.model.layers[0].self_attn.k_proj
+
+    def change(_module, args):
+        args[0].add_(1.0)
+
+    key.register_forward_pre_hook(change)
+    inputs = {"input_ids": pad(prompts(3), "right")[0], "use_cache": False}
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match=r"(?s)assertion failed.*_is_unchanged"):
+            torch.compile(model, backend="aot_eager")(**inputs)
+        sizes.clear()
+        model(**inputs)
+    assert sizes == [3, 1, 1]
 
 
 def test_checkpointed_layers(model):

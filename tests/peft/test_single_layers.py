@@ -1,4 +1,4 @@
-"""``SideInformation.shares``: whether layers that read the same x are computed together."""
+"""``SideInformation.groups_siblings``: whether layers that read the same x are computed together."""
 
 import torch
 
@@ -23,6 +23,6 @@ def test_each_layer_by_itself_has_the_same_bits(monkeypatch):
         shared = model(input_ids=tokens).logits
         assert set(groups) == {2, 3}
         groups.clear()
-        find_side_information(model).shares = False
+        find_side_information(model).groups_siblings = False
         assert torch.equal(model(input_ids=tokens).logits, shared)
     assert groups == []

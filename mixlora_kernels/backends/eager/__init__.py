@@ -10,6 +10,7 @@ class Eager:
     """The backend called ``"torch"``."""
 
     name = "torch"
+    writes_first = False
 
     def apply(self, group):
         """``Backend.apply``."""

@@ -17,7 +17,7 @@ def decode(group: Group) -> Sequence[Tensor]:
     index_a, index_b, gate = group.given[:3]
     u = torch.stack([F.linear(x, factors.lora_A.to(dtype)) for factors in group.factors])  # [G, N, E]
     if instances.length != 1:  # each token takes its instance's
-        index_a, index_b, gate = (t[:, instances.index(x.device)] for t in (index_a, index_b, gate))
+        index_a, index_b, gate = (t[:, instances.instance_of_token(x.device)] for t in (index_a, index_b, gate))
     s = torch.zeros_like(u).scatter_(-1, index_b, (u.gather(-1, index_a) * gate).to(dtype))
     ys = []
     for g, (base, factors) in enumerate(zip(group.bases, group.factors)):

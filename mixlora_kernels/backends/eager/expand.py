@@ -22,8 +22,11 @@ def expand(
     return [add(y, parts[g], _choice(group, routing, g), in_place[g]) for g, y in enumerate(ys)], saved
 
 
-def expand_backward(group: Group, dys: Sequence[Tensor], routing: Routing, saved: Saved, needs: Needs):
-    """``Stages.expand_backward``; what it carries is du [N, G * R]."""
+def expand_backward(
+    group: Group, dys: Sequence[Tensor], drouting, routing: Routing, saved: Saved, needs: Needs
+) -> tuple[Sequence[Tensor | None], Tensor | None, Saved]:
+    """``Stages.expand_backward``; what it carries is du [N, G * R], and the gradients of the gate and of the
+    probabilities, the gate's with what comes from y."""
     u, G = saved[0], len(dys)
     parts = _weigh(u, group, routing).chunk(G, -1) if needs.lora_B else ()
     dlora_B: list[Tensor | None] = [None] * G
@@ -34,12 +37,13 @@ def expand_backward(group: Group, dys: Sequence[Tensor], routing: Routing, saved
         if needs.lora_B:
             dlora_B[g] = collect(parts[g], dy, choice)
     v = vs[0] if G == 1 else torch.cat(vs, -1)
-    dgate = None
-    if needs.gate:
+    dgate, *dprobs = drouting
+    if needs.gate or (needs.routers and group.options.gate != "binary"):
         B, instances = group.instances.count, group.instances
-        dgate = instances.sum(instances.by_token(u * v), routing.gate.dtype) * group.options.scale
-        dgate = dgate.view(B, G, -1).transpose(0, 1)
-    return dlora_B, dgate, (_weigh(v, group, routing),)
+        dgate_y = instances.sum(instances.by_token(u * v), routing.gate.dtype) * group.options.scale
+        dgate_y = dgate_y.view(B, G, -1).transpose(0, 1)
+        dgate = dgate_y if dgate is None else dgate_y + dgate
+    return dlora_B, dgate if needs.gate else None, (_weigh(v, group, routing), dgate, *dprobs)
 
 
 def _weigh(values: Tensor, group: Group, routing: Routing) -> Tensor:

@@ -38,11 +38,11 @@ def project(group: Group) -> tuple[Routing, Saved]:
 
 
 def project_backward(
-    group: Group, dx: Tensor | None, drouting, routing: Routing, saved: Saved, carried: Saved, needs: Needs
+    group: Group, dx: Tensor | None, routing: Routing, saved: Saved, carried: Saved, needs: Needs
 ) -> Gradients:
-    """``Stages.project_backward``; carried is du [N, G * R]."""
+    """``Stages.project_backward``; ``carried`` is what ``expand_backward`` says."""
     x, instances, options, G = group.x, group.instances, group.options, len(group.factors)
-    (_, read, *kept), (du,) = saved, carried
+    (_, read, *kept), (du, *drouting) = saved, carried
     pools = [factors.lora_A for factors in group.factors]
     choice = choose(pools, routing.index_a, instances, du.dtype)
     dlora_A = [None] * G
@@ -74,10 +74,10 @@ def mean(x: Tensor, instances: Instances, dtype: torch.dtype) -> Tensor:
     N, mask, look = x.shape[0], instances.mask, can_look(x)
     # Summed as it lies where that makes no copy of x: the CPU's sum first converts the whole of its input.
     if mask is None and instances.length is not None and (x.dtype == dtype or not look):
-        return instances.by_token(x).sum(dim=1, dtype=dtype) * instances.share
+        return instances.by_token(x).sum(dim=1, dtype=dtype) * instances.token_share
     block = BLOCK if look else max(N, 1)  # a compiled graph makes no copy and wants no loop
     total = x.new_zeros(instances.count, x.shape[1], dtype=dtype)
-    instance = instances.index(x.device)
+    instance = instances.instance_of_token(x.device)
     for first in range(0, N, block):
         rows = slice(first, first + block)
         part = x[rows].to(dtype)
@@ -85,16 +85,16 @@ def mean(x: Tensor, instances: Instances, dtype: torch.dtype) -> Tensor:
             # Filled, not multiplied by 0: what stands in the padding may be infinite.
             part = part.masked_fill(~mask[rows, None], 0)
         total.index_add_(0, instance[rows], part)
-    return total * instances.share
+    return total * instances.token_share
 
 
 def _mean_backward(dx: Tensor, dpooled: Tensor, instances: Instances) -> None:
     """Give every pooled token its share of the gradient of its instance's mean, [B, D]: added to dx in place."""
-    dpooled = (dpooled * instances.share).to(dx.dtype)
+    dpooled = (dpooled * instances.token_share).to(dx.dtype)
     if instances.mask is None and instances.length is not None:
         instances.by_token(dx).add_(dpooled.unsqueeze(1))
     else:  # as a product with the instances' indicators, which takes no copy of dpooled for each token
-        tokens = instances.index(dx.device)
+        tokens = instances.instance_of_token(dx.device)
         member = tokens[:, None] == torch.arange(instances.count, device=dx.device)  # [N, B]
         if instances.mask is not None:
             member &= instances.mask[:, None]

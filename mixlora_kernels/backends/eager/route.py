@@ -10,8 +10,8 @@ Everything here is of the size [G, B, R, E] or of the parameters alone. Equation
 T depends on parameters alone; an instance only looks up r of its columns. Tied pairs take index_b = index_a.
 """
 
-import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -153,23 +153,23 @@ def _gate(gate: str, *choices: tuple[Tensor, Tensor]) -> Tensor:
     if gate in ("straight_through", "binary"):
         probs, index = choices[0]
         return probs.new_ones(index.shape)
-    return math.prod([_share(gate, *choice)[0] for choice in choices])
+    return reduce(torch.mul, [_renormalise(gate, *choice)[0] for choice in choices])
 
 
 def _gate_backward(gate: str, dgate: Tensor, choices: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
     """The gradients of the chosen probabilities [G, B, R], of A's and of B's."""
     if gate == "straight_through":
         return [dgate] * len(choices)
-    shares = [_share(gate, *choice) for choice in choices]
+    shares = [_renormalise(gate, *choice) for choice in choices]
     gradients = []
     for i, (share, total) in enumerate(shares):
-        dshare = math.prod([other for j, (other, _) in enumerate(shares) if j != i], start=dgate)
+        dshare = reduce(torch.mul, [other for j, (other, _) in enumerate(shares) if j != i], dgate)
         # Shares add up to the same, whatever the probabilities.
         gradients.append((dshare - (dshare * share).sum(-1, keepdim=True) / share.sum(-1, keepdim=True)) / total)
     return gradients
 
 
-def _share(gate: str, probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+def _renormalise(gate: str, probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """The chosen probabilities [G, B, R] over their sum, or over their mean where the gate is normalized; and that."""
     chosen = probs.gather(-1, index)
     total = chosen.mean(-1, keepdim=True) if gate == "normalized" else chosen.sum(-1, keepdim=True)

@@ -1,5 +1,7 @@
 """The stages as Triton kernels, registered as ``torch.ops.mixlora_kernels.*``. Importing this imports Triton."""
 
+import os
+
 from .. import node
 from .decode import decode, decodes
 from .expand import expand
@@ -12,6 +14,8 @@ class Kernels:
     """The backend called ``"triton"``."""
 
     name = "triton"
+    # Off until a GPU has shown that cuBLAS's product loses less by accumulating than the kernels gain.
+    writes_first = os.environ.get("MIXLORA_WRITES_FIRST", "0") == "1"
 
     def apply(self, group):
         """``Backend.apply``."""

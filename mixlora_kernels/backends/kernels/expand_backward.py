@@ -3,6 +3,8 @@
 v[t, i] = lora_B[index_b[i]] · dy[t]               du[t, i] = c gate_i v[t, i]
 m[i] = Σ_t u[t, index_a[i]] dy[t]                  dgate_i = c lora_B[index_b[i]] · m[i]
 dlora_B[index_b[i]] += c gate_i m[i]
+
+The program that has added up an instance's dgate goes on with it, back through the choice of factors (route.py).
 """
 
 from collections.abc import Sequence
@@ -19,19 +21,32 @@ from .gather import gather_by_factor
 from .launch import Launch, as_pools, as_rows, plan, register
 from .product import dot, dot_precision
 from .rank_r import chosen_rows, slot_columns, slot_weights
+from .route import gate_total, route_backward
 from .siblings import choose, count_pieces, find_piece
 from .tiles import count_tiles, find_rows, find_tiles, padded_count, row_tile
 
 
-def expand_backward(group: Group, dys: Sequence[Tensor], routing: Routing, saved: Saved, needs: Needs):
-    """``Stages.expand_backward``; what it carries is du [G, N, R] float32."""
-    instances, chosen = group.instances, saved[0]
+def expand_backward(
+    group: Group, dys: Sequence[Tensor], drouting, routing: Routing, saved: Saved, needs: Needs
+) -> tuple[Sequence[Tensor | None], Tensor | None, Saved]:
+    """``Stages.expand_backward``; what it carries is du [G, N, R], and the gradients of the logits [1 or 2, G, B, E]
+    and of the looked-up rows of T [G, B, R, E], all float32, None where there are none."""
+    instances, options, (chosen, _, kept, _) = group.instances, group.options, saved
     du, *rest = expand_backward_op(
-        dys, chosen, [own.lora_B for own in group.factors], routing.index_b, routing.gate, group.options.scale,
-        instances.cu_seqlens, instances.count, instances.length or 0, needs.lora_B, needs.gate,
+        dys, chosen, [own.lora_B for own in group.factors], routing.index_a,
+        None if options.tied else routing.index_b, routing.gate, *drouting, routing.probs_a, routing.probs_b, kept,
+        options.scale, options.gate, instances.cu_seqlens, instances.count, instances.length or 0,
+        needs.lora_B, needs.gate, needs.routers,
     )  # fmt: skip
     dgate = rest.pop(0) if needs.gate else None
-    return (rest if needs.lora_B else [None] * len(dys)), dgate, (du,)
+    dlogits = rest.pop(0) if needs.routers else None
+    dlooked = rest.pop(0) if needs.routers and looks_up(kept) else None
+    return (rest if needs.lora_B else [None] * len(dys)), dgate, (du, dlogits, dlooked)
+
+
+def looks_up(kept: Tensor | None) -> bool:
+    """Whether B's choice is conditioned on rows of T, of which ``route`` then kept the softmax."""
+    return kept is not None and kept.shape[2] > 1
 
 
 @triton.jit(do_not_specialize=["scale", "B", "L", "N"])
@@ -129,11 +144,11 @@ def gather_planes(
 
 @triton.jit
 def gather_dots(
-    dots, dgate, g, b, cu_seqlens, B, L, widths, chunks,
+    dots, g, b, cu_seqlens, B, L, widths, chunks,
     G: tl.constexpr, R: tl.constexpr, R_PAD: tl.constexpr, B_PAD: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dgate of one instance of a sibling."""
+    """dgate [R_PAD] of one instance of a sibling."""
     slots = tl.arange(0, R_PAD)
     plane, last = find_planes(g, widths, G, BLOCK_W)
     first, count, _length = find_tiles(b, cu_seqlens, B, L, CHUNK, B_PAD)
@@ -143,17 +158,20 @@ def gather_dots(
         row = (plane + k // count).to(tl.int64) * chunks + first + k % count
         there = (k < (last - plane) * count)[:, None] & (slots < R)[None, :]
         sums += tl.load(dots + row[:, None] * R + slots[None, :], mask=there, other=0.0)
-    tl.store(dgate + (g * B + b).to(tl.int64) * R + slots, tl.sum(sums, 0), mask=slots < R)
+    return tl.sum(sums, 0)
 
 
 @triton.jit(do_not_specialize=["scale", "B", "L", "N", "chunks", "columns", "blocks"])
 def expand_gather_kernel(
-    planes, parts, dots, owner, index, gate, scale, cu_seqlens, du, dlora_B, dgate, B, L, N, widths, total, chunks,
-    columns, blocks,
+    planes, parts, dots, owner, index, gate, scale, cu_seqlens, du, dlora_B, dgate,
+    dgate_given, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, kept, dlogits, dlooked,
+    B, L, N, widths, total, chunks, columns, blocks,
     G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, E_PAD: tl.constexpr, R_PAD: tl.constexpr, B_PAD: tl.constexpr,
     CHUNK: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    TOTAL: tl.constexpr,
 ):  # fmt: skip
-    """First ``columns`` programs for dlora_B, then ``blocks`` of each sibling for du, then G · B for dgate."""
+    """First ``columns`` programs for dlora_B, then ``blocks`` of each sibling for du, then G · B for dgate and for the
+    way back through the choice of factors."""
     role = tl.program_id(0)
     if role < columns:
         if parts is not None:
@@ -164,53 +182,82 @@ def expand_gather_kernel(
     elif role < columns + blocks * G:
         own = role - columns
         gather_planes(planes, du, own // blocks, own % blocks, N, widths, G, R, BLOCK_W, BLOCK)
-    elif dots is not None:
-        own = role - columns - blocks * G
-        gather_dots(
-            dots, dgate, own // B, own % B, cu_seqlens, B, L, widths, chunks,
-            G, R, R_PAD, B_PAD, CHUNK, BLOCK_W, BLOCK_K,
-        )  # fmt: skip
+    else:
+        row = role - columns - blocks * G
+        slots = tl.arange(0, R_PAD)
+        dchosen = tl.zeros([R_PAD], tl.float32)
+        if dots is not None:
+            dchosen = gather_dots(
+                dots, row // B, row % B, cu_seqlens, B, L, widths, chunks,
+                G, R, R_PAD, B_PAD, CHUNK, BLOCK_W, BLOCK_K,
+            )  # fmt: skip
+        place = row.to(tl.int64) * R + slots
+        if dgate is not None:
+            tl.store(dgate + place, dchosen, mask=slots < R)
+        if dlogits is not None:
+            if dgate_given is not None:
+                dchosen += tl.load(dgate_given + place, mask=slots < R, other=0.0)
+            route_backward(
+                dchosen, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, kept, dlogits, dlooked, row, B,
+                G, E, R, E_PAD, R_PAD, TOTAL,
+            )  # fmt: skip
 
 
 def allocate_expand_backward(
-    dys: Sequence[Tensor], u: Tensor, lora_B: Sequence[Tensor], index: Tensor, gate: Tensor, scale: float,
-    cu_seqlens: Tensor | None, B: int, L: int, need_B: bool, need_gate: bool,
+    dys: Sequence[Tensor], u: Tensor, lora_B: Sequence[Tensor], index_a: Tensor, index_b: Tensor | None,
+    gate: Tensor, dgate: Tensor | None, dprobs_a: Tensor | None, dprobs_b: Tensor | None, probs_a: Tensor | None,
+    probs_b: Tensor | None, kept: Tensor | None, scale: float, gate_kind: str,
+    cu_seqlens: Tensor | None, B: int, L: int, need_B: bool, need_gate: bool, routes: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """du; dgate and the siblings' dlora_B, as far as they are needed."""
+    """du; as far as they are needed, dgate, dlogits, dlooked and the siblings' dlora_B."""
+    (G, _, R), E = u.shape, lora_B[0].shape[0]
     outputs = [u.new_empty(u.shape)]
     if need_gate:
-        outputs.append(u.new_empty(index.shape))
+        outputs.append(u.new_empty(index_a.shape))
+    if routes:
+        outputs.append(u.new_empty(1 if index_b is None else 2, G, B, E))
+        if looks_up(kept):
+            outputs.append(u.new_empty(G, B, R, E))
     if need_B:
         outputs += [own.new_empty(own.shape) for own in as_pools(lora_B)]
     return outputs
 
 
-def fill_expand_backward(outputs, dys, u, lora_B, index, gate, scale, cu_seqlens, B, L, need_B, need_gate):
+def fill_expand_backward(
+    outputs, dys, u, lora_B, index_a, index_b, gate, dgate, dprobs_a, dprobs_b, probs_a, probs_b, kept, scale,
+    gate_kind, cu_seqlens, B, L, need_B, need_gate, routes,
+):  # fmt: skip
     du, *outputs = outputs
-    dgate = outputs.pop(0) if need_gate else None
+    dgate_out = outputs.pop(0) if need_gate else None
+    dlogits = outputs.pop(0) if routes else None
+    dlooked = outputs.pop(0) if routes and looks_up(kept) else None
     dys = tuple([as_rows(dy) for dy in dys])
+    need_dots = need_gate or (routes and gate_kind != "binary")
+    (_, N, R), E = u.shape, lora_B[0].shape[0]
     collect, gather, chunks, pieces, total = plan_expand_backward(
-        tuning.architecture(u.device), dys[0].element_size(), u.shape, lora_B[0].shape[0], scale,
-        cu_seqlens is not None, B, L, need_B, need_gate,
+        tuning.architecture(u.device), dys[0].element_size(), u.shape, E, scale,
+        cu_seqlens is not None, B, L, need_B, need_dots or routes, gate_total(gate_kind, R),
         tuple([dy.shape[1] for dy in dys]), tuple([dy.stride(0) for dy in dys]), dot_precision(),
     )  # fmt: skip
-    _, N, R = u.shape
     between = {
         "planes": u.new_empty(pieces, N, R),
         "parts": u.new_empty(chunks, R, total) if need_B else None,
-        "dots": u.new_empty(pieces, chunks, R) if need_gate else None,
+        "dots": u.new_empty(pieces, chunks, R) if need_dots else None,
         "owner": None if cu_seqlens is None else u.new_empty(chunks, dtype=torch.int32),
     }
+    index = index_a if index_b is None else index_b
     collect(u.device, dys=dys, u=u, pools=as_pools(lora_B), index=index, gate=gate, cu_seqlens=cu_seqlens, **between)
+    dgate, dprobs_a, dprobs_b = (None if t is None else t.contiguous() for t in (dgate, dprobs_a, dprobs_b))
     gather(
-        u.device, index=index, gate=gate, cu_seqlens=cu_seqlens, du=du, dlora_B=tuple(outputs) or None, dgate=dgate,
-        **between,
+        u.device, index=index, gate=gate, cu_seqlens=cu_seqlens, du=du, dlora_B=tuple(outputs) or None,
+        dgate=dgate_out, dgate_given=dgate, dprobs_a=dprobs_a, dprobs_b=dprobs_b, index_a=index_a, index_b=index_b,
+        probs_a=probs_a, probs_b=probs_b, kept=kept, dlogits=dlogits, dlooked=dlooked, **between,
     )  # fmt: skip
 
 
 @plan
 def plan_expand_backward(
-    arch, itemsize, u_shape, E, scale, packed, B, L, need_B, need_gate, widths, strides, precision
+    arch, itemsize, u_shape, E, scale, packed, B, L, need_B, by_instance, gate_total, widths, strides, precision
 ) -> tuple[Launch, Launch, int, int, int]:  # fmt: skip
     """Both launches; and the chunks of tokens, the pieces of columns, and all siblings' columns."""
     G, N, R = u_shape
@@ -227,9 +274,9 @@ def plan_expand_backward(
     tile, block = tuning.gather(arch, tuning.pad(E)), 1024
     columns, blocks = count_pieces(widths, tile.columns) if need_B else 0, tuning.divide(N * R, block)
     gather = Launch(
-        expand_gather_kernel, (columns + blocks * G + (B * G if need_gate else 0),), tile.options,
+        expand_gather_kernel, (columns + blocks * G + (B * G if by_instance else 0),), tile.options,
         chunks=chunks, columns=columns, blocks=blocks, E=E, E_PAD=tuning.pad(E), BLOCK=block,
-        BLOCK_K=tile.rows, BLOCK_D=tile.columns, **shared,
+        BLOCK_K=tile.rows, BLOCK_D=tile.columns, TOTAL=gate_total, **shared,
     )  # fmt: skip
     return collect, gather, chunks, pieces, sum(widths)
 

@@ -1,5 +1,5 @@
-"""project's backward: route back (route.py), the routers (routers_backward.py), the walk over x and dx (walk.py), and
-then lora_A's gradient from what the chunks of the walk left:
+"""project's backward: the routers (routers_backward.py), the walk over x and dx (walk.py), and then lora_A's gradient
+from what the chunks of the walk left:
 
     dlora_A[g][index_a[i]] += Σ_chunks parts[g, chunk, i]           + Σ_i dT[g, i]ᵀ · router_AB[g, i]
 """
@@ -17,34 +17,29 @@ from ..base import Gradients, Group, Needs, Saved
 from . import tuning
 from .gather import gather_by_factor
 from .launch import Launch, as_pools, as_rows, plan, register
-from .route import gate_total, launch_route_backward
 from .routers_backward import launch_routers_backward
 from .siblings import choose
 from .walk import launch_walk
 
 
 def project_backward(
-    group: Group, dx: Tensor | None, drouting, routing: Routing, saved: Saved, carried: Saved, needs: Needs
+    group: Group, dx: Tensor | None, routing: Routing, saved: Saved, carried: Saved, needs: Needs
 ) -> Gradients:
-    """``Stages.project_backward``; carried is du [G, N, R]."""
+    """``Stages.project_backward``; ``carried`` is what ``expand_backward`` says."""
     x, instances, options, G = group.x, group.instances, group.options, len(group.factors)
-    (_, pooled, kept, row_sums), (du,) = saved, carried
+    (_, pooled, _, row_sums), (du, dlogits, dlooked) = saved, carried
     overwrite = dx is None
     if needs.x and overwrite:
         dx = du.new_empty(du.shape[1], group.factors[0].lora_A.shape[1], dtype=options.dtype)
     lora_A, *routers = zip(*((own.lora_A, own.router_A, own.router_B, own.router_AB) for own in group.factors))
     routers = [[t for t in own if t is not None and needs.routers] for own in routers]
-    dgate, dprobs_a, dprobs_b = drouting if needs.routers else (None, None, None)
     outs = [torch.empty_like(pooled)] if needs.routers and not options.pools else []
     for tensors in (lora_A if needs.lora_A else (), *routers):
         outs += [torch.empty_like(own) for own in as_pools(tensors)]
     project_backward_op(
-        outs, dx if needs.x else None, x if needs.lora_A else None, du, lora_A, *routers, pooled,
-        None if options.gate == "binary" else dgate, dprobs_a, dprobs_b, routing.index_a,
-        None if options.tied else routing.index_b, routing.probs_a, routing.probs_b, kept, row_sums,
-        instances.cu_seqlens, instances.mask, instances.shares, group.seeds, instances.count,
-        instances.length or 0, dropped_levels(options.p), options.gate,
-        options.pools, overwrite, needs.lora_A,
+        outs, dx if needs.x else None, x if needs.lora_A else None, du, lora_A, *routers, pooled, dlogits, dlooked,
+        routing.index_a, row_sums, instances.cu_seqlens, instances.mask, instances.shares, group.seeds,
+        instances.count, instances.length or 0, dropped_levels(options.p), options.pools, overwrite, needs.lora_A,
     )  # fmt: skip
     taken, nothing = iter(outs), [None] * G
     dread = next(taken) if needs.routers and not options.pools else None
@@ -88,21 +83,18 @@ def project_gather_kernel(
 
 def allocate_project_backward(
     outs: Sequence[Tensor], dx: Tensor | None, x: Tensor | None, du: Tensor, lora_A: Sequence[Tensor],
-    router_A: Sequence[Tensor],
-    router_B: Sequence[Tensor], router_AB: Sequence[Tensor], pooled: Tensor | None, dgate: Tensor | None,
-    dprobs_a: Tensor | None, dprobs_b: Tensor | None, index_a: Tensor, index_b: Tensor | None,
-    probs_a: Tensor | None, probs_b: Tensor | None, kept: Tensor | None, row_sums: Tensor | None,
+    router_A: Sequence[Tensor], router_B: Sequence[Tensor], router_AB: Sequence[Tensor], pooled: Tensor | None,
+    dlogits: Tensor | None, dlooked: Tensor | None, index_a: Tensor, row_sums: Tensor | None,
     cu_seqlens: Tensor | None, mask: Tensor | None, share: Tensor | None, seeds: Tensor | None, B: int, L: int,
-    dropped: int, gate: str, pools: bool, overwrite: bool, need_A: bool,
+    dropped: int, pools: bool, overwrite: bool, need_A: bool,
 ) -> None:  # fmt: skip
     """Nothing: it fills ``outs``, the gradients of what the routers read, where that is not x; of lora_A where needed;
     and of the routers given."""
 
 
 def fill_project_backward(
-    _, outs, dx, x, du, lora_A, router_A, router_B, router_AB, pooled, dgate, dprobs_a, dprobs_b, index_a, index_b,
-    probs_a, probs_b, kept, row_sums, cu_seqlens, mask, share, seeds, B, L, dropped, gate, pools,
-    overwrite, need_A,
+    _, outs, dx, x, du, lora_A, router_A, router_B, router_AB, pooled, dlogits, dlooked, index_a, row_sums, cu_seqlens,
+    mask, share, seeds, B, L, dropped, pools, overwrite, need_A,
 ):  # fmt: skip
     (G, _, R), (E, D) = du.shape, lora_A[0].shape
     routes, lora_A = bool(router_A), as_pools(lora_A)
@@ -113,9 +105,6 @@ def fill_project_backward(
     )
     dtable = None
     if routes:
-        dlogits, dlooked = launch_route_backward(
-            dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, kept, gate_total(gate, R)
-        )
         if pools and dx is not None:
             spread = du.new_empty(B, D)
         routers = as_pools(router_A), as_pools(router_B) if router_B else None

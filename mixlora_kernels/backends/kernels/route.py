@@ -1,4 +1,5 @@
-"""route: from the logits to the factors of each instance, in one launch, and back in one more.
+"""route: from the logits to the factors of each instance, in one launch, and the way back (``expand_gather_kernel``
+takes it, with each instance's gate gradient in its registers).
 
 Equations 6 to 8, one program for an instance of a sibling, everything in float32:
 
@@ -158,47 +159,45 @@ def plan_route(shape, R, splits, total) -> Launch:
 
 @triton.jit
 def probability_gradient(
-    row, dgate, dprobs, index, probs, other_index, other_probs,
+    row, dchosen, dprobs, index, probs, other_index, other_probs,
     E: tl.constexpr, R: tl.constexpr, E_PAD: tl.constexpr, R_PAD: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
     """The gradient of one pool's probabilities [E_PAD]: as the gate's, in the chosen ones, and as they are returned."""
     e, slots = tl.arange(0, E_PAD), tl.arange(0, R_PAD)
-    dp = tl.zeros([E_PAD], tl.float32)
-    if dgate is not None:
-        there = slots < R
-        chosen = tl.load(index + row * R + slots, mask=there, other=-1)
-        dchosen = tl.load(dgate + row * R + slots, mask=there, other=0.0).to(tl.float32)
-        if TOTAL > 0:  # gate = share · other's share, share = TOTAL · p / Σ p over the chosen
-            p = tl.load(probs + row * E + chosen, mask=there, other=0.0)
-            if other_index is not None:
-                other = tl.load(other_index + row * R + slots, mask=there, other=0)
-                other_p = tl.load(other_probs + row * E + other, mask=there, other=0.0)
-                dchosen *= TOTAL * other_p / tl.sum(other_p, 0)
-            sum_p = tl.sum(p, 0)
-            dchosen = TOTAL * (dchosen - tl.sum(dchosen * p, 0) / sum_p) / sum_p
-        dp = tl.sum(tl.where(chosen[:, None] == e[None, :], dchosen[:, None], 0.0), 0)
+    there = slots < R
+    chosen = tl.load(index + row * R + slots, mask=there, other=-1)
+    if TOTAL > 0:  # gate = share · other's share, share = TOTAL · p / Σ p over the chosen
+        p = tl.load(probs + row * E + chosen, mask=there, other=0.0)
+        if other_index is not None:
+            other = tl.load(other_index + row * R + slots, mask=there, other=0)
+            other_p = tl.load(other_probs + row * E + other, mask=there, other=0.0)
+            dchosen *= TOTAL * other_p / tl.sum(other_p, 0)
+        sum_p = tl.sum(p, 0)
+        dchosen = TOTAL * (dchosen - tl.sum(dchosen * p, 0) / sum_p) / sum_p
+    dp = tl.sum(tl.where(chosen[:, None] == e[None, :], dchosen[:, None], 0.0), 0)
     if dprobs is not None:
         dp += tl.load(dprobs + row * E + e, mask=e < E, other=0.0)
     return dp
 
 
-@triton.jit(do_not_specialize=["B"])
-def route_backward_kernel(
-    dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, kept, dlogits, dlooked, B,
+@triton.jit
+def route_backward(
+    dchosen, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, kept, dlogits, dlooked, row, B,
     G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, E_PAD: tl.constexpr, R_PAD: tl.constexpr, TOTAL: tl.constexpr,
 ):  # fmt: skip
-    b, g = tl.program_id(0), tl.program_id(1)
+    """From an instance's dgate, ``dchosen`` [R_PAD], and the gradients of its probabilities to those of its logits
+    [1 or 2, G, B, E] and of the rows of T that it looked up [G, B, R, E]. ``row`` counts instances of all siblings."""
     e = tl.arange(0, E_PAD)
     inside = e < E
-    row = (g * B + b).to(tl.int64)
+    row = row.to(tl.int64)
     dp = probability_gradient(
-        row, dgate, dprobs_a, index_a, probs_a, index_b, probs_b, E, R, E_PAD, R_PAD, TOTAL
+        row, dchosen, dprobs_a, index_a, probs_a, index_b, probs_b, E, R, E_PAD, R_PAD, TOTAL
     )  # fmt: skip
     p = tl.load(probs_a + row * E + e, mask=inside, other=0.0)
     tl.store(dlogits + row * E + e, softmax_backward(dp, p), mask=inside)
     if index_b is not None:
         dp = probability_gradient(
-            row, dgate, dprobs_b, index_b, probs_b, index_a, probs_a, E, R, E_PAD, R_PAD, TOTAL
+            row, dchosen, dprobs_b, index_b, probs_b, index_a, probs_a, E, R, E_PAD, R_PAD, TOTAL
         )  # fmt: skip
         rows: tl.constexpr = 1 if dlooked is None else 2 + R
         kept += row * rows * E
@@ -209,25 +208,3 @@ def route_backward_kernel(
             for i in range(R):
                 q_i = tl.load(kept + (2 + i) * E + e, mask=inside, other=0.0)
                 tl.store(dlooked + (row * R + i) * E + e, softmax_backward(dq, q_i), mask=inside)
-
-
-def launch_route_backward(dgate, dprobs_a, dprobs_b, index_a, index_b, probs_a, probs_b, kept, total: float):
-    """The gradients of the logits [1 or 2, G, B, E] and of the rows of T that were looked up [G, B, R, E], or None."""
-    (G, B, E), r = probs_a.shape, index_a.shape[2]
-    dlogits = probs_a.new_empty(1 if index_b is None else 2, G, B, E)
-    dlooked = None if kept is None or kept.shape[2] == 1 else probs_a.new_empty(G, B, r, E)
-    dgate, dprobs_a, dprobs_b = (None if t is None else t.contiguous() for t in (dgate, dprobs_a, dprobs_b))
-    plan_route_backward(probs_a.shape, r, total)(
-        probs_a.device, dgate=dgate, dprobs_a=dprobs_a, dprobs_b=dprobs_b, index_a=index_a, index_b=index_b,
-        probs_a=probs_a, probs_b=probs_b, kept=kept, dlogits=dlogits, dlooked=dlooked,
-    )  # fmt: skip
-    return dlogits, dlooked
-
-
-@plan
-def plan_route_backward(shape, R, total) -> Launch:
-    G, B, E = shape
-    return Launch(
-        route_backward_kernel, (B, G), {"num_warps": warps(E, R)},
-        B=B, G=G, E=E, R=R, E_PAD=tuning.power_of_2(E), R_PAD=tuning.power_of_2(R), TOTAL=total,
-    )  # fmt: skip

@@ -152,7 +152,7 @@ def launch_routers_backward(
 @plan
 def plan_routers_backward(arch, shape, W, D, R, looked, equal_share) -> Launch:
     pools, G, B, E = shape
-    tile = tuning.gather(arch, tuning.pad(E))
+    tile = tuning.routers(arch, tuning.pad(E))
     roles = pools * G + 1 + (G * R if looked else 0)
     return Launch(
         routers_backward_kernel, (tuning.divide(max(W, D), tile.columns), roles), tile.options,

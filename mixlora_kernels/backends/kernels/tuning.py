@@ -79,9 +79,10 @@ def rows(tokens: int) -> int:
     return 16 if bucket(tokens) <= 128 else 64
 
 
-def siblings(pool: int) -> int:
-    """How many siblings one program of ``project`` or ``walk`` serves: their sums all stay in registers."""
-    return max(1, 64 // pool)
+def siblings(pool: int, draws: bool = False) -> int:
+    """How many siblings one program of ``project`` or ``walk`` serves: their sums all stay in registers. So do, in an
+    exact walk that ``draws`` dropout, the draws and the operands of its float32 products."""
+    return max(1, (32 if draws else 64) // pool)
 
 
 def project(arch: str, tokens: int, width: int, pool: int, itemsize: int) -> Tile:
@@ -91,7 +92,7 @@ def project(arch: str, tokens: int, width: int, pool: int, itemsize: int) -> Til
     # Few tokens leave most of the device idle unless several programs share a row of x; each leaves a plane of u.
     splits = max(1, min(PROGRAMS * rows(tokens) // bucket(tokens), 16))
     span = 0 if splits == 1 else columns * max(4, divide(divide(width, splits), columns))
-    return Tile(rows(tokens), columns, span, 4, 2 if arch.startswith("gfx") else 4)
+    return Tile(rows(tokens), columns, span, 4, 2 if arch.startswith("gfx") else 3 if itemsize == 4 else 4)
 
 
 def pool(arch: str, pool: int) -> Tile:
@@ -108,10 +109,15 @@ def table_span(width: int, blocks: int, block: int) -> int:
     return block * divide(divide(width, splits), block)
 
 
-def add(arch: str, tokens: int, itemsize: int) -> Tile:
+def is_long(slots: int, itemsize: int) -> bool:
+    """Whether an exact float32 product over the slots is too long for the registers, in which its operands are kept."""
+    return itemsize == 4 and slots > 16
+
+
+def add(arch: str, tokens: int, slots: int, itemsize: int) -> Tile:
     if arch == "interpreter":
         return Tile(rows(tokens), 32, 0, 4, 1)
-    return Tile(rows(tokens), 256 // itemsize, 0, 8, 1)
+    return Tile(16 if is_long(slots, itemsize) else rows(tokens), 256 // itemsize, 0, 8, 1)
 
 
 def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Tile:
@@ -121,13 +127,14 @@ def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Ti
     """
     if arch == "interpreter":
         return Tile(rows(tokens), 32, 2 * rows(tokens), 4, 1)
-    columns = 512 // itemsize
+    columns, gfx = 512 // itemsize, arch.startswith("gfx")
     span = rows(tokens)
     while hands_on(slots, itemsize, columns, span) > (1 / 4 if slots <= 16 else 1):
         span *= 2
     while span < 512 and divide(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
-    return Tile(rows(tokens), columns, span, 8, 2 if arch.startswith("gfx") else 3)
+    block = 16 if is_long(slots, itemsize) else rows(tokens)
+    return Tile(block, columns, span, 4 if gfx and slots > 16 else 8, 2 if gfx else 3)
 
 
 def hands_on(slots: int, itemsize: int, columns: int, span: int) -> float:
@@ -142,14 +149,25 @@ def walk(arch: str, tokens: int, width: int, slots: int, itemsize: int, drops: b
     span = block  # as long as the device stays full
     while span < 512 and divide(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
-    # The draws of dropout take the registers that a larger tile, or a second one on its way, would need.
+    # The draws of dropout take the registers that a larger tile, or a second one on its way, would need. On sm_80 the
+    # larger tile spills without them, too.
     if drops:
-        return Tile(min(block, 32), columns, span, 4 if arch.startswith("gfx") else 8, 1)
-    return Tile(block, columns, span, 8, 2)
+        block = min(block, 16 if is_long(slots, itemsize) or arch == "sm_100" else 32)
+        gfx = arch.startswith("gfx")
+        return Tile(block, columns, span, 4 if gfx else 8, 1, 0 if gfx else 255)
+    return Tile(min(block, 32) if arch.startswith("sm_8") else block, columns, span, 8, 2)
 
 
 def gather(arch: str, pool: int) -> Tile:
     """For the sums over partial sums: rows at a time, and columns."""
+    tile = routers(arch, pool)
+    if arch == "sm_100":  # for which the compiler spills to fit one program more
+        return tile._replace(num_stages=1, registers=96 if pool < 64 else 128)
+    return tile
+
+
+def routers(arch: str, pool: int) -> Tile:
+    """For the routers' gradients, columns alone."""
     if arch == "interpreter":
         return Tile(16, 32, 0, 4, 1)
     return Tile(32, max(16, min(64, 1024 // pool)), 0, 4 if pool < 64 else 8, 2)

@@ -110,7 +110,8 @@ def plan_walk(
 ) -> tuple[list[tuple[slice, Launch]], int, int]:  # fmt: skip
     """The launches, each with the siblings that it serves; the chunks, and a chunk's tokens."""
     tile = tuning.walk(arch, N, D, tuning.pad(R), itemsize, bool(dropped))
-    chunks, together = count_tiles(N, B, L, packed, tile.span), tuning.siblings(tuning.pad(R))
+    chunks = count_tiles(N, B, L, packed, tile.span)
+    together = tuning.siblings(tuning.pad(R), draws=bool(dropped) and itemsize == 4 and arch != "interpreter")
     launches = []
     for g in range(0, G, together):
         launch = Launch(

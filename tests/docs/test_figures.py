@@ -1,0 +1,39 @@
+"""The figures that the pages name are those of the committed results."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "benchmarks" / "results" / "cpu"
+ROWS = {  # of the table in docs/benchmarks.md: the file, and the claim after the name of the implementation
+    "forward+backward, time beyond": ("launch_path", "decoder layer, forward+backward, dropout 0.0: time"),
+    "the same with dropout 0.05 | 2": ("launch_path", "decoder layer, forward+backward, dropout 0.05: time"),
+    "decoding step, time": ("launch_path", "decoder layer, decoding step, dropout 0.0: time"),
+    "launches of a training step": ("launch_path", "decoder layer, forward+backward, dropout 0.0: launches"),
+    "the same with dropout 0.05 | 3": ("launch_path", "decoder layer, forward+backward, dropout 0.05: launches"),
+    "training step on an H100": ("bytes", "dropout 0.0: / frozen on an H100"),
+    "training step on an H200": ("bytes", "dropout 0.0: / frozen on an H200"),
+}
+
+
+def test_the_way_to_the_launches_and_the_bytes():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    told = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in ("launch_path", "bytes")}
+    for begins, (file, claim) in ROWS.items():
+        (row,) = re.findall(rf"^\| ({re.escape(begins)}.*) \|$", page, re.MULTILINE)
+        for name, said in zip(("mixlora", "mixlora_tied"), row.split(" | ")[1:3], strict=True):
+            (bar,) = [bar for bar in told[file]["summary"] if bar["claim"].startswith(f"{name}, {claim}")]
+            assert (said, row.split(" | ")[3]) == (bar["measured_text"], bar["bar_text"])
+
+
+def test_loras_figures_beside_them():
+    page = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    rows = json.loads((RESULTS / "launch_path.json").read_text())["rows"]
+    lora = {
+        row["pass"]: row
+        for row in rows
+        if (row["unit"], row["implementation"], row["dropout"]) == ("decoder layer", "peft_lora", 0.0)
+    }
+    assert f"LoRA takes {lora['decoding step']['ratio_to_frozen']:.3f} times" in page
+    assert f"has {lora['forward+backward']['launches_beyond_frozen']} launches beyond" in page
