@@ -43,8 +43,8 @@ class Generation(Candidate):
     """
 
     def __init__(self, name: str, case: ModelCase, model: nn.Module, prompts: dict[str, Tensor], exact: Callable):
-        self.name, self.case, self.model, self.prompts, self.exact = name, case, model, prompts, exact
-        self.phases = {"generation": lambda: self.generate(model, prompts)}
+        super().__init__(name, case, {"generation": lambda: self.generate(model, prompts)})
+        self.prompts, self.exact = prompts, exact
 
     @torch.no_grad()
     def generate(self, model: nn.Module, prompts: dict[str, Tensor]) -> Tensor:
