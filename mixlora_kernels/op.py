@@ -5,6 +5,7 @@ What it computes and its backward stand in ``backends/node.py``.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -78,23 +79,37 @@ def mixlora_siblings(
     Raises:
         TypeError, ValueError: x, the bases or the context do not fit; nothing was computed.
     """
-    context = context or RoutingContext()
     check_input(x, bases, factors, config)
+    context = context or RoutingContext()
+    scope = nullcontext()
     if autocasts(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-        with torch.autocast(x.device.type, enabled=False):
-            return _mixlora(x, bases, factors, config, context, training, backend)
-    return _mixlora(x, bases, factors, config, context, training, backend)
+        x, scope = x.to(torch.get_autocast_dtype(x.device.type)), torch.autocast(x.device.type, enabled=False)
+    with scope:
+        group = _group(x, bases, factors, config, context, training)
+        implementation, given = select(backend, x), group.given
+        # Not in training: a checkpointed forward without gradients must have the bits of its recomputation.
+        if given is not None and not training and implementation.decodes(group) and not _learns(group):
+            ys, routing = implementation.decode(group), given
+        else:
+            ys, routing = implementation.apply(group)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], context.routing or routing
 
 
-def _mixlora(x, bases, factors, config, context, training, backend):
+def _group(
+    x: Tensor,
+    bases: Sequence[Tensor | FrozenLinear],
+    factors: Sequence[Factors],
+    config: MixLoRAConfig,
+    context: RoutingContext,
+    training: bool,
+) -> Group:
+    """What a backend is given: the tokens side by side, the instances, and what is not left to the routers."""
     routes, G = context.routing is None and config.has_routers, len(bases)
     pools = routes and config.routing == "instance"
     instances = context.instances or find_instances(x, context, pooled=pools)
-    precise = torch.promote_types(x.dtype, torch.float32)
     read = None
     if routes and config.routing == "task":
-        read = find_task(context, instances.count, config.task_dim).to(precise)
+        read = find_task(context, instances.count, config.task_dim).to(torch.promote_types(x.dtype, torch.float32))
     p = config.dropout if training and dropped_levels(config.dropout) else 0.0
     given, seeds = context.routing, None
     if given is not None:
@@ -103,7 +118,7 @@ def _mixlora(x, bases, factors, config, context, training, backend):
         given, seeds = _draw(G, instances.count, config, x, bool(p))
     if p and seeds is None:
         seeds = draw_seeds(G, x.device)
-    group = Group(
+    return Group(
         x=x.reshape(-1, x.shape[-1]),
         bases=[base if isinstance(base, FrozenLinear) else base.reshape(-1, base.shape[-1]) for base in bases],
         factors=factors,
@@ -122,13 +137,6 @@ def _mixlora(x, bases, factors, config, context, training, backend):
             dtype=x.dtype,
         ),
     )
-    chosen = select(backend, x)
-    # Not in training: a checkpointed forward without gradients must have the bits of its recomputation.
-    if given is not None and not training and chosen.decodes(group) and not _learns(group):
-        ys, routing = chosen.decode(group), given
-    else:
-        ys, routing = chosen.apply(group)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], given or routing
 
 
 def _learns(group: Group) -> bool:

@@ -1,20 +1,16 @@
 """The stages in plain torch: on any device, in any floating dtype, under any compiler."""
 
-from .. import node
+from ..node import Staged
 from .decode import decode
 from .expand import expand, expand_backward
 from .project import project, project_backward
 
 
-class Eager:
+class Eager(Staged):
     """The backend called ``"torch"``."""
 
     name = "torch"
     writes_first = False
-
-    def apply(self, group):
-        """``Backend.apply``."""
-        return node.apply(self, group)
 
     def decodes(self, group):
         """``Backend.decodes``: any number of tokens."""
