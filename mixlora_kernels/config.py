@@ -73,7 +73,7 @@ class MixLoRAConfig:
     decode: DecodeRouting = "prompt"
     task_dim: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         for name in ("r", "num_factors"):
             if getattr(self, name) < 1:
@@ -95,13 +95,13 @@ class MixLoRAConfig:
             )
 
     @classmethod
-    def published(cls, **settings) -> "MixLoRAConfig":
+    def published(cls, **settings: Any) -> "MixLoRAConfig":
         """What the released code computes: fixed routers, its own conditioning, padding averaged in, and
         every decoding step routed anew. ``settings`` override or add to these."""
         return cls(**{"gate": "binary", "conditioning": "published", "pool": "all", "decode": "token", **settings})
 
     @classmethod
-    def tied(cls, **settings) -> "MixLoRAConfig":
+    def tied(cls, **settings: Any) -> "MixLoRAConfig":
         """Pairs of factors that are chosen as one, weighted by their renormalised probabilities. It departs from the
         paper, where B chooses for itself and a chosen pair counts 1. ``settings`` override or add to these."""
         return cls(**{"conditioning": "tied", "gate": "normalized", **settings})

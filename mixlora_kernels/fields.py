@@ -40,7 +40,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, argument) for argument in arguments)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
-    if origin is list:
+    if origin in (list, set):
         inside = isinstance(value, (list, tuple, set, frozenset))
         return inside and all(item != "" and _fits(item, arguments[0]) for item in value)
     if hint is float:
@@ -63,7 +63,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(dict.fromkeys(map(_describe, arguments)))
     if origin is Literal:
         return "one of " + ", ".join(map(repr, arguments))
-    if origin is list:
+    if origin in (list, set):
         return f"a list of {NAMES[arguments[0]].rpartition(' ')[2]}s"
     return NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 

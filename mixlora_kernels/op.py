@@ -47,7 +47,7 @@ def mixlora(
         TypeError, ValueError: x, base or context do not fit; nothing was computed.
     """
     given = None if context is None else context.routing
-    if given is not None:
+    if context is not None and given is not None:
         context = context._replace(routing=given.unsqueeze())
     (y,), routing = mixlora_siblings(x, (base,), (factors,), config, context, training=training, backend=backend)
     return y, routing.member(0) if given is None else given
@@ -87,13 +87,16 @@ def mixlora_siblings(
     return _mixlora(x, bases, factors, config, context, training, backend)
 
 
-def _mixlora(x, bases, factors, config, context, training, backend):
+def _mixlora(
+    x: Tensor, bases: Sequence[Tensor | FrozenLinear], factors: Sequence[Factors], config: MixLoRAConfig,
+    context: RoutingContext, training: bool, backend: str | None,
+) -> tuple[Sequence[Tensor], Routing]:  # fmt: skip
     routes, G = context.routing is None and config.has_routers, len(bases)
     pools = routes and config.routing == "instance"
     instances = context.instances or find_instances(x, context, pooled=pools)
     precise = torch.promote_types(x.dtype, torch.float32)
     read = None
-    if routes and config.routing == "task":
+    if routes and config.task_dim is not None:
         read = find_task(context, instances.count, config.task_dim).to(precise)
     p = config.dropout if training and dropped_levels(config.dropout) else 0.0
     given, seeds = context.routing, None
@@ -124,20 +127,20 @@ def _mixlora(x, bases, factors, config, context, training, backend):
     )
     chosen = select(backend, x)
     # Not in training: a checkpointed forward without gradients must have the bits of its recomputation.
-    if given is not None and not training and chosen.decodes(group) and not _learns(group):
+    if given is not None and not training and chosen.decodes(group) and not _learns(group, given):
         ys, routing = chosen.decode(group), given
     else:
         ys, routing = chosen.apply(group)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], given or routing
 
 
-def _learns(group: Group) -> bool:
+def _learns(group: Group, given: Routing) -> bool:
     """Whether a gradient can be asked for."""
     if not torch.is_grad_enabled():
         return False
     outputs = (base for base in group.bases if not isinstance(base, FrozenLinear))
     parameters = (tensor for factors in group.factors for tensor in factors if tensor is not None)
-    return any(tensor.requires_grad for tensor in (group.x, group.given.gate, *outputs, *parameters))
+    return any(tensor.requires_grad for tensor in (group.x, given.gate, *outputs, *parameters))
 
 
 def _draw(G: int, count: int, config: MixLoRAConfig, x: Tensor, drops: bool) -> tuple[Routing, Tensor | None]:

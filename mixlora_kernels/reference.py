@@ -7,6 +7,7 @@ Shapes: h [L, d_in] hidden states of one instance, lora_A [E, d_in], lora_B [E, 
 [E, d_route], router_AB [r, E, d_in]; d_route is d_in, or the width of the task embedding.
 """
 
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -68,7 +69,10 @@ def update(h: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:
     return (h @ A.T) * gate @ B
 
 
-def route(pooled, lora_A, router_A, router_B, router_AB, *, r, conditioning="factors", gate="straight_through"):
+def route(
+    pooled: Tensor, lora_A: Tensor, router_A: Tensor, router_B: Tensor | None, router_AB: Tensor | None, *,
+    r: int, conditioning: str = "factors", gate: str = "straight_through",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Section 4.1 for one instance, from its pooled states [d_route].
 
     Returns ``index_a, index_b`` [r], ``gate`` [r], and ``p_a, p_b`` [E].
@@ -76,17 +80,28 @@ def route(pooled, lora_A, router_A, router_B, router_AB, *, r, conditioning="fac
     p_a, index_a = select_a(pooled, router_A, r)
     if conditioning == "tied":  # the pair (a_e, b_e) is chosen as one
         return index_a, index_a, gates(gate, p_a[index_a]), p_a, p_a
-    A = lora_A[index_a]
-    r_cfs = {"none": lambda: None, "factors": lambda: conditional(A, router_AB),
-             "published": lambda: conditional_published(A, router_AB)}[conditioning]()  # fmt: skip
-    p_b, index_b = select_b(pooled, router_B, r, r_cfs)
+    equations: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
+        "none": None, "factors": conditional, "published": conditional_published,
+    }  # fmt: skip
+    equation_7 = equations[conditioning]
+    r_cfs = None if equation_7 is None else equation_7(lora_A[index_a], _needed(router_AB, "router_AB", conditioning))
+    p_b, index_b = select_b(pooled, _needed(router_B, "router_B", conditioning), r, r_cfs)
     return index_a, index_b, gates(gate, p_a[index_a], p_b[index_b]), p_a, p_b
 
 
+def _needed(router: Tensor | None, name: str, conditioning: str) -> Tensor:
+    if router is None:
+        raise ValueError(f"routing with conditioning={conditioning!r} needs {name}, got None")
+    return router
+
+
 def mixlora(
-    h, frozen, lora_A, lora_B, router_A=None, router_B=None, router_AB=None, *, r, scaling,
-    conditioning="factors", gate="straight_through", mask=None, task=None, task_mask=None, chosen=None, dropped=None,
-):  # fmt: skip
+    h: Tensor, frozen: Tensor, lora_A: Tensor, lora_B: Tensor, router_A: Tensor | None = None,
+    router_B: Tensor | None = None, router_AB: Tensor | None = None, *, r: int, scaling: float,
+    conditioning: str = "factors", gate: str = "straight_through", mask: Tensor | None = None,
+    task: Tensor | None = None, task_mask: Tensor | None = None,
+    chosen: tuple[Tensor, Tensor, Tensor] | None = None, dropped: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:  # fmt: skip
     """Equation 1 with the update of Equation 9, for one instance.
 
     Args:
@@ -102,13 +117,15 @@ def mixlora(
     """
     # Routing is done in float32 at least: in half precision, ties at the border of the top r are common.
     precise = torch.promote_types(h.dtype, torch.float32)
+    routing: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
     if chosen is not None:
         routing = (*chosen, None, None)
     else:
         read, pooled_tokens = (h, mask) if task is None else (task, task_mask)
         pooled = average(read.to(precise), pooled_tokens)
-        parameters = (None if p is None else p.to(precise) for p in (lora_A, router_A, router_B, router_AB))
-        routing = route(pooled, *parameters, r=r, conditioning=conditioning, gate=gate)
+        routers = [None if p is None else p.to(precise) for p in (router_A, router_B, router_AB)]
+        a = _needed(routers[0], "router_A", conditioning)
+        routing = route(pooled, lora_A.to(precise), a, *routers[1:], r=r, conditioning=conditioning, gate=gate)
     index_a, index_b, weight = routing[:3]
     A, B = lora_A[index_a].to(h.dtype), lora_B[index_b].to(h.dtype)
     return frozen + scaling * update(h if dropped is None else dropped, A, B, weight.to(h.dtype)), routing

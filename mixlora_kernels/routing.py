@@ -70,20 +70,20 @@ class Instances(NamedTuple):
         """The instance of each token, [N] int64."""
         if self.length is not None:
             return torch.arange(self.count, device=device).repeat_interleave(self.length)
-        return _packed(self.segment)
+        return packed(self.segment)
 
     def expand(self, values: Tensor) -> Tensor:
         """Give every token its instance's values: [B, K] -> [B, L, K] without a copy, or [N, K]."""
         if self.length is not None:
             return values.unsqueeze(1).expand(-1, self.length, -1)
-        return values[_packed(self.segment)]
+        return values[packed(self.segment)]
 
     def sum(self, values: Tensor, dtype: torch.dtype) -> Tensor:
         """Add up each instance's tokens: [B, L, K] or [N, K] -> [B, K]. ``expand``'s backward."""
         if self.length is not None:
             return values.sum(dim=1, dtype=dtype)
         total = values.new_zeros(self.count, values.shape[-1], dtype=dtype)
-        return total.index_add_(0, _packed(self.segment), values.to(dtype))
+        return total.index_add_(0, packed(self.segment), values.to(dtype))
 
 
 class RoutingContext(NamedTuple):
@@ -137,7 +137,8 @@ def find_instances(x: Tensor, context: RoutingContext, pooled: bool) -> Instance
     return instances._replace(shares=_find_shares(instances, torch.promote_types(x.dtype, torch.float32)))
 
 
-def _packed(tensor: Tensor | None) -> Tensor:
+def packed(tensor: Tensor | None) -> Tensor:
+    """``cu_seqlens`` or ``segment``, which packed instances have."""
     if tensor is None:
         raise ValueError("packed instances (length=None) need cu_seqlens and segment, got None")
     return tensor
@@ -151,7 +152,7 @@ def _find_shares(instances: Instances, dtype: torch.dtype) -> Tensor | None:
     elif instances.length is not None:
         return None
     else:
-        pooled = _packed(instances.cu_seqlens).diff().unsqueeze(-1).to(dtype)
+        pooled = packed(instances.cu_seqlens).diff().unsqueeze(-1).to(dtype)
     return 1.0 / pooled.clamp(min=1)
 
 

@@ -6,7 +6,7 @@ Alphabet: G siblings, B instances, L tokens each, N tokens in all, D in, O out, 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -110,7 +110,9 @@ class Backend(Protocol):
         """Each sibling's y [N, O] for a given routing, without dropout and without a backward."""
 
 
-Saved = tuple[Tensor | None, ...]  # what a stage hands to later ones; only the backend knows what it is
+# What a stage hands to later ones: tensors, or None. Only the backend knows which stands where.
+Saved = tuple[Any, ...]
+DRouting = tuple[Tensor | None, Tensor | None, Tensor | None]  # the gradients of gate, p_A and p_B
 
 
 class Stages(Protocol):
@@ -137,7 +139,7 @@ class Stages(Protocol):
         there are none; and what the backward needs beside the routing."""
 
     def expand_backward(
-        self, group: Group, dys: Sequence[Tensor], drouting: tuple[Tensor | None, Tensor | None, Tensor | None],
+        self, group: Group, dys: Sequence[Tensor], drouting: DRouting,
         routing: Routing, saved: Saved, needs: Needs,
     ) -> tuple[Sequence[Tensor | None], Tensor | None, Saved]:  # fmt: skip
         """The gradients of each lora_B; of a given gate [G, B, R], where it is needed; and what ``project_backward``

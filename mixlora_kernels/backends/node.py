@@ -14,16 +14,19 @@ nobody chose has a zero column in du, in s and a zero row in dT: its gradient is
 """
 
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..frozen import frozen_product, frozen_product_backward
 from ..routing import Instances, Routing
-from .base import Factors, FrozenLinear, Group, Needs, Options, Stages
+from .base import DRouting, Factors, FrozenLinear, Group, Needs, Options, Stages
 
 OWN = 8  # tensors that each sibling brings: y, or weight and bias; and five factors
 KEPT = 6  # those of them that the backward reads again: neither y nor the bias
+
+T = TypeVar("T")
 
 
 def apply(stages: Stages, group: Group) -> tuple[Sequence[Tensor], Routing]:
@@ -32,10 +35,11 @@ def apply(stages: Stages, group: Group) -> tuple[Sequence[Tensor], Routing]:
     for base, factors in zip(group.bases, group.factors):
         own += (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
         own += factors
-    given = group.given or Routing(None, None, None, None, None)
+    given: tuple[Tensor | None, ...] = (None, None, None) if group.given is None else group.given[:3]
+    index_a, index_b, gate = given
     outputs = Node.apply(
         stages, group.instances, group.options, group.x, group.read, group.seeds,
-        given.gate, given.index_a, given.index_b, *own,
+        gate, index_a, index_b, *own,
     )  # fmt: skip
     G = len(group.factors)
     if group.given is not None:
@@ -51,10 +55,13 @@ class Node(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, stages: Stages, instances: Instances, options: Options, x, read, seeds, gate, index_a, index_b, *own
-    ):
+        ctx: Any, stages: Stages, instances: Instances, options: Options, x: Tensor, read: Tensor | None,
+        seeds: Tensor | None, gate: Any, index_a: Any, index_b: Any, *own: Any,
+    ) -> Any:  # fmt: skip
         bases, factors = _split(own)
-        given = None if index_a is None else Routing(index_a, index_b, gate, None, None)
+        given = None
+        if index_a is not None:  # the stages do not read a given routing's probabilities
+            given = Routing(index_a, index_b, gate, None, None)  # type: ignore[arg-type]
         group = Group(x, bases, factors, read, given, seeds, instances, options)
         routing, saved = stages.project(group)
         fresh = [isinstance(base, FrozenLinear) for base in bases]
@@ -62,7 +69,11 @@ class Node(torch.autograd.Function):
         first = stages.writes_first and all(fresh) and not torch.compiler.is_compiling()
         if first:
             ys, saved = stages.expand(group, None, fresh, routing, saved)
-            ys = [frozen_product(x, *base, onto=y) for base, y in zip(bases, ys)]
+            ys = [
+                frozen_product(x, base.weight, base.bias, onto=y)
+                for base, y in zip(bases, ys)
+                if isinstance(base, FrozenLinear)
+            ]
         else:
             ys = [frozen_product(x, *base) if isinstance(base, FrozenLinear) else base for base in bases]
             ys, saved = stages.expand(group, ys, fresh, routing, saved)
@@ -82,14 +93,14 @@ class Node(torch.autograd.Function):
         return (*ys, index_a, gate, probs_a) if options.tied else (*ys, *routing)
 
     @staticmethod
-    def backward(ctx, *grads):
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if autocasts(ctx.device_type):  # whoever calls backward() under it
             with torch.autocast(ctx.device_type, enabled=False):
                 return Node.gradients(ctx, *grads)
         return Node.gradients(ctx, *grads)
 
     @staticmethod
-    def gradients(ctx, *grads):
+    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         options, stages, G = ctx.options, ctx.stages, len(ctx.shapes)
         x, read, seeds, *tensors = ctx.saved_tensors
         divided, routing, kept, saved = _cut(tensors, len(Instances._fields) - 2, len(Routing._fields), G * KEPT)
@@ -98,14 +109,15 @@ class Node(torch.autograd.Function):
         given = None if ctx.routed else routing
         instances = Instances(ctx.count, ctx.length, *divided)
         group = Group(x, bases, factors, read, given, seeds, instances, options)
-        dys, drouting = list(grads[:G]), _drouting(grads[G:], ctx.routed, options.tied)
+        drouting = _drouting(grads[G:], ctx.routed, options.tied)
 
         # A sibling whose y nobody used has no gradient; neither have its factors, unless its probabilities were used.
         silent = all(gradient is None for gradient in drouting)
-        unused = [dy is None and silent for dy in dys]
-        for g, dy in enumerate(dys):
-            if dy is None:
-                dys[g] = factors[g].lora_B.new_zeros(ctx.shapes[g], dtype=options.dtype)
+        unused = [dy is None and silent for dy in grads[:G]]
+        dys = [
+            own.lora_B.new_zeros(shape, dtype=options.dtype) if dy is None else dy
+            for dy, own, shape in zip(grads, factors, ctx.shapes)
+        ]
         need_x, need_read, _, need_gate = ctx.needs_input_grad[3:7]
         wanted = [ctx.needs_input_grad[9 + g * OWN : 9 + (g + 1) * OWN] for g in range(G)]
         # With a binary gate the routers learn from a loss of the probabilities alone.
@@ -118,16 +130,16 @@ class Node(torch.autograd.Function):
         found = stages.project_backward(group, dx, routing, saved, carried, needs)
         dx = frozen_backward(dys, bases, found.x) if need_x and ctx.first else found.x
 
-        given = []
+        down: list[Tensor | None] = []
         for g, want in enumerate(wanted):
-            gradients = Factors(found.lora_A[g], dlora_B[g], found.router_A[g], found.router_B[g], found.router_AB[g])
-            given += (dys[g] if want[0] and not unused[g] else None, None, None)
-            given += (
+            gradients = found.lora_A[g], dlora_B[g], found.router_A[g], found.router_B[g], found.router_AB[g]
+            down += (dys[g] if want[0] and not unused[g] else None, None, None)
+            down += (
                 _as(d, factor.dtype) if want[3 + i] and d is not None and not unused[g] else None
-                for i, (d, factor) in enumerate(zip(gradients, factors[g]))
+                for i, (d, factor) in enumerate(zip(gradients, rows[g][1:]))
             )
         dread = found.read if need_read else None
-        return (None, None, None, dx if need_x else None, dread, None, dgate, None, None, *given)
+        return (None, None, None, dx if need_x else None, dread, None, dgate, None, None, *down)
 
 
 def frozen_backward(dys: Sequence[Tensor], bases: Sequence[FrozenLinear], dx: Tensor | None = None) -> Tensor | None:
@@ -142,7 +154,7 @@ def autocasts(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # which knows no meta device
 
 
-def _split(own: Sequence[Tensor | None]) -> tuple[list[FrozenLinear | Tensor], list[Factors]]:
+def _split(own: Sequence[Any]) -> tuple[list[FrozenLinear | Tensor], list[Factors]]:
     rows = [own[i : i + OWN] for i in range(0, len(own), OWN)]
     return [FrozenLinear(*row[1:3]) if row[0] is None else row[0] for row in rows], [Factors(*row[3:]) for row in rows]
 
@@ -151,7 +163,7 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
-def _cut(tensors: Sequence[Tensor | None], *lengths: int) -> list[Sequence[Tensor | None]]:
+def _cut(tensors: Sequence[T], *lengths: int) -> list[Sequence[T]]:
     """Consecutive pieces of those lengths, and what is left."""
     pieces, start = [], 0
     for length in lengths:
@@ -160,8 +172,8 @@ def _cut(tensors: Sequence[Tensor | None], *lengths: int) -> list[Sequence[Tenso
     return [*pieces, tensors[start:]]
 
 
-def _drouting(grads: Sequence[Tensor | None], routed: bool, tied: bool):
+def _drouting(grads: Sequence[Tensor | None], routed: bool, tied: bool) -> DRouting:
     """The gradients of the gate and of the probabilities among those of ``Node``'s outputs."""
     if not routed:
         return None, None, None
-    return (grads[1], grads[2], None) if tied else grads[2:5]
+    return (grads[1], grads[2], None) if tied else (grads[2], grads[3], grads[4])

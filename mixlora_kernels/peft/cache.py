@@ -5,12 +5,14 @@ would let every generated token be routed anew, so what looks like a cache and i
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import Cache
+
+from .recorded import Recorded
 
 PLAIN = (Tensor, bool, int, float, str, type(None))  # what is no cache, whatever it is called
 # Under these names models hand over states that are no ``Cache``: tuples of tensors, say.
@@ -30,7 +32,7 @@ class KeptRouting:
 
     ATTRIBUTE = "_mixlora_routing"
 
-    def __init__(self, length: int, routings: dict):
+    def __init__(self, length: int, routings: dict[tuple[str, str], Recorded]):
         self.length, self.routings = length, routings
 
 
@@ -50,7 +52,7 @@ class Past(NamedTuple):
     unknown: str | None = None
 
 
-def find_cache(values: Iterable):
+def find_cache(values: Iterable[Any]) -> Any:
     """The first cache among ``values``: a transformers ``Cache``, or another object that tells its length."""
     for value in values:
         if isinstance(value, Cache) or hasattr(type(value), "get_seq_length"):
@@ -58,7 +60,7 @@ def find_cache(values: Iterable):
     return None
 
 
-def find_past(named: Mapping, new_tokens: int | None) -> Past:
+def find_past(named: Mapping[str, Any], new_tokens: int | None) -> Past:
     """What a decoder's arguments, by name, say of earlier tokens; ``new_tokens`` is the length of its input."""
     cache = find_cache(named.values())
     if cache is None:
@@ -86,7 +88,7 @@ def unknown_cache_error(unknown: str) -> ValueError:
     )
 
 
-def _unknown_cache(named: Mapping) -> str | None:
+def _unknown_cache(named: Mapping[str, Any]) -> str | None:
     for name, value in named.items():
         if isinstance(value, PLAIN):
             continue
@@ -95,7 +97,7 @@ def _unknown_cache(named: Mapping) -> str | None:
     return None
 
 
-def _length(cache, kept: KeptRouting | None, new_tokens: int | None) -> int:
+def _length(cache: Any, kept: KeptRouting | None, new_tokens: int | None) -> int:
     length = cache.get_seq_length()
     if isinstance(length, Tensor):
         if torch.compiler.is_compiling():

@@ -45,15 +45,15 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
     """
 
     pool: PooledTokens = "prompt"
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_weights: bool = True
     mixlora_kernels_version: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         PeftConfig.__post_init__(self)
         MixLoRAConfig.__post_init__(self)
         self.peft_type = PEFT_TYPE
@@ -79,13 +79,15 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
         """As in peft; what is written now is written by this version."""
         return {**super().to_dict(), "mixlora_kernels_version": __version__}
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As in peft, with a model card, ``README.md``, beside the configuration."""
         super().save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory), self)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "ConditionalMixLoRAConfig":
         """As in peft. Where it was read from is remembered, so that the weights beside it can be looked at before a
         model is changed for them (see ``loading``)."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,14 +41,17 @@ class ModelInputs:
         generates: whether the model is one that generates, so that labels are tokens to be predicted.
     """
 
-    def __init__(self, labels=None, logits_to_keep=None, task=None, task_mask=None, generates=True):
+    def __init__(
+        self, labels: Tensor | None = None, logits_to_keep: Any = None, task: Tensor | None = None,
+        task_mask: Tensor | None = None, generates: bool = True,
+    ):  # fmt: skip
         self.labels = labels if generates and labels is not None and labels.dim() == 2 else None
         self.logits_to_keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
         self.task, self.task_mask, self.generates = task, task_mask, generates
 
 
 class Forward:
-    """One forward of a decoder: B rows of L new tokens; both None where the input's shape tells nothing.
+    """One forward of a decoder: B rows of L new tokens; both 0 where the input's shape tells nothing.
 
     Nothing is worked out before a layer asks, so that disabled adapters cost and refuse nothing.
 
@@ -59,14 +63,18 @@ class Forward:
         past: what the decoder was handed of earlier tokens.
     """
 
-    def __init__(self, shape, named: dict, inputs: ModelInputs, training: bool, past: Past):
-        self.B, self.L = shape or (None, None)
+    def __init__(
+        self, shape: tuple[int, int] | None, named: dict[str, Any], inputs: ModelInputs, training: bool, past: Past
+    ):
+        self.shape = shape
+        self.B, self.L = shape or (0, 0)
         self._device = next((value.device for value in named.values() if isinstance(value, Tensor)), None)
         self.inputs, self.training, self.past, self.cached = inputs, training, past, past.length
         self.mask, self.position_ids = named.get("attention_mask"), named.get("position_ids")
         self.cache_position = named.get("cache_position")
         self.cu_seq_lens, self.seq_idx = named.get("cu_seq_lens_q"), named.get("seq_idx")
-        self.encoded, self.encoder_mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
+        self.encoded: Tensor | None = named.get("encoder_hidden_states")
+        self.encoder_mask = named.get("encoder_attention_mask")
         self.keep = 0 if past.cache is None else inputs.logits_to_keep
         self.routings: dict[tuple[str, str], Recorded] = {}
         self.sharing = Sharing()
@@ -102,13 +110,15 @@ class Forward:
             instances = self._instances[place] = find_instances(x, context, pools)
         return x, context._replace(instances=instances)
 
-    def _place(self, keys, name, config, x, rows) -> tuple[Tensor, RoutingContext]:
+    def _place(
+        self, keys: Sequence[str], name: str, config: MixLoRAConfig, x: Tensor, rows: list[int] | None
+    ) -> tuple[Tensor, RoutingContext]:
         if self._is_encoded(x):
             context = self._context(config)._replace(mask=self._encoder_padding(config), cu_seqlens=None)
             return (x, context) if rows is None else (x[rows], _of_rows(context, rows))
         if rows is not None:
             x = x[rows]
-        if self.L is None:
+        if self.shape is None:
             context = self._context(config)
             return rows_as_instances(x), context if rows is None else _of_rows(context, rows)
         B, fits = self.B if rows is None else len(rows), True
@@ -141,9 +151,9 @@ class Forward:
         )
 
     def _encoder_padding(self, config: MixLoRAConfig) -> Tensor | None:
-        if self.encoder_mask is None or config.pool == "all":
+        if self.encoded is None or self.encoder_mask is None or config.pool == "all":
             return None
-        return padding_mask(self.encoder_mask, *self.encoded.shape[:2], 0)
+        return padding_mask(self.encoder_mask, self.encoded.shape[0], self.encoded.shape[1], 0)
 
     # One context per kind of adapter, shared by all layers.
 
@@ -165,7 +175,7 @@ class Forward:
                     "`with mixlora_kernels.peft.task_embedding(model, ...)`"
                 )
         self._check_past()
-        if self.L is None:
+        if self.shape is None:
             return RoutingContext(task=task, task_mask=task_mask)
         if self.cached and self.L > 1:
             self._check_chunks()
@@ -197,7 +207,7 @@ class Forward:
         """Refuse a forward that continues a sequence while no cache tells the routing of its prompt."""
         if self.past.unknown is not None:
             raise unknown_cache_error(self.past.unknown)
-        if self.cached or self.L is None or not self.inputs.generates:
+        if self.cached or self.shape is None or not self.inputs.generates:
             return
         evidence = longer_mask(self.mask, self.L) if self.past.cache is None else None
         evidence = evidence or late_start(self.position_ids, self.cache_position, self.L)
@@ -246,12 +256,13 @@ class Forward:
         """What the prefill chose for the G layers, [G, B, ...]."""
         if self.L > 1:
             self._check_chunks()
-        kept = self.past.kept
-        found = [None if kept is None else kept.routings.get((key, name)) for key in keys]
-        if None in found:
+        routings = {} if self.past.kept is None else self.past.kept.routings
+        found = [routings[key, name] for key in keys if (key, name) in routings]
+        if len(found) < len(keys):
+            lacking = next(key for key in keys if (key, name) not in routings)
             raise ValueError(
                 f"the cache holds {self.cached} tokens, but no routing of adapter {name!r} for "
-                f"{keys[found.index(None)]}: it was filled without this adapter. Start with an empty cache, or use "
+                f"{lacking}: it was filled without this adapter. Start with an empty cache, or use "
                 "decode='token'"
             )
         routing = join(found)
@@ -286,7 +297,8 @@ def rows_as_instances(x: Tensor) -> Tensor:
 def _of_rows(context: RoutingContext, rows: list[int]) -> RoutingContext:
     if context.cu_seqlens is not None:
         raise ValueError("adapter_names chooses an adapter for each row, which packed instances do not have")
-    return RoutingContext(*(None if tensor is None else tensor[rows] for tensor in context[:4]))
+    task, task_mask = (None if tensor is None else tensor[rows] for tensor in (context.task, context.task_mask))
+    return RoutingContext(None if context.mask is None else context.mask[rows], task=task, task_mask=task_mask)
 
 
 def _expand_rows(tensor: Tensor | None, count: int) -> Tensor | None:

@@ -1,6 +1,7 @@
 """MixLoRALayer: a frozen linear layer and its adapters, as peft knows such a layer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from .side_information import SideInformation
 class MergingError(NotImplementedError, ValueError):
     """Merging, refused. peft's contract is a ValueError, its own methods that cannot merge raise the other."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(
             "a MixLoRA adapter cannot be merged into the weights: which factors it adds depends on the input, so that "
             "there is no one weight to add them to"
@@ -47,6 +48,18 @@ class LayerAdapter(MixLoRAAdapter):
         return y, routing
 
 
+if TYPE_CHECKING:
+
+    class Adapters(nn.ModuleDict):
+        """The adapters of a layer, by name."""
+
+        _modules: dict[str, LayerAdapter]  # type: ignore[assignment]  # nn.Module says: Module | None
+
+        def __getitem__(self, name: str) -> LayerAdapter: ...
+else:
+    Adapters = nn.ModuleDict
+
+
 class MixLoRALayer(nn.Module, BaseTunerLayer):
     """In the place of a linear layer: ``base_layer``, and in ``mixlora_adapter`` one ``LayerAdapter`` per adapter.
 
@@ -60,13 +73,17 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("mixlora_adapter",)
     other_param_names = ("configs",)
 
+    # What peft's class brings.
+    active_adapters: list[str]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
+
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int, key: str, side: SideInformation):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = in_features, out_features
         self.key, self.side = key, side
         self.parent, self.family = key.rpartition(".")[0], Family()
-        self.mixlora_adapter = nn.ModuleDict()
+        self.mixlora_adapter = Adapters()
         self.configs: dict[str, ConditionalMixLoRAConfig] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -84,7 +101,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def forward(self, x: Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
         """The frozen layer's output with the active adapters' updates.
 
         Args:
@@ -96,7 +113,8 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         names = [name for name in self._active_adapter if name in self.mixlora_adapter._modules]
-        forward, y = self.side.forward, self.base_layer
+        forward = self.side.forward
+        y: nn.Module | Tensor = self.base_layer
         if args or kwargs:
             y = self.base_layer(x, *args, **kwargs)
         elif len(names) == 1 and forward is not None and self.side.groups_siblings:
@@ -126,7 +144,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
             forward.record(self.key, name, routing, 0)
         return y
 
-    def _forward_mixed(self, x: Tensor, adapter_names: Sequence[str], *args, **kwargs) -> Tensor:
+    def _forward_mixed(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "

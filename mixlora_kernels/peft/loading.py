@@ -7,6 +7,7 @@ arguments are read there by their public names. ``check_loaders`` fails where a 
 
 import inspect
 from pathlib import Path
+from types import CodeType
 from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
@@ -37,7 +38,7 @@ LOADERS = (
 )
 
 
-def _code(loader: Loader):
+def _code(loader: Loader) -> CodeType:
     method = inspect.unwrap(getattr(loader.owner, loader.name))
     return getattr(method, "__func__", method).__code__
 
@@ -64,9 +65,11 @@ class Load(NamedTuple):
         """The file that the weights will be loaded from, in the order of both libraries.
 
         Raises:
-            ValueError: a local folder has no weights.
+            ValueError: a local folder has no weights, or tensors were given in place of a folder.
             EntryNotFoundError: the hub's repository has none.
         """
+        if self.folder is None:
+            raise ValueError(f"{self.loader.name} was given tensors, and no folder whose weights could be found")
         subfolder = self.options.get("subfolder") or ""
         local = Path(self.folder, subfolder)
         names = [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME]
@@ -100,7 +103,7 @@ def running_load(remembered: tuple[str, dict] | None = None) -> Load | None:
         if frame is None:
             return None
         loader, given = BY_CODE[frame.f_code], frame.f_locals
-        tensors = given.get(loader.tensors)
+        tensors = None if loader.tensors is None else given.get(loader.tensors)
         folder = given.get(loader.folder)
         options: dict[str, Any] = {}
         for name in loader.options:

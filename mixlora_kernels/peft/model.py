@@ -1,9 +1,10 @@
 """ConditionalMixLoRAModel: peft's tuner; it finds the layers, replaces them and keeps their batch in view."""
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import get_ident
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -18,7 +19,7 @@ from .layer import MergingError, MixLoRALayer
 from .linears import linear_sizes
 from .loading import Load, running_load
 from .registration import LOADING
-from .report import routing_report
+from .report import RoutingReport, routing_report
 from .side_information import SideInformation, find_side_information
 from .strict import load_strictly
 from .targets import check_targets, choose_targets
@@ -36,7 +37,7 @@ class ConditionalMixLoRAModel(BaseTuner):
     _before: Before | None = None  # the model before the adapter that is being injected or loaded
     _loading: str | None = None  # that adapter's name
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As in peft, after a check of all that is known: the targets, and the weights where an adapter is loaded.
 
         Raises:
@@ -69,9 +70,12 @@ class ConditionalMixLoRAModel(BaseTuner):
 
     def withdraw(self, adapter_name: str) -> None:
         """Take out an adapter that was injected, perhaps in part, and put the model back as it was before."""
+        before = self._before
+        if before is None:
+            raise RuntimeError(f"adapter {adapter_name!r} is not being injected or loaded, so it cannot be withdrawn")
         self.peft_config.pop(adapter_name, None)
-        self._before.restore()
-        if self._before.first:
+        before.restore()
+        if before.first:
             self.side.remove()
         self.forget()
 
@@ -80,8 +84,9 @@ class ConditionalMixLoRAModel(BaseTuner):
         self._loading = self._before = None
 
     def _create_and_replace(
-        self, peft_config: ConditionalMixLoRAConfig, adapter_name, target, target_name, parent, current_key, **_
-    ) -> None:
+        self, peft_config: ConditionalMixLoRAConfig, adapter_name: str, target: nn.Module, target_name: str,
+        parent: nn.Module, current_key: str, **_: Any,
+    ) -> None:  # fmt: skip
         if isinstance(target, MixLoRALayer):
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
             return
@@ -93,12 +98,12 @@ class ConditionalMixLoRAModel(BaseTuner):
             layer.requires_grad_(False)  # a further adapter is not trained unless it is made active
         self._replace_module(parent, target_name, layer, target)
 
-    def routing_report(self, **options) -> dict:
+    def routing_report(self, **options: Any) -> RoutingReport:
         """See ``mixlora_kernels.peft.routing_report``."""
         return routing_report(self.model, **options)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *_, **kwargs):
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
         """Within a forward or generate(**kwargs): hand each layer the adapter of each row."""
         _check_generation(self.model, kwargs)
         names = kwargs.get("adapter_names")
@@ -129,7 +134,7 @@ class ConditionalMixLoRAModel(BaseTuner):
     def _check_merge_allowed(self) -> None:
         raise MergingError
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **options) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
         model = super()._unload_and_optionally_merge(merge=merge, **options)
@@ -180,11 +185,13 @@ def side_information(model: nn.Module) -> SideInformation:
         return SideInformation()
 
 
-def _pass_adapter_names(_module, args, kwargs=None, *, adapter_names, thread):
+def _pass_adapter_names(
+    _module: nn.Module, args: tuple, kwargs: dict | None = None, *, adapter_names: list[str], thread: int
+) -> tuple[tuple, dict] | None:
     # Another thread's forward has other rows. It may meet the hook half registered, and then calls it without kwargs.
     if get_ident() != thread:
         return None
-    return args, {**kwargs, "adapter_names": adapter_names}
+    return args, {**(kwargs or {}), "adapter_names": adapter_names}
 
 
 def _check_generation(model: nn.Module, kwargs: dict) -> None:

@@ -1,7 +1,7 @@
 """A second look at routing: what the last forward chose, and how narrowly."""
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from ..routing import Routing
 from .side_information import find_side_information
 from .targets import left_alone
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 NEAR = 2**-7  # how far bfloat16 may round a probability: a choice won by less can turn out otherwise there
 
@@ -104,7 +107,7 @@ def _near_ties(probs: Tensor, r: int, near: float) -> float:
     return (ordered[:, r - 1] - ordered[:, r] <= near * ordered[:, r - 1]).float().mean().item()
 
 
-def plot_routing(report: dict[str, dict[str, dict]], adapter: str = "default"):
+def plot_routing(report: dict[str, dict[str, dict]], adapter: str = "default") -> "Figure":
     """Draw each layer's usage of the factors, as a share of the instances: two panels, pool A and pool B.
 
     Returns the matplotlib figure.

@@ -11,8 +11,8 @@ expected, and observes nothing.
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,10 @@ class Family:
     def __init__(self, layers: "Sequence[MixLoRALayer]" = ()):
         self.layers = tuple(layers)
 
-    def __deepcopy__(self, memo) -> "Family":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Family":
         return Family()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["Family"], tuple[()]]:
         return Family, ()
 
 
@@ -73,11 +73,11 @@ class Left(NamedTuple):
 class Sharing:
     """What the siblings of one forward of a decoder share."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._left: dict[str, Left] = {}
         self._refused: set[str] = set()  # layers that were called otherwise than what was left for them
         self._run: list[MixLoRALayer] = []  # the last layers called in succession with one x
-        self._x = None
+        self._x: Callable[[], Tensor | None] = _nothing  # a weak reference to that x
         self._observed: list[list[MixLoRALayer]] = []
         self._led: dict[str, Sequence[MixLoRALayer]] = {}
         self._over = False  # whether the forward has ended; what comes later recomputes a part of it
@@ -132,7 +132,7 @@ class Sharing:
                         member.family = Family()
         for run in self._observed:
             self._hand(run)
-        self._run, self._x, self._observed, self._over = [], None, [], True
+        self._run, self._x, self._observed, self._over = [], _nothing, [], True
         self._refused.clear()
 
     @staticmethod
@@ -161,6 +161,10 @@ class Sharing:
             return ()
         modes = _modes(layer, name)
         return members if all(_readable(member, name) and _modes(member, name) == modes for member in members) else ()
+
+
+def _nothing() -> None:
+    return None
 
 
 def _is_unchanged(x: Tensor, version: int) -> bool:

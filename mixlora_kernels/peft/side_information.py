@@ -8,7 +8,9 @@ checkpointing function is wrapped to remember, at the call, the forward it belon
 
 import inspect
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from .cache import KeptRouting, find_cache, find_past
 from .forward import Forward, ModelInputs
 from .recorded import Recorded, detach
 from .siblings import expect_families
+
+if TYPE_CHECKING:
+    from .layer import MixLoRALayer
 
 # Where transformers and torch keep the function that checkpoints a layer.
 CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -32,7 +37,7 @@ class Running:
         task: a task embedding and its mask for every forward, set by ``task_embedding``.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.inputs: ModelInputs | None = None
         self.forward: Forward | None = None
         self.task: tuple[Tensor | None, Tensor | None] = (None, None)
@@ -41,7 +46,7 @@ class Running:
 class EachThread(threading.local):
     """Holds each thread's ``Running``, a plain object: torch.compile cannot trace what is set on a thread-local one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.running = Running()
 
 
@@ -56,7 +61,7 @@ class SideInformation:
             with the same bits.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.groups_siblings = True
         self._last: dict[tuple[str, str], Recorded] = {}
         self.decoder_paths: tuple[str, ...] = ()
@@ -96,7 +101,8 @@ class SideInformation:
         decoders = find_decoders(model)
         self.decoder_paths = tuple(name for name, module in model.named_modules() if module in decoders and name)
         # Labels of a model that cannot generate (a classifier, a reward model) are no answers.
-        self._generates = not hasattr(model, "can_generate") or model.can_generate()
+        can_generate = getattr(model, "can_generate", None)
+        self._generates = can_generate is None or can_generate()
         add = self._handles.append
         add(model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         for decoder in decoders:
@@ -110,7 +116,7 @@ class SideInformation:
             handle.remove()
         self._handles.clear()
 
-    def check_outside(self, layer: nn.Module) -> None:
+    def check_outside(self, layer: "MixLoRALayer") -> None:
         """Refuse to train a decoder's layer outside of the decoder's forward.
 
         It happens where something recomputes the layer that this module does not know of; its instances, and with
@@ -122,7 +128,7 @@ class SideInformation:
                 "an instance. To checkpoint activations, use model.gradient_checkpointing_enable()"
             )
 
-    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
+    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "torch.nn.DataParallel is not supported: use DistributedDataParallel (torchrun or accelerate launch)"
@@ -136,7 +142,7 @@ class SideInformation:
         running.inputs = ModelInputs(named.get("labels"), named.get("logits_to_keep"), task, task_mask, self._generates)
         return args, kwargs
 
-    def _leave_model(self, _module, _args, _output) -> None:
+    def _leave_model(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
         running = self.running
         running.forward = running.inputs = None
 
@@ -153,18 +159,24 @@ class SideInformation:
         named, running = _by_name(module, args, kwargs), self.running
         tokens = named.get("inputs_embeds")
         tokens = named.get("input_ids") if tokens is None else tokens
-        shape = tokens.shape[:2] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
+        shape = None
+        if isinstance(tokens, Tensor) and tokens.dim() >= 2:
+            shape = tokens.shape[0], tokens.shape[1]
         if inputs is None:  # called without the whole model
             inputs = ModelInputs(task=running.task[0], task_mask=running.task[1], generates=self._generates)
         past = find_past(named, None if shape is None else shape[1])
         if not self._expects_families:
-            expect_families(layer for layer in module.modules() if vars(layer).get("side") is self)
+            expect_families(layer for layer in module.modules() if self._knows(layer))
             self._expects_families = True
         running.forward = Forward(shape, named, inputs, module.training, past)
         if module.training and torch.is_grad_enabled():
             self._guard_checkpoints(module)
 
-    def _leave_decoder(self, _module, args, kwargs: dict, output) -> None:
+    def _knows(self, module: nn.Module) -> "TypeGuard[MixLoRALayer]":
+        """Whether it is one of the layers that share this."""
+        return vars(module).get("side") is self
+
+    def _leave_decoder(self, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         running = self.running
         forward = running.forward
         if running.inputs is None:  # called without the whole model
@@ -175,7 +187,7 @@ class SideInformation:
         if output is None or not forward.routings:
             return
         self._last = detach(forward.routings)
-        if forward.past.length or forward.L is None:
+        if forward.past.length or forward.shape is None:
             return
         cache = forward.past.cache
         if cache is None:  # the decoder may have made one
@@ -203,18 +215,18 @@ class SideInformation:
 class RestoringCheckpoint:
     """A checkpointing function whose recomputation sees the forward it belongs to, in whichever thread it runs."""
 
-    def __init__(self, side: SideInformation, function):
+    def __init__(self, side: SideInformation, function: Callable):
         self.side, self.function = side, function
 
-    def __call__(self, layer, *args, **kwargs):
+    def __call__(self, layer: Callable, *args: Any, **kwargs: Any) -> Any:
         return self.function(_InForward(self.side, self.side.forward, layer), *args, **kwargs)
 
 
 class _InForward:
-    def __init__(self, side: SideInformation, forward: Forward | None, layer):
+    def __init__(self, side: SideInformation, forward: Forward | None, layer: Callable):
         self.side, self.forward, self.layer = side, forward, layer
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         running = self.side.running
         before, running.forward = running.forward, self.forward
         try:
@@ -226,7 +238,7 @@ class _InForward:
 
 
 @contextmanager
-def task_embedding(model: nn.Module, embedding: Tensor, mask: Tensor | None = None):
+def task_embedding(model: nn.Module, embedding: Tensor, mask: Tensor | None = None) -> Iterator[None]:
     """Give every forward of this thread within the block a task embedding; the way to generate with
     ``routing="task"``. Other threads do not see it: enter the block in the thread that runs the model.
 
@@ -261,12 +273,12 @@ def find_side_information(model: nn.Module) -> SideInformation:
 def find_decoders(model: nn.Module) -> list[nn.Module]:
     """The modules whose forward receives the tokens' mask and positions: the text decoder (and after it the encoder of
     a model that has both); the model itself where it is no transformers model."""
-    get_decoder = getattr(model, "get_decoder", None)
-    if get_decoder is None:
+    of_transformers: Any = model  # whose methods nn.Module does not declare
+    if not hasattr(model, "get_decoder"):
         return [model]
-    decoders = [get_decoder()]
+    decoders = [of_transformers.get_decoder()]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        decoders.append(model.get_encoder())
+        decoders.append(of_transformers.get_encoder())
     return list(dict.fromkeys(decoders))
 
 

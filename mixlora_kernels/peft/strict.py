@@ -2,21 +2,25 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .files import Expected, check_fits, check_weights, describe, refuse, without_prefix
 from .registration import LOADING
 
+if TYPE_CHECKING:
+    from .model import ConditionalMixLoRAModel
+
 
 def load_strictly(
     load: Callable,
-    tuner,
+    tuner: "ConditionalMixLoRAModel",
     adapter_name: str,
     expected: Mapping[str, Expected],
-    *args,
+    *args: Any,
     checkpoint_files: list[str] | None = None,
     state_dict: Mapping | None = None,
-    **kwargs,
-):
+    **kwargs: Any,
+) -> tuple[Any, Any]:
     """In the place of the function by which transformers' own ``load_adapter`` loads weights: the same, but what it
     would report in its log, and leave at random values, is refused, and the adapter taken out again.
 
@@ -28,7 +32,7 @@ def load_strictly(
     Raises:
         ValueError: as ``check_fits``, of the very files that are loaded.
     """
-    vars(tuner.model).pop(LOADING, None)  # for this call alone
+    tuner.model.__dict__.pop(LOADING, None)  # for this call alone
     try:
         for file in map(Path, checkpoint_files or ()):
             check_weights(file, expected, adapter_name, prefix="")

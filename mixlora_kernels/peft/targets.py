@@ -4,6 +4,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from typing import Any, TypeGuard
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -39,7 +40,7 @@ def choose_targets(model: nn.Module, config: ConditionalMixLoRAConfig) -> None:
         )
 
 
-def is_all_linear(targets) -> bool:
+def is_all_linear(targets: Any) -> TypeGuard[str]:
     return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
@@ -125,7 +126,7 @@ def check_targets(model: nn.Module, config: ConditionalMixLoRAConfig, matches: C
     if targets == DUMMY_TARGET_MODULES:
         return
     modules = outside_adapters(model)
-    if not isinstance(targets, str):
+    if targets is not None and not isinstance(targets, str):
         unknown = sorted(
             target for target in targets if not any(f".{name}".endswith(f".{target}") for name, _ in modules if name)
         )

@@ -5,6 +5,7 @@ Alphabet: B rows of L new tokens each, after ``offset`` tokens that lie in the c
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ IGNORED = -100  # the label of a token that is not to be predicted
 FIRST = 1  # the highest position at which a sequence begins: most models count from 0, PaliGemma from 1
 
 
-def padding_mask(mask, B: int, L: int, offset: int) -> Tensor | None:
+def padding_mask(mask: Any, B: int, L: int, offset: int) -> Tensor | None:
     """The new tokens that are not padding, [B, L] bool; None: all.
 
     Args:
@@ -43,7 +44,7 @@ def padding_mask(mask, B: int, L: int, offset: int) -> Tensor | None:
     )
 
 
-def check_undivided(mask, L: int) -> None:
+def check_undivided(mask: Any, L: int) -> None:
     """Refuse an attention mask [B, 1, L, K] by which a row holds several instances.
 
     Raises:
@@ -60,7 +61,14 @@ def check_undivided(mask, L: int) -> None:
         )
 
 
-def segment_starts(position_ids, cu_seq_lens, seq_idx, mask: Tensor | None, B: int, L: int) -> Tensor | None:
+def segment_starts(
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    seq_idx: Tensor | None,
+    mask: Tensor | None,
+    B: int,
+    L: int,
+) -> Tensor | None:
     """Where packed instances begin, [B, L] bool; None where every row is one instance.
 
     Args:
@@ -113,7 +121,7 @@ def segment_starts(position_ids, cu_seq_lens, seq_idx, mask: Tensor | None, B: i
     return starts if several else None
 
 
-def longer_mask(mask, L: int) -> str | None:
+def longer_mask(mask: Any, L: int) -> str | None:
     """What an attention mask says of tokens before the L new ones, in words; None where it says nothing."""
     mask = _of_full_attention(mask)
     if isinstance(mask, Tensor) and mask.dim() in (2, 4) and mask.shape[-1] > L:
@@ -121,7 +129,7 @@ def longer_mask(mask, L: int) -> str | None:
     return None
 
 
-def late_start(position_ids, cache_position, L: int) -> str | None:
+def late_start(position_ids: Any, cache_position: Any, L: int) -> str | None:
     """What positions say of tokens before the L new ones, in words; None where they say nothing.
 
     No position of any token, padding included, is where a sequence begins; positions of left-padded rows may be counted
@@ -174,7 +182,7 @@ def cumulative_lengths(starts: Tensor) -> Tensor:
     return torch.cat((flat.nonzero().flatten(), flat.new_full((1,), flat.numel(), dtype=torch.int64)))
 
 
-def _of_full_attention(mask):
+def _of_full_attention(mask: Any) -> Any:
     """Of a dictionary of masks by kind of attention layer the one that shows all tokens."""
     if isinstance(mask, Mapping):
         return mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
@@ -188,7 +196,7 @@ def _may_look() -> bool:
     return not (torch.compiler.is_compiling() or capturing)
 
 
-def _text_positions(position_ids, B: int, L: int) -> Tensor | None:
+def _text_positions(position_ids: Tensor | None, B: int, L: int) -> Tensor | None:
     if position_ids is None or (position_ids.dim() == 3 and position_ids.shape[0] != 4):
         return None
     positions = position_ids[0] if position_ids.dim() == 3 else position_ids

@@ -32,7 +32,9 @@ class Batch:
         self.blocks = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self.num_blocks = 0
 
-    def begin(self, starts: np.ndarray, computed: np.ndarray, prompt_lengths: np.ndarray, first_blocks: torch.Tensor):
+    def begin(
+        self, starts: np.ndarray, computed: np.ndarray, prompt_lengths: np.ndarray, first_blocks: torch.Tensor
+    ) -> None:
         """Note the step that is about to run, of R requests.
 
         Args:

@@ -1,7 +1,7 @@
 """ServedLayer: an adapter's part in one fused layer of the served model, and the wrap of that layer's linear method."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -92,10 +92,10 @@ class AdaptedMethod:
     It comes before the sum over processes of a row-parallel layer, which therefore sums the update as well.
     """
 
-    def __init__(self, inner, name: str):
+    def __init__(self, inner: Any, name: str):
         self.inner, self.name = inner, name
 
-    def __getattr__(self, attribute: str):
+    def __getattr__(self, attribute: str) -> Any:
         if attribute == "inner":  # not set yet, as in a copy that is being made
             raise AttributeError(attribute)
         return getattr(self.inner, attribute)

@@ -85,7 +85,7 @@ def layer_of(attention: str) -> str:
     return found.group()
 
 
-def check_folder(folder) -> str:
+def check_folder(folder: Any) -> str:
     if not isinstance(folder, str):
         several = ": a server serves one adapter, start a server for each" if isinstance(folder, list) else ""
         raise ValueError(
@@ -95,7 +95,7 @@ def check_folder(folder) -> str:
     return folder
 
 
-def check_backend(backend) -> str | None:
+def check_backend(backend: Any) -> str | None:
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend must be 'torch', 'triton' or left out, got {backend!r}")
     return backend

@@ -10,6 +10,8 @@ To a graph the operation is opaque: it writes y and reads x. All else it looks u
 context, as vLLM's own attention operation looks up its cache, when the graph runs and not when it is recorded.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -18,10 +20,13 @@ from torch.distributed import _functional_collectives as collectives
 from .batch import Batch, Prompt
 from .routing import Choice, choose, logits_of
 
+if TYPE_CHECKING:
+    from .layer import ServedLayer
+
 NAME = "mixlora::serve"
 
 
-def update_(y: Tensor, x: Tensor, layer, batch: Batch) -> None:
+def update_(y: Tensor, x: Tensor, layer: "ServedLayer", batch: Batch) -> None:
     """Add the update of x [N, D] to y [N, O], O being all members' outputs side by side.
 
     Args:
@@ -41,7 +46,7 @@ def update_(y: Tensor, x: Tensor, layer, batch: Batch) -> None:
         y_member.addmm_(s_member, lora_B, alpha=layer.state.alpha)
 
 
-def route_(x: Tensor, layer, prompts: list[Prompt], blocks: Tensor) -> None:
+def route_(x: Tensor, layer: "ServedLayer", prompts: list[Prompt], blocks: Tensor) -> None:
     """Choose the factors of P prompts whose tokens are among x [N, D], and keep them in the layer's state by the first
     KV blocks [P] of their requests."""
     # One prompt at a time: the order of the sum, and so its bits, do not depend on the prompt's neighbours.

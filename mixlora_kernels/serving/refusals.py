@@ -53,7 +53,7 @@ def of_adapter(config: MixLoRAConfig) -> Iterator[Refusal]:
         )
 
 
-def of_scheduler(config) -> Iterator[Refusal]:
+def of_scheduler(config: Any) -> Iterator[Refusal]:
     """What a VllmConfig says about how requests are computed."""
     scheduler = config.scheduler_config
     if scheduler.enable_chunked_prefill:
@@ -95,7 +95,7 @@ def of_scheduler(config) -> Iterator[Refusal]:
         )
 
 
-def of_model(config) -> Iterator[Refusal]:
+def of_model(config: Any) -> Iterator[Refusal]:
     """What a VllmConfig says about the model, beside its layers."""
     model = config.model_config
     if config.lora_config is not None:
@@ -115,7 +115,7 @@ def of_model(config) -> Iterator[Refusal]:
         )
 
 
-def of_parallelism(config) -> Iterator[Refusal]:
+def of_parallelism(config: Any) -> Iterator[Refusal]:
     """What a VllmConfig says about several processes. Tensor parallelism is served."""
     parallel = config.parallel_config
     for name, more in (
@@ -131,7 +131,7 @@ def of_parallelism(config) -> Iterator[Refusal]:
         yield Refusal("dual batch overlap cuts a step in two, and prompts with it", "Leave out --enable-dbo")
 
 
-def of_images(config) -> Iterator[Refusal]:
+def of_images(config: Any) -> Iterator[Refusal]:
     """Whether images can cut a prompt."""
     from vllm.utils.import_utils import resolve_obj_by_qualname
 

@@ -45,7 +45,7 @@ def follow_first_runner() -> None:
         raise ImportError(f"mixlora_kernels.serving does not know this vLLM: GPUModelRunner.{FORWARD} is not as it was")
 
     @wraps(forward)
-    def told(self, *args, **kwargs):
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch = getattr(self.get_model(), ATTRIBUTE, None)
         if batch is None:
             return forward(self, *args, **kwargs)
@@ -66,7 +66,7 @@ def follow_first_runner() -> None:
     setattr(GPUModelRunner, FORWARD, told)
 
 
-def follow_second_runner(model: nn.Module, vllm_config) -> None:
+def follow_second_runner(model: nn.Module, vllm_config: Any) -> None:
     """Give a served model the ``ModelState`` that tells its batch about each step.
 
     Raises:
@@ -79,18 +79,20 @@ def follow_second_runner(model: nn.Module, vllm_config) -> None:
     batch: Batch = getattr(model, ATTRIBUTE)
 
     class MixLoRAModelState(base):
-        block_tables = None  # of the step of requests that is being prepared
+        block_tables: Any = None  # of the step of requests that is being prepared
 
-        def initialize_kv_cache(self, kv_cache_config, block_tables):
+        def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
             super().initialize_kv_cache(kv_cache_config, block_tables)
             reserve(model, batch, kv_cache_config.num_blocks)
 
-        def preprocess_state(self, input_batch, block_tables, kv_cache_config, num_computed_tokens):
+        def preprocess_state(
+            self, input_batch: Any, block_tables: Any, kv_cache_config: Any, num_computed_tokens: Any
+        ) -> Any:
             # Called for steps of requests alone, before prepare_inputs, which vLLM's own profiling runs call as well.
             self.block_tables = block_tables
             return super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
 
-        def prepare_inputs(self, input_batch, req_states):
+        def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             batch.end()
             if self.block_tables is not None:
                 R = input_batch.num_reqs
@@ -103,7 +105,7 @@ def follow_second_runner(model: nn.Module, vllm_config) -> None:
                 self.block_tables = None
             return super().prepare_inputs(input_batch, req_states)
 
-        def prepare_dummy_inputs(self, num_reqs, num_tokens):
+        def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> Any:
             batch.end()
             return super().prepare_dummy_inputs(num_reqs, num_tokens)
 

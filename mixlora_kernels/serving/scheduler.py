@@ -1,5 +1,7 @@
 """Schedulers for models with images, given to vLLM as ``--scheduler-cls``: a prompt waits until all its images fit."""
 
+from typing import Any
+
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
@@ -11,8 +13,8 @@ class WholePrompts:
     prompt that is routed as a whole waits for the next step instead."""
 
     def _try_schedule_encoder_inputs(
-        self, request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **rest
-    ):
+        self, request: Any, num_computed_tokens: int, num_new_tokens: int, encoder_compute_budget: int, **rest: Any
+    ) -> tuple:
         found = super()._try_schedule_encoder_inputs(  # type: ignore[misc]  # of the scheduler that it stands before
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **rest
         )

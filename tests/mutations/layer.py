@@ -77,12 +77,12 @@ MUTATIONS = [
     ),
     Mutation(
         "gates: that of a kept routing gets no gradient", _NODE,
-        "None, dgate, None, None, *given", "None, None, None, None, *given",
+        "None, dgate, None, None, *down", "None, None, None, None, *down",
         "tests/test_functional.py::test_kept_routing_repeats_the_choice_and_passes_the_gradient_to_its_gate",
     ),
     Mutation(
         "backward: the routers' share of x's gradient is left out", f"{_EAGER}/project.py",
-        "_mean_backward(dx, dread, instances)", "pass",
+        "_mean_backward(dx, routers.read, instances)", "pass",
         _EVERY_MODE,
     ),
     Mutation(

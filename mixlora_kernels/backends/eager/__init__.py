@@ -1,6 +1,12 @@
 """The stages in plain torch: on any device, in any floating dtype, under any compiler."""
 
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ...routing import Routing
 from .. import node
+from ..base import Group
 from .decode import decode
 from .expand import expand, expand_backward
 from .project import project, project_backward
@@ -12,11 +18,11 @@ class Eager:
     name = "torch"
     writes_first = False
 
-    def apply(self, group):
+    def apply(self, group: Group) -> tuple[Sequence[Tensor], Routing]:
         """``Backend.apply``."""
         return node.apply(self, group)
 
-    def decodes(self, group):
+    def decodes(self, group: Group) -> bool:
         """``Backend.decodes``: any number of tokens."""
         return True
 

@@ -14,6 +14,8 @@ from ..base import FrozenLinear, Group
 def decode(group: Group) -> Sequence[Tensor]:
     """``Backend.decode``."""
     x, instances, dtype, scale = group.x, group.instances, group.options.dtype, group.options.scale
+    if group.given is None:
+        raise ValueError("decode needs a given routing, got none")
     index_a, index_b, gate = group.given[:3]
     u = torch.stack([F.linear(x, factors.lora_A.to(dtype)) for factors in group.factors])  # [G, N, E]
     if instances.length != 1:  # each token takes its instance's

@@ -48,7 +48,7 @@ def project_dropped(x: Tensor, lora_A: Tensor, seed: Tensor, p: float) -> Tensor
 
 
 @project_dropped.register_fake
-def _(x, lora_A, seed, p):
+def _(x: Tensor, lora_A: Tensor, seed: Tensor, p: float) -> Tensor:
     return x.new_empty(x.shape[0], lora_A.shape[0])
 
 
@@ -68,5 +68,5 @@ def project_dropped_backward(
 
 
 @project_dropped_backward.register_fake
-def _(dx, x, du, lora_A, seed, p):
+def _(dx: Tensor | None, x: Tensor, du: Tensor, lora_A: Tensor, seed: Tensor, p: float) -> Tensor:
     return x.new_empty(lora_A.shape, dtype=torch.promote_types(x.dtype, torch.float32))

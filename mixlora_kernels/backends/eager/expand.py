@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from ...routing import Routing
-from ..base import Group, Needs, Saved
+from ..base import DRouting, Group, Needs, Saved
 from .rank_r import Choice, add, choose, collect, products
 
 
 def expand(
-    group: Group, ys: Sequence[Tensor], fresh: Sequence[bool], routing: Routing, saved: Saved
+    group: Group, ys: Sequence[Tensor] | None, fresh: Sequence[bool], routing: Routing, saved: Saved
 ) -> tuple[Sequence[Tensor], Saved]:
     """``Stages.expand``; ``saved`` is what ``project`` left, and goes on as it is."""
+    if ys is None:
+        raise ValueError("the torch backend adds to the frozen products, which therefore run first, got none")
     s = _weigh(saved[0], group, routing)
     # A graph being compiled knows no operation in place, and torch 2.11 loses the gradient of what one has changed
     # (pytorch/pytorch#180642).
@@ -23,7 +25,7 @@ def expand(
 
 
 def expand_backward(
-    group: Group, dys: Sequence[Tensor], drouting, routing: Routing, saved: Saved, needs: Needs
+    group: Group, dys: Sequence[Tensor], drouting: DRouting, routing: Routing, saved: Saved, needs: Needs
 ) -> tuple[Sequence[Tensor | None], Tensor | None, Saved]:
     """``Stages.expand_backward``; what it carries is du [N, G * R], and the gradients of the gate and of the
     probabilities, the gate's with what comes from y."""

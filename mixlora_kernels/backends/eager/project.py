@@ -4,6 +4,8 @@ The logits are the routers' product with the mean of an instance's pooled tokens
 read x once more costs less than the routers' columns of the product, and it keeps float32 where x has less.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from ...routing import Instances, Routing, can_look
 from ..base import Gradients, Group, Needs, Saved
 from .dropout import project_dropped, project_dropped_backward
 from .rank_r import add, choose, collect, pick, products
-from .route import route, route_backward
+from .route import required, route, route_backward
 
 BLOCK = 128  # tokens copied at a time where x cannot be summed as it lies
 
@@ -20,11 +22,12 @@ def project(group: Group) -> tuple[Routing, Saved]:
     """The routing; and what later stages need: u [N, G * R] before the scale 1 / (1 - p), what the routers read
     [B, d_route], and what ``route`` kept."""
     x, instances, options = group.x, group.instances, group.options
-    routing, read, kept = group.given, group.read, ()
+    routing, read = group.given, group.read
+    kept: Saved = ()
     if routing is None:
         if options.pools:
             read = mean(x, instances, options.precise)
-        routing, kept = route(read, group.factors, options)
+        routing, kept = route(required(read, "read"), group.factors, options)
     us = []
     for g, factors in enumerate(group.factors):
         choice = choose([factors.lora_A], routing.index_a[g : g + 1], instances, x.dtype)
@@ -42,10 +45,11 @@ def project_backward(
 ) -> Gradients:
     """``Stages.project_backward``; ``carried`` is what ``expand_backward`` says."""
     x, instances, options, G = group.x, group.instances, group.options, len(group.factors)
-    (_, read, *kept), (du, *drouting) = saved, carried
+    read, kept, (du, dgate, dprobs_a, dprobs_b) = saved[1], saved[2:], carried
+    nothing: list[Tensor | None] = [None] * G
+    dlora_A: Sequence[Tensor] = ()
     pools = [factors.lora_A for factors in group.factors]
     choice = choose(pools, routing.index_a, instances, du.dtype)
-    dlora_A = [None] * G
     if group.seeds is not None:
         dx = torch.zeros_like(x) if needs.x and dx is None else dx
         parts = choice.pool.chunk(G), choice.place(du).chunk(G, -1), group.seeds.split(1)
@@ -57,16 +61,18 @@ def project_backward(
         if needs.x:
             dx = add(du.new_zeros(len(du), choice.pool.shape[1]) if dx is None else dx, du, choice)
         if needs.lora_A:
-            dlora_A = list(collect(du, x, choice).chunk(G))
+            dlora_A = collect(du, x, choice).chunk(G)
     if not needs.routers:
-        nothing = [None] * G
-        return Gradients(dx, dlora_A, nothing, nothing, nothing, None)
-    dread, table_A, *drouters = route_backward(drouting, read, group.factors, routing, kept, options)
-    if table_A is not None and needs.lora_A:
-        dlora_A = [d.to(table.dtype).add_(table) for d, table in zip(dlora_A, table_A)]
-    if options.pools and needs.x:
-        _mean_backward(dx, dread, instances)
-    return Gradients(dx, dlora_A, *drouters, None if options.pools else dread)
+        return Gradients(dx, dlora_A or nothing, nothing, nothing, nothing, None)
+    routers = route_backward((dgate, dprobs_a, dprobs_b), read, group.factors, routing, kept, options)
+    if routers.lora_A is not None and needs.lora_A:
+        dlora_A = [d.to(table.dtype).add_(table) for d, table in zip(dlora_A, routers.lora_A)]
+    if options.pools and dx is not None:
+        _mean_backward(dx, routers.read, instances)
+    return Gradients(
+        dx, dlora_A or nothing, routers.router_A, routers.router_B or nothing, routers.router_AB or nothing,
+        None if options.pools else routers.read,
+    )  # fmt: skip
 
 
 def mean(x: Tensor, instances: Instances, dtype: torch.dtype) -> Tensor:

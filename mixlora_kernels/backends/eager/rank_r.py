@@ -36,7 +36,7 @@ class Choice(NamedTuple):
 
     def batched(self, m: Tensor) -> Tensor:
         """[N, W] -> [B, L, W]"""
-        return m.view(self.instances.count, self.instances.length, m.shape[-1])
+        return self.instances.by_token(m)
 
     def place(self, s: Tensor) -> Tensor:
         """s [N, K] in the columns of the whole pool, [N, G * E], zero elsewhere."""

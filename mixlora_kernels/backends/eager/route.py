@@ -12,14 +12,25 @@ T depends on parameters alone; an instance only looks up r of its columns. Tied 
 
 from collections.abc import Sequence
 from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...routing import Routing
-from ..base import Factors, Options, Saved
+from ..base import DRouting, Factors, Options, Saved
 
 _softmax_backward = torch.ops.aten._softmax_backward_data
+
+
+class RouterGradients(NamedTuple):
+    """What ``route_backward`` returns: of each sibling but for ``read``; None where there is none."""
+
+    read: Tensor  # [B, d_route]
+    lora_A: Sequence[Tensor] | None  # what comes to lora_A through T
+    router_A: Sequence[Tensor]
+    router_B: Sequence[Tensor] | None
+    router_AB: Sequence[Tensor] | None
 
 
 def route(read: Tensor, factors: Sequence[Factors], options: Options) -> tuple[Routing, Saved]:
@@ -67,14 +78,10 @@ def choose_factors(
 
 
 def route_backward(
-    drouting, read: Tensor, factors: Sequence[Factors], routing: Routing, saved: Saved, options: Options
-):
-    """From the gradients of the gate [G, B, R] and of the probabilities [G, B, E] (None where there is none).
-
-    Returns:
-        That of ``read`` [B, d_route]; and, of each sibling, what comes to lora_A through T (None: nothing), and those
-        of router_A, router_B and router_AB.
-    """
+    drouting: DRouting, read: Tensor, factors: Sequence[Factors], routing: Routing, saved: Saved, options: Options
+) -> RouterGradients:
+    """The routers' gradients, from those of the gate [G, B, R] and of the probabilities [G, B, E] (None where there is
+    none)."""
     (dgate, dprobs_a, dprobs_b), (p_ifs, p_cfs, q) = drouting, saved
     index_a, index_b, _, probs_a, probs_b = routing
     choices = [(probs_a, index_a)] if options.tied else [(probs_a, index_a), (probs_b, index_b)]
@@ -86,15 +93,15 @@ def route_backward(
         if given is not None:
             dprobs[g % len(dprobs)] += given
     dlogits = [_softmax_backward(dprobs[0], probs_a, -1, probs_a.dtype)]
-    G, nothing = len(factors), [None] * len(factors)
-    tables = None, nothing
+    G = len(factors)
+    dlora_A = drouter_AB = None
     if not options.tied:
         dlogits.append(_softmax_backward(dprobs[1], p_ifs, -1, p_ifs.dtype))
-        if q is not None:
+        if options.conditioning is not None:
             dq = _softmax_backward(dprobs[1], p_cfs, -1, p_cfs.dtype)  # [G, B, E], the same for every slot
             dc = _softmax_backward(dq.transpose(1, 2).unsqueeze(1).expand_as(q), q, 2, q.dtype)  # [G, R, E, B]
             dtable = dc.new_zeros(*q.shape[:3], q.shape[2]).scatter_add_(3, _columns(index_a, q.shape[2]), dc)
-            tables = zip(
+            dlora_A, drouter_AB = zip(
                 *[
                     condition_table_backward(d, *_conditional(own, options), options.conditioning)
                     for d, own in zip(dtable, factors)
@@ -103,19 +110,25 @@ def route_backward(
     stacked = (dlogits[0] if options.tied else torch.cat(dlogits)).transpose(0, 1).flatten(1)  # [B, (2 *) G * E]
     drouters = (stacked.T @ read).chunk(len(dlogits) * G)
     dread = stacked @ torch.cat(list_routers(factors, options)).to(stacked.dtype)
-    dlora_A, drouter_AB = tables
-    return dread, dlora_A, drouters[:G], (nothing if options.tied else drouters[G:]), drouter_AB
+    return RouterGradients(dread, dlora_A, drouters[:G], None if options.tied else drouters[G:], drouter_AB)
 
 
 def list_routers(factors: Sequence[Factors], options: Options) -> list[Tensor]:
     """The siblings' routers [E, d_route], A's first, then, unless pairs are tied, B's."""
-    routers = [own.router_A for own in factors]
-    return routers if options.tied else routers + [own.router_B for own in factors]
+    routers = [required(own.router_A, "router_A") for own in factors]
+    return routers if options.tied else routers + [required(own.router_B, "router_B") for own in factors]
+
+
+def required(tensor: Tensor | None, name: str) -> Tensor:
+    """Raise a ValueError where the configuration asks for a tensor that is not there."""
+    if tensor is None:
+        raise ValueError(f"the configuration needs {name}, got None")
+    return tensor
 
 
 def _conditional(factors: Factors, options: Options) -> tuple[Tensor, Tensor]:
     """What T is made of, in the precision of routing."""
-    return factors.lora_A.to(options.precise), factors.router_AB.to(options.precise)
+    return factors.lora_A.to(options.precise), required(factors.router_AB, "router_AB").to(options.precise)
 
 
 def condition_table(lora_A: Tensor, router_AB: Tensor, conditioning: str) -> Tensor:
