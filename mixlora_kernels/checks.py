@@ -43,9 +43,9 @@ def _check_base(x: Tensor, base: Tensor | FrozenLinear, d_in: int, d_out: int) -
 def check_routing(routing: Routing, config: MixLoRAConfig, siblings: int, count: int) -> None:
     """Raise a TypeError or ValueError unless a given routing [G, B, ...] is of G siblings and B instances."""
     before, sizes = ("", ()) if siblings == 1 else ("G, ", (siblings,))
-    chosen = f"[{before}B, r]", (*sizes, count, config.r)
-    pool = f"[{before}B, E]", (*sizes, count, config.num_factors)
-    expected = {"index_a": chosen, "index_b": chosen, "gate": chosen, "probs_a": pool, "probs_b": pool}
+    slots = f"[{before}B, r]", (*sizes, count, config.r)
+    factors = f"[{before}B, E]", (*sizes, count, config.num_factors)
+    expected = {"index_a": slots, "index_b": slots, "gate": slots, "probs_a": factors, "probs_b": factors}
     for name, (letters, shape) in expected.items():
         tensor = getattr(routing, name)
         got = tensor.shape[1:] if siblings == 1 else tensor.shape

@@ -89,11 +89,11 @@ def mixlora_siblings(
 
 def _mixlora(
     x: Tensor, bases: Sequence[Tensor | FrozenLinear], factors: Sequence[Factors], config: MixLoRAConfig,
-    context: RoutingContext, training: bool, backend: str | None,
+    context: RoutingContext, training: bool, backend_name: str | None,
 ) -> tuple[Sequence[Tensor], Routing]:  # fmt: skip
     routes, G = context.routing is None and config.has_routers, len(bases)
-    pools = routes and config.routing == "instance"
-    instances = context.instances or find_instances(x, context, pooled=pools)
+    reads_x = routes and config.routing == "instance"
+    instances = context.instances or find_instances(x, context, needs_mean=reads_x)
     precise = torch.promote_types(x.dtype, torch.float32)
     read = None
     if routes and config.task_dim is not None:
@@ -121,16 +121,16 @@ def _mixlora(
             gate=config.gate,
             conditioning=config.conditioning if config.has_conditioning else None,
             tied=not config.chooses_b,
-            pools=config.routing == "instance",
+            reads_x=config.routing == "instance",
             dtype=x.dtype,
         ),
     )
-    chosen = select(backend, x)
+    backend = select(backend_name, x)
     # Not in training: a checkpointed forward without gradients must have the bits of its recomputation.
-    if given is not None and not training and chosen.decodes(group) and not _learns(group, given):
-        ys, routing = chosen.decode(group), given
+    if given is not None and not training and backend.decodes(group) and not _learns(group, given):
+        ys, routing = backend.decode(group), given
     else:
-        ys, routing = chosen.apply(group)
+        ys, routing = backend.apply(group)
     return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], given or routing
 
 

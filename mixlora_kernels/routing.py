@@ -46,7 +46,7 @@ class Instances(NamedTuple):
         cu_seqlens, segment: for packed tokens, where each instance begins [B + 1] and which instance each
             token belongs to [N], int64; else None.
         mask: [N] bool, the tokens that are pooled; None means all.
-        shares: what one pooled token counts in its instance's mean, 1 / pooled tokens, [B, 1] in the precision of
+        mean_weights: what one pooled token counts in its instance's mean, 1 / pooled tokens, [B, 1] in the precision of
             routing; None where all tokens of rows are pooled, or no mean is taken.
     """
 
@@ -55,12 +55,12 @@ class Instances(NamedTuple):
     cu_seqlens: Tensor | None = None
     segment: Tensor | None = None
     mask: Tensor | None = None
-    shares: Tensor | None = None
+    mean_weights: Tensor | None = None
 
     @property
-    def token_share(self) -> Tensor | float:
+    def mean_weight(self) -> Tensor | float:
         """What one pooled token counts in its instance's mean: [B, 1], or one number."""
-        return 1.0 / (self.length or 1) if self.shares is None else self.shares
+        return 1.0 / (self.length or 1) if self.mean_weights is None else self.mean_weights
 
     def by_token(self, values: Tensor) -> Tensor:
         """View [N, K] so that ``expand``'s results fit it."""
@@ -107,10 +107,10 @@ class RoutingContext(NamedTuple):
     instances: Instances | None = None
 
 
-def find_instances(x: Tensor, context: RoutingContext, pooled: bool) -> Instances:
+def find_instances(x: Tensor, context: RoutingContext, needs_mean: bool) -> Instances:
     """Read from a layer's input [B, ..., d_in] or [L, d_in] and its context what the instances are.
 
-    ``pooled`` says whether a mean over tokens will be taken, so that every instance must have one.
+    ``needs_mean`` says whether a mean over tokens will be taken, so that every instance must have one.
 
     Raises:
         TypeError: ``mask`` or ``cu_seqlens`` of a wrong dtype.
@@ -131,10 +131,10 @@ def find_instances(x: Tensor, context: RoutingContext, pooled: bool) -> Instance
     if mask is not None and can_look(mask) and bool(mask.all()):
         mask = None
     instances = Instances(count, length, cu_seqlens, segment, mask)
-    if not pooled:
+    if not needs_mean:
         return instances
     _check_pooled(instances)
-    return instances._replace(shares=_find_shares(instances, torch.promote_types(x.dtype, torch.float32)))
+    return instances._replace(mean_weights=_find_mean_weights(instances, torch.promote_types(x.dtype, torch.float32)))
 
 
 def packed(tensor: Tensor | None) -> Tensor:
@@ -144,7 +144,7 @@ def packed(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def _find_shares(instances: Instances, dtype: torch.dtype) -> Tensor | None:
+def _find_mean_weights(instances: Instances, dtype: torch.dtype) -> Tensor | None:
     """An instance without a pooled token (refused on the CPU; on a device, where looking would stall it, it gets this
     far) has a mean of 0."""
     if instances.mask is not None:

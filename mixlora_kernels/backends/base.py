@@ -40,7 +40,7 @@ class Options(NamedTuple):
     gate: str
     conditioning: str | None  # "factors" or "published"; None: no table
     tied: bool  # whether B takes A's choice
-    pools: bool  # whether the routers read x
+    reads_x: bool  # whether the routers read x
     dtype: torch.dtype  # x's
 
     @property

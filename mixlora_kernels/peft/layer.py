@@ -10,7 +10,7 @@ from ..adapter import MixLoRAAdapter, frozen_map
 from ..op import mixlora_siblings
 from ..routing import Routing, RoutingContext
 from .config import ConditionalMixLoRAConfig
-from .forward import rows_as_instances
+from .forward_pass import rows_as_instances
 from .siblings import Family
 from .side_information import SideInformation
 
@@ -113,12 +113,12 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         names = [name for name in self._active_adapter if name in self.mixlora_adapter._modules]
-        forward = self.side.forward
+        forward_pass = self.side.forward_pass
         y: nn.Module | Tensor = self.base_layer
         if args or kwargs:
             y = self.base_layer(x, *args, **kwargs)
-        elif len(names) == 1 and forward is not None and self.side.groups_siblings:
-            shared = forward.sharing.compute(self, names[0], x, forward)
+        elif len(names) == 1 and forward_pass is not None and self.side.groups_siblings:
+            shared = forward_pass.siblings.compute(self, names[0], x, forward_pass)
             if shared is not None:
                 return shared
         for name in names:
@@ -126,22 +126,22 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         return y if isinstance(y, Tensor) else y(x)
 
     def _adapt(self, name: str, x: Tensor, base: nn.Module | Tensor, rows: list[int] | None = None) -> Tensor:
-        config, forward = self.configs[name], self.side.forward
-        if forward is None:
+        config, forward_pass = self.configs[name], self.side.forward_pass
+        if forward_pass is None:
             self.side.check_outside(self)
-            placed, context = rows_as_instances(x if rows is None else x[rows]), None
+            prepared, context = rows_as_instances(x if rows is None else x[rows]), None
         else:
-            placed, context = forward.place([self.key], name, config, x, rows)
-        if placed is x:
+            prepared, context = forward_pass.prepare([self.key], name, config, x, rows)
+        if prepared is x:
             y, routing = self.mixlora_adapter[name](x, base, context)
         else:
             if isinstance(base, Tensor):
-                base = base.reshape(*placed.shape[:-1], base.shape[-1])
-            y, routing = self.mixlora_adapter[name](placed, base, context)
+                base = base.reshape(*prepared.shape[:-1], base.shape[-1])
+            y, routing = self.mixlora_adapter[name](prepared, base, context)
             tokens = x.shape[:-1] if rows is None else (len(rows), *x.shape[1:-1])
             y = y.view(*tokens, y.shape[-1])
-        if forward is not None:
-            forward.record(self.key, name, routing, 0)
+        if forward_pass is not None:
+            forward_pass.record(self.key, name, routing, 0)
         return y
 
     def _forward_mixed(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
@@ -153,7 +153,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         y = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
             if name in self.mixlora_adapter:
-                rows = [row for row, chosen in enumerate(adapter_names) if chosen == name]
+                rows = [row for row, row_name in enumerate(adapter_names) if row_name == name]
                 y[rows] = self._adapt(name, x, y[rows], rows)
         return y
 

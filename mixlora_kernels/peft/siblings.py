@@ -22,7 +22,7 @@ from ..backends.base import FrozenLinear
 from ..op import mixlora_siblings
 
 if TYPE_CHECKING:
-    from .forward import Forward
+    from .forward_pass import ForwardPass
     from .layer import MixLoRALayer
 
 
@@ -61,7 +61,7 @@ def expect_families(layers: "Iterable[MixLoRALayer]") -> None:
                     layer.family = family
 
 
-class Left(NamedTuple):
+class Pending(NamedTuple):
     """A result that waits for its layer's call, and what that call must agree in."""
 
     x: Tensor
@@ -70,61 +70,61 @@ class Left(NamedTuple):
     y: Tensor
 
 
-class Sharing:
+class Siblings:
     """What the siblings of one forward of a decoder share."""
 
     def __init__(self) -> None:
-        self._left: dict[str, Left] = {}
+        self._pending: dict[str, Pending] = {}
         self._refused: set[str] = set()  # layers that were called otherwise than what was left for them
         self._run: list[MixLoRALayer] = []  # the last layers called in succession with one x
         self._x: Callable[[], Tensor | None] = _nothing  # a weak reference to that x
         self._observed: list[list[MixLoRALayer]] = []
-        self._led: dict[str, Sequence[MixLoRALayer]] = {}
+        self._groups: dict[str, Sequence[MixLoRALayer]] = {}
         self._over = False  # whether the forward has ended; what comes later recomputes a part of it
 
-    def compute(self, layer: "MixLoRALayer", name: str, x: Tensor, forward: "Forward") -> Tensor | None:
+    def compute(self, layer: "MixLoRALayer", name: str, x: Tensor, forward_pass: "ForwardPass") -> Tensor | None:
         """The layer's output, which a sibling left for it, or which it computes for all of them; None: it is to compute
         alone."""
-        left = self._left.pop(layer.key, None)
-        if left is not None:
-            if left.x is x and _is_unchanged(x, left.version) and left.modes == _modes(layer, name):
-                return left.y
+        pending = self._pending.pop(layer.key, None)
+        if pending is not None:
+            if pending.x is x and _is_unchanged(x, pending.version) and pending.modes == _modes(layer, name):
+                return pending.y
             self._refused.add(layer.key)
         members = self._find_members(layer, name, x)
         if not members:
             self._observe(layer, x)
             return None
-        self._led[layer.key] = members
+        self._groups[layer.key] = members
         bases = [frozen_map(member.base_layer, x) for member in members]
-        placed, context = forward.place([member.key for member in members], name, layer.configs[name], x)
+        prepared, context = forward_pass.prepare([member.key for member in members], name, layer.configs[name], x)
         adapters = [member.mixlora_adapter._modules[name] for member in members]
         ys, routing = mixlora_siblings(
-            placed,
-            [base if placed is x or isinstance(base, FrozenLinear) else _like(base, placed) for base in bases],
+            prepared,
+            [base if prepared is x or isinstance(base, FrozenLinear) else _like(base, prepared) for base in bases],
             [adapter.factors for adapter in adapters],
             layer.configs[name],
             context,
             training=layer.training,
             backend=adapters[0].backend,
         )
-        if placed is not x:
+        if prepared is not x:
             ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
         modes, version = _modes(layer, name), x._version
         for g, member in enumerate(members):
-            forward.record(member.key, name, routing, g)
+            forward_pass.record(member.key, name, routing, g)
             if g:
-                self._left[member.key] = Left(x, version, modes, ys[g])
+                self._pending[member.key] = Pending(x, version, modes, ys[g])
         return ys[0]
 
     def clear(self) -> None:
         """Drop what was left and not taken: at the end of a recomputation."""
-        self._left.clear()
+        self._pending.clear()
 
     def end(self) -> None:
         """Drop what was left at the end of the forward, and hand the layers what was observed of them."""
-        idle = self._refused.union(self._left)
-        self._left.clear()
-        for members in self._led.values():
+        idle = self._refused.union(self._pending)
+        self._pending.clear()
+        for members in self._groups.values():
             if any(member.key in idle for member in members):
                 self._hand([member for member in members if member.key not in idle])
                 for member in members:
@@ -154,7 +154,7 @@ class Sharing:
     def _find_members(self, layer: "MixLoRALayer", name: str, x: Tensor) -> "Sequence[MixLoRALayer]":
         """Those that the layer computes with itself. A recomputation has to save what its forward saved, so it has the
         same."""
-        members = self._led.get(layer.key, ()) if self._over else layer.family.layers
+        members = self._groups.get(layer.key, ()) if self._over else layer.family.layers
         if not members or members[0] is not layer or type(x) is not Tensor:
             return ()
         if not torch.compiler.is_compiling() and x.is_inference():  # which has no version
@@ -215,5 +215,5 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _like(y: Tensor, placed: Tensor) -> Tensor:
-    return y.reshape(*placed.shape[:-1], y.shape[-1])
+def _like(y: Tensor, prepared: Tensor) -> Tensor:
+    return y.reshape(*prepared.shape[:-1], y.shape[-1])

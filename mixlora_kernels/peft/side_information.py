@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..routing import Routing
 from .cache import KeptRouting, find_cache, find_past
-from .forward import Forward, ModelInputs
+from .forward_pass import ForwardPass
+from .model_inputs import ModelInputs
 from .recorded import Recorded, detach
 from .siblings import expect_families
 
@@ -33,13 +34,13 @@ class Running:
 
     Attributes:
         inputs: the arguments of the whole model's forward; None outside of one.
-        forward: the decoder's forward; None outside of one.
+        forward_pass: the decoder's forward; None outside of one.
         task: a task embedding and its mask for every forward, set by ``task_embedding``.
     """
 
     def __init__(self) -> None:
         self.inputs: ModelInputs | None = None
-        self.forward: Forward | None = None
+        self.forward_pass: ForwardPass | None = None
         self.task: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
@@ -81,9 +82,9 @@ class SideInformation:
         return self._each_thread.running
 
     @property
-    def forward(self) -> Forward | None:
+    def forward_pass(self) -> ForwardPass | None:
         """The decoder's forward that this thread runs; None outside of one."""
-        return self._each_thread.running.forward
+        return self._each_thread.running.forward_pass
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_each_thread"}
@@ -138,13 +139,13 @@ class SideInformation:
         if "task_embedding" in kwargs:
             kwargs = dict(kwargs)
             task, task_mask = kwargs.pop("task_embedding"), kwargs.pop("task_mask", None)
-        running.forward = None
+        running.forward_pass = None
         running.inputs = ModelInputs(named.get("labels"), named.get("logits_to_keep"), task, task_mask, self._generates)
         return args, kwargs
 
     def _leave_model(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
         running = self.running
-        running.forward = running.inputs = None
+        running.forward_pass = running.inputs = None
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._enter(module, args, kwargs, self.running.inputs)
@@ -168,7 +169,7 @@ class SideInformation:
         if not self._expects_families:
             expect_families(layer for layer in module.modules() if self._knows(layer))
             self._expects_families = True
-        running.forward = Forward(shape, named, inputs, module.training, past)
+        running.forward_pass = ForwardPass(shape, named, inputs, module.training, past)
         if module.training and torch.is_grad_enabled():
             self._guard_checkpoints(module)
 
@@ -178,24 +179,24 @@ class SideInformation:
 
     def _leave_decoder(self, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         running = self.running
-        forward = running.forward
+        forward_pass = running.forward_pass
         if running.inputs is None:  # called without the whole model
-            running.forward = None
-        if forward is None:
+            running.forward_pass = None
+        if forward_pass is None:
             return
-        forward.sharing.end()
-        if output is None or not forward.routings:
+        forward_pass.siblings.end()
+        if output is None or not forward_pass.routings:
             return
-        self._last = detach(forward.routings)
-        if forward.past.length or forward.shape is None:
+        self._last = detach(forward_pass.routings)
+        if forward_pass.past.length or forward_pass.shape is None:
             return
-        cache = forward.past.cache
+        cache = forward_pass.past.cache
         if cache is None:  # the decoder may have made one
             parts = output if isinstance(output, tuple) else output.values() if isinstance(output, dict) else ()
             cache = find_cache(parts)
         if cache is not None:
-            prompt = forward.L - max(forward.keep - 1, 0)
-            setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward.routings))
+            prompt = forward_pass.L - max(forward_pass.keep - 1, 0)
+            setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward_pass.routings))
 
     def _guard_checkpoints(self, decoder: nn.Module) -> None:
         """In every forward, because checkpointing may be switched on at any time. So it takes a shorter way than
@@ -219,22 +220,22 @@ class RestoringCheckpoint:
         self.side, self.function = side, function
 
     def __call__(self, layer: Callable, *args: Any, **kwargs: Any) -> Any:
-        return self.function(_InForward(self.side, self.side.forward, layer), *args, **kwargs)
+        return self.function(_WithinPass(self.side, self.side.forward_pass, layer), *args, **kwargs)
 
 
-class _InForward:
-    def __init__(self, side: SideInformation, forward: Forward | None, layer: Callable):
-        self.side, self.forward, self.layer = side, forward, layer
+class _WithinPass:
+    def __init__(self, side: SideInformation, forward_pass: ForwardPass | None, layer: Callable):
+        self.side, self.forward_pass, self.layer = side, forward_pass, layer
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         running = self.side.running
-        before, running.forward = running.forward, self.forward
+        before, running.forward_pass = running.forward_pass, self.forward_pass
         try:
             return self.layer(*args, **kwargs)
         finally:
-            running.forward = before
-            if self.forward is not None:
-                self.forward.sharing.clear()
+            running.forward_pass = before
+            if self.forward_pass is not None:
+                self.forward_pass.siblings.clear()
 
 
 @contextmanager

@@ -101,14 +101,14 @@ def decoder_linears(model: nn.Module, config: ConditionalMixLoRAConfig) -> str:
         if rest and (not indices or int(index) in indices):
             apart = name in routers or name.startswith(tuple(f"{place}." for place in experts) or "\0")
             inside.setdefault(is_linear(module) and not apart, set()).add(rest)
-    chosen = inside.get(True, set()) - inside.get(False, set())
-    if not chosen:
+    adapted = inside.get(True, set()) - inside.get(False, set())
+    if not adapted:
         raise ValueError(
             f"no linear layers in {type(decoder).__name__}.{'|'.join(lists)}"
             + (f" with layers_to_transform={config.layers_to_transform}" if indices else "")
         )
     which = "|".join(map(str, sorted(indices))) if indices else r"\d+"
-    places = "|".join(map(re.escape, sorted(chosen)))
+    places = "|".join(map(re.escape, sorted(adapted)))
     prefix = re.escape(path) + r"\." if path else ""
     return rf"{prefix}({'|'.join(map(re.escape, lists))})\.({which})\.({places})"
 

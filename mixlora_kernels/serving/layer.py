@@ -21,7 +21,7 @@ class Member(NamedTuple):
         path: its name in the trained model.
         start, stop: its columns of the fused layer's output here.
         rows: the rows of its lora_B [E, O] that this process has, as a slice of O.
-        columns: its share of x's D.
+        columns: its part of x's D.
     """
 
     path: str
@@ -52,8 +52,8 @@ class ServedLayer(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.members, self.config, self.batch, self.group = list(members), config, batch, group
-        shares = [p["lora_A"][:, m.columns] for p, m in zip(parameters, members)]
-        self.register_buffer("lora_A", torch.cat(shares).to(device, dtype), persistent=False)  # [G * E, D]
+        parts = [p["lora_A"][:, m.columns] for p, m in zip(parameters, members)]
+        self.register_buffer("lora_A", torch.cat(parts).to(device, dtype), persistent=False)  # [G * E, D]
         # T needs the whole of D; the logits are summed over the processes, T is not.
         self.tables: list[Tensor | None] = []
         self.routers: list[Tensor] = []

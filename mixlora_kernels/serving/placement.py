@@ -83,8 +83,8 @@ def member_of(module: LinearBase, index: int | None, path: str) -> tuple[Member,
     """
     rank, size = module.tp_rank, module.tp_size
     if isinstance(module, RowParallelLinear):
-        share = module.input_size // size
-        columns = slice(rank * share, (rank + 1) * share)
+        width = module.input_size // size
+        columns = slice(rank * width, (rank + 1) * width)
         return Member(path, 0, module.output_size, ALL, columns), module.output_size
     if isinstance(module, QKVParallelLinear) and index is not None:
         head = (module.head_size, module.head_size, module.v_head_size)[index]

@@ -26,9 +26,9 @@ class Rows:
     R slots. ``Tied`` and ``Pairs`` keep the same for the products with all factors, which serve more tokens."""
 
     def __init__(self, members: int, config: MixLoRAConfig, device: torch.device):
-        from ..backends.kernels.decode import FEW, decode_op  # imports Triton, which is not needed before
+        from ..backends.kernels.decode import MOST_PAIRS, decode_op  # imports Triton, which is not needed before
 
-        self.most, self.decode = FEW // config.r, decode_op
+        self.most, self.decode = MOST_PAIRS // config.r, decode_op
         self.scale = config.scaling
         self.index_a = torch.zeros(members, 0, config.r, dtype=torch.int32, device=device)
         self.index_b = torch.zeros(members, 0, config.r, dtype=torch.int32, device=device)

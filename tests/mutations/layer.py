@@ -66,13 +66,13 @@ MUTATIONS = [
         "tests/test_functional.py::test_straight_through",
     ),
     Mutation(
-        "gates: a share's gradient as if its sum were constant", f"{_EAGER}/route.py",
-        "(dshare - (dshare * share).sum(-1, keepdim=True) / share.sum(-1, keepdim=True)) / total", "dshare / total",
+        "gates: a renormalised probability's gradient as if its sum were constant", f"{_EAGER}/route.py",
+        "(dp - (dp * p).sum(-1, keepdim=True) / p.sum(-1, keepdim=True)) / total", "dp / total",
         "tests/test_functional.py::test_gradcheck",
     ),
     Mutation(
         "gates: weighted is the normalized one", f"{_EAGER}/route.py",
-        'if gate == "normalized" else chosen.sum', 'if gate != "binary" else chosen.sum',
+        'if gate == "normalized" else p.sum', 'if gate != "binary" else p.sum',
         _EVERY_MODE,
     ),
     Mutation(

@@ -25,7 +25,7 @@ def project(group: Group) -> tuple[Routing, Saved]:
     routing, read = group.given, group.read
     kept: Saved = ()
     if routing is None:
-        if options.pools:
+        if options.reads_x:
             read = mean(x, instances, options.precise)
         routing, kept = route(required(read, "read"), group.factors, options)
     us = []
@@ -67,11 +67,11 @@ def project_backward(
     routers = route_backward((dgate, dprobs_a, dprobs_b), read, group.factors, routing, kept, options)
     if routers.lora_A is not None and needs.lora_A:
         dlora_A = [d.to(table.dtype).add_(table) for d, table in zip(dlora_A, routers.lora_A)]
-    if options.pools and dx is not None:
+    if options.reads_x and dx is not None:
         _mean_backward(dx, routers.read, instances)
     return Gradients(
         dx, dlora_A or nothing, routers.router_A, routers.router_B or nothing, routers.router_AB or nothing,
-        None if options.pools else routers.read,
+        None if options.reads_x else routers.read,
     )  # fmt: skip
 
 
@@ -80,7 +80,7 @@ def mean(x: Tensor, instances: Instances, dtype: torch.dtype) -> Tensor:
     N, mask, look = x.shape[0], instances.mask, can_look(x)
     # Summed as it lies where that makes no copy of x: the CPU's sum first converts the whole of its input.
     if mask is None and instances.length is not None and (x.dtype == dtype or not look):
-        return instances.by_token(x).sum(dim=1, dtype=dtype) * instances.token_share
+        return instances.by_token(x).sum(dim=1, dtype=dtype) * instances.mean_weight
     block = BLOCK if look else max(N, 1)  # a compiled graph makes no copy and wants no loop
     total = x.new_zeros(instances.count, x.shape[1], dtype=dtype)
     instance = instances.instance_of_token(x.device)
@@ -91,12 +91,12 @@ def mean(x: Tensor, instances: Instances, dtype: torch.dtype) -> Tensor:
             # Filled, not multiplied by 0: what stands in the padding may be infinite.
             part = part.masked_fill(~mask[rows, None], 0)
         total.index_add_(0, instance[rows], part)
-    return total * instances.token_share
+    return total * instances.mean_weight
 
 
 def _mean_backward(dx: Tensor, dpooled: Tensor, instances: Instances) -> None:
     """Give every pooled token its share of the gradient of its instance's mean, [B, D]: added to dx in place."""
-    dpooled = (dpooled * instances.token_share).to(dx.dtype)
+    dpooled = (dpooled * instances.mean_weight).to(dx.dtype)
     if instances.mask is None and instances.length is not None:
         instances.by_token(dx).add_(dpooled.unsqueeze(1))
     else:  # as a product with the instances' indicators, which takes no copy of dpooled for each token

@@ -87,8 +87,8 @@ def route_backward(
     choices = [(probs_a, index_a)] if options.tied else [(probs_a, index_a), (probs_b, index_b)]
     dprobs = [torch.zeros_like(probs) for probs, _ in choices]
     if dgate is not None and options.gate != "binary":
-        for target, (_, index), dchosen in zip(dprobs, choices, _gate_backward(options.gate, dgate, choices)):
-            target.scatter_(-1, index, dchosen)
+        for target, (_, index), dp in zip(dprobs, choices, _gate_backward(options.gate, dgate, choices)):
+            target.scatter_(-1, index, dp)
     for g, given in enumerate((dprobs_a, dprobs_b)):
         if given is not None:
             dprobs[g % len(dprobs)] += given
@@ -173,17 +173,17 @@ def _gate_backward(gate: str, dgate: Tensor, choices: Sequence[tuple[Tensor, Ten
     """The gradients of the chosen probabilities [G, B, R], of A's and of B's."""
     if gate == "straight_through":
         return [dgate] * len(choices)
-    shares = [_renormalise(gate, *choice) for choice in choices]
+    parts = [_renormalise(gate, *choice) for choice in choices]
     gradients = []
-    for i, (share, total) in enumerate(shares):
-        dshare = reduce(torch.mul, [other for j, (other, _) in enumerate(shares) if j != i], dgate)
-        # Shares add up to the same, whatever the probabilities.
-        gradients.append((dshare - (dshare * share).sum(-1, keepdim=True) / share.sum(-1, keepdim=True)) / total)
+    for i, (p, total) in enumerate(parts):
+        dp = reduce(torch.mul, [other for j, (other, _) in enumerate(parts) if j != i], dgate)
+        # The sum of the renormalised p is constant, so the mean gradient, weighted by p, is subtracted.
+        gradients.append((dp - (dp * p).sum(-1, keepdim=True) / p.sum(-1, keepdim=True)) / total)
     return gradients
 
 
 def _renormalise(gate: str, probs: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """The chosen probabilities [G, B, R] over their sum, or over their mean where the gate is normalized; and that."""
-    chosen = probs.gather(-1, index)
-    total = chosen.mean(-1, keepdim=True) if gate == "normalized" else chosen.sum(-1, keepdim=True)
-    return chosen / total, total
+    p = probs.gather(-1, index)
+    total = p.mean(-1, keepdim=True) if gate == "normalized" else p.sum(-1, keepdim=True)
+    return p / total, total

@@ -1,4 +1,4 @@
-"""Forward: what one forward of a decoder says about its batch, turned into each layer's RoutingContext."""
+"""ForwardPass: what one forward of a decoder says about its batch, turned into each layer's RoutingContext."""
 
 import warnings
 from collections.abc import Sequence
@@ -10,8 +10,9 @@ from torch import Tensor
 from ..config import MixLoRAConfig
 from ..routing import Instances, Routing, RoutingContext, find_instances
 from .cache import Past, unknown_cache_error, unseen_cache_error
+from .model_inputs import ModelInputs
 from .recorded import Recorded, join
-from .siblings import Sharing
+from .siblings import Siblings
 from .tokens import (
     IGNORED,
     check_undivided,
@@ -31,26 +32,7 @@ WITHOUT_LABELS = (
 )
 
 
-class ModelInputs:
-    """The arguments of a whole model's forward that decide the routing.
-
-    Args:
-        labels: [B, L], the answers' tokens; other shapes (a classifier's) say nothing about tokens.
-        logits_to_keep: of how many last tokens the logits are wanted.
-        task, task_mask: a task embedding.
-        generates: whether the model is one that generates, so that labels are tokens to be predicted.
-    """
-
-    def __init__(
-        self, labels: Tensor | None = None, logits_to_keep: Any = None, task: Tensor | None = None,
-        task_mask: Tensor | None = None, generates: bool = True,
-    ):  # fmt: skip
-        self.labels = labels if generates and labels is not None and labels.dim() == 2 else None
-        self.logits_to_keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        self.task, self.task_mask, self.generates = task, task_mask, generates
-
-
-class Forward:
+class ForwardPass:
     """One forward of a decoder: B rows of L new tokens; both 0 where the input's shape tells nothing.
 
     Nothing is worked out before a layer asks, so that disabled adapters cost and refuse nothing.
@@ -77,7 +59,7 @@ class Forward:
         self.encoder_mask = named.get("encoder_attention_mask")
         self.keep = 0 if past.cache is None else inputs.logits_to_keep
         self.routings: dict[tuple[str, str], Recorded] = {}
-        self.sharing = Sharing()
+        self.siblings = Siblings()
         self._contexts: dict[tuple[str, str, str], RoutingContext] = {}
         self._instances: dict[tuple, Instances] = {}
         self._tokens: tuple[Tensor | None, Tensor | None] | None = None
@@ -86,7 +68,7 @@ class Forward:
         """Note what a layer chose: its group's routing, and its place there."""
         self.routings[key, name] = Recorded(routing, g)
 
-    def place(
+    def prepare(
         self, keys: Sequence[str], name: str, config: MixLoRAConfig, x: Tensor, rows: list[int] | None = None
     ) -> tuple[Tensor, RoutingContext]:
         """The input of a layer, or of siblings, in the shape that its instances need, and their context.
@@ -100,17 +82,17 @@ class Forward:
             ValueError: x does not belong to this forward's tokens, though they matter; or what the forward says
                 about them is contradictory, or missing.
         """
-        x, context = self._place(keys, name, config, x, rows)
+        x, context = self._prepare(keys, name, config, x, rows)
         if rows is not None:
             return x, context
-        pools = context.routing is None and config.routing == "instance"
-        place = (_kind(config), self._is_encoded(x), pools, x.shape[:-1], x.dtype, x.device)
+        reads_x = context.routing is None and config.routing == "instance"
+        place = (_kind(config), self._is_encoded(x), reads_x, x.shape[:-1], x.dtype, x.device)
         instances = self._instances.get(place)
         if instances is None:
-            instances = self._instances[place] = find_instances(x, context, pools)
+            instances = self._instances[place] = find_instances(x, context, reads_x)
         return x, context._replace(instances=instances)
 
-    def _place(
+    def _prepare(
         self, keys: Sequence[str], name: str, config: MixLoRAConfig, x: Tensor, rows: list[int] | None
     ) -> tuple[Tensor, RoutingContext]:
         if self._is_encoded(x):
