@@ -1,4 +1,5 @@
-"""Is each field of a dataclass what its annotation says? Dataclasses do not ask, and configurations come from files."""
+"""Check the fields of a dataclass against their annotations: configurations come from files, and dataclasses do not
+check types."""
 
 import dataclasses
 import math
@@ -13,11 +14,11 @@ NAMES = {int: "an integer", float: "a finite number", str: "a string", bool: "Tr
 def check_fields(config: Any) -> None:
     """Compare the values of a dataclass with its annotations.
 
-    An integer serves as a float, a bool serves as neither; a float must be finite; a list may also be a tuple or a
-    set, and holds no empty strings.
+    An integer counts as a float. A bool counts as neither. A float must be finite. A tuple or a set counts as a list,
+    and no item may be an empty string.
 
     Raises:
-        ValueError: a value is of another type, or none of the choices; the field is named.
+        ValueError: a value has another type, or is not one of the choices. The message names the field.
     """
     cls: Any = type(config)
     hints = _hints(cls)

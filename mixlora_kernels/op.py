@@ -1,7 +1,7 @@
-"""The operation: check the input, say what the instances are, choose a backend.
+"""The operation: check the input, find the instances, select a backend.
 
-``mixlora_siblings`` is the operation on a group of G frozen maps that read the same x; ``mixlora`` is its case of one.
-What it computes and its backward stand in ``backends/node.py``.
+``mixlora_siblings`` is the operation on a group of G frozen maps that read the same x. ``mixlora`` is a group of one.
+``backends/node.py`` gives the equations of the forward and the backward.
 """
 
 from collections.abc import Sequence
@@ -32,19 +32,19 @@ def mixlora(
 
     Args:
         x: hidden states [B, ..., d_in], or [L, d_in] for one instance, or [N, d_in] or [1, N, d_in] packed.
-        base: the frozen map's output [..., d_out], or the map itself; its product then runs in the same
-            autograd node, so that nothing of the size of x or y is allocated but y and x's gradient.
+        base: the frozen map's output [..., d_out], or the map itself. Given the map, one autograd node computes its
+            product too, and allocates nothing of the size of x or y but y and x's gradient.
         factors: the adapter's parameters, in any floating dtype.
         config: what to compute.
-        context: what the instances are, and which of their tokens are pooled; see ``RoutingContext``.
+        context: which tokens form an instance, and which of them its mean runs over; see ``RoutingContext``.
         training: whether dropout applies.
-        backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for the best one for x.
+        backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for the fastest one that takes x.
 
     Returns:
         y [..., d_out] in the base's dtype, and the ``Routing`` of the B instances.
 
     Raises:
-        TypeError, ValueError: x, base or context do not fit; nothing was computed.
+        TypeError, ValueError: x, base or context do not fit. Nothing was computed.
     """
     given = None if context is None else context.routing
     if context is not None and given is not None:
@@ -63,20 +63,23 @@ def mixlora_siblings(
     training: bool = False,
     backend: str | None = None,
 ) -> tuple[Sequence[Tensor], Routing]:
-    """The same for G frozen maps that read one x, such as a decoder layer's q, k and v: each with an adapter and a
-    choice of factors of its own. Each output has the bits of ``mixlora``; x is read once for all.
+    """The operation of ``mixlora`` for G frozen maps that read the same x, such as a decoder layer's q, k and v.
+
+    Each map has its own adapter and its own routing. Each output has the bits of ``mixlora``, and x is read once for
+    all.
 
     Args:
         x, context, training, backend: as in ``mixlora``.
-        bases, factors: those of each sibling; all adapters have the same E and d_in, and d_out may differ.
-        config: what all of them compute.
+        bases, factors: ``mixlora``'s base and factors for each sibling. E and d_in are the same for all; d_out may
+            differ.
+        config: what each of them computes.
 
     Returns:
-        The outputs [..., d_out], and the ``Routing`` of the B instances with the siblings before them. Its tensors are
-        [G, B, ...], and ``routing.member(g)`` is that of one sibling. ``context.routing`` has this form too.
+        The outputs [..., d_out], and a ``Routing`` whose tensors are [G, B, ...]. ``routing.member(g)`` is the routing
+        of sibling g. ``context.routing`` takes this form too.
 
     Raises:
-        TypeError, ValueError: x, the bases or the context do not fit; nothing was computed.
+        TypeError, ValueError: x, the bases or the context do not fit. Nothing was computed.
     """
     context = context or RoutingContext()
     check_input(x, bases, factors, config)
@@ -126,7 +129,8 @@ def _mixlora(
         ),
     )
     backend = select(backend_name, x)
-    # Not in training: a checkpointed forward without gradients must have the bits of its recomputation.
+    # Not in training: activation checkpointing runs a forward without gradients, whose recomputation, with gradients,
+    # has to give the same bits.
     if given is not None and not training and backend.decodes(group) and not _learns(group, given):
         ys, routing = backend.decode(group), given
     else:
@@ -135,7 +139,7 @@ def _mixlora(
 
 
 def _learns(group: Group, given: Routing) -> bool:
-    """Whether a gradient can be asked for."""
+    """Whether a backward may follow: whether autograd records, and a tensor of the call requires a gradient."""
     if not torch.is_grad_enabled():
         return False
     outputs = (base for base in group.bases if not isinstance(base, FrozenLinear))
@@ -144,8 +148,11 @@ def _learns(group: Group, given: Routing) -> bool:
 
 
 def _draw(G: int, count: int, config: MixLoRAConfig, x: Tensor, drops: bool) -> tuple[Routing, Tensor | None]:
-    """Table 2's baseline, r distinct factors for each instance, from torch's generator for x's device; and a seed for
-    dropout. Sibling after sibling, as single layers would draw."""
+    """Draw r distinct factors for each instance (Table 2's baseline), and seeds for dropout if ``drops``.
+
+    Both come from torch's generator for x's device. Each sibling draws all it needs before the next one does, as single
+    layers would.
+    """
     device, dtype = x.device, torch.promote_types(x.dtype, torch.float32)
 
     def index() -> Tensor:

@@ -1,7 +1,7 @@
-"""The paper, equation by equation, in plain torch: the oracle that everything else is compared with.
+"""The paper, equation by equation, in plain torch. Tests compare every other implementation with this one.
 
-Read it beside "Multimodal Instruction Tuning with Conditional Mixture of LoRA" (ACL 2024). One instance at a
-time, one equation a function, gradients by autograd, any floating dtype; it imports nothing of this package.
+Read it beside "Multimodal Instruction Tuning with Conditional Mixture of LoRA" (ACL 2024). Each function computes one
+equation for one instance, in any floating dtype. Autograd computes the gradients. It imports nothing of this package.
 
 Shapes: h [L, d_in] hidden states of one instance, lora_A [E, d_in], lora_B [E, d_out], router_A and router_B
 [E, d_route], router_AB [r, E, d_in]; d_route is d_in, or the width of the task embedding.
@@ -15,14 +15,14 @@ from torch import Tensor
 
 
 def average(h: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Equation 5 (and 10, where h is a task embedding): the mean of the pooled tokens, [L, d] -> [d]."""
+    """Equation 5, or Equation 10 for a task embedding h: the mean of the tokens in ``mask``, [L, d] -> [d]."""
     if mask is not None:
         h = h[mask.bool()]
     return h.mean(dim=0)
 
 
 def top_r(p: Tensor, r: int) -> Tensor:
-    """The indices of the r largest of p [E], largest first; of equal ones the lower index first."""
+    """The indices of the r largest entries of p [E], largest first. Of equal entries the lower index comes first."""
     return torch.sort(p, descending=True, stable=True).indices[:r]
 
 
@@ -38,7 +38,7 @@ def conditional(A: Tensor, router_AB: Tensor) -> Tensor:
 
 
 def conditional_published(A: Tensor, router_AB: Tensor) -> Tensor:
-    """Equation 7 as the released code has it: 'rd,rfe->re' sums d and f apart, a product of sums."""
+    """Equation 7 as the released code computes it: 'rd,rfe->re' sums over d and over f separately, and multiplies."""
     return reduce(torch.add, (torch.softmax(A[i].sum() * router_AB[i].sum(dim=-1), dim=-1) for i in range(len(A))))
 
 
@@ -51,8 +51,8 @@ def select_b(pooled: Tensor, router_B: Tensor, r: int, r_cfs: Tensor | None) -> 
 
 
 def gates(kind: str, *probabilities: Tensor) -> Tensor:
-    """What multiplies each of the r pairs, from the probabilities that chose them, [r] each: A's and B's, or A's alone
-    where pairs are tied."""
+    """The gate of each of the r pairs, [r], from the probabilities of the chosen factors, [r] each: A's and B's, or A's
+    alone if pairs are tied."""
     if kind == "binary":  # g[i] = 1 below Equation 6
         return torch.ones_like(probabilities[0])
     if kind == "straight_through":  # the same 1, through which the routers learn
@@ -65,7 +65,7 @@ def gates(kind: str, *probabilities: Tensor) -> Tensor:
 
 
 def update(h: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:
-    """Equations 4 and 9: sum_i gate_i b_i (a_i . h) for every token of h, [L, d_in] -> [L, d_out]."""
+    """Equations 4 and 9: sum_i gate_i b_i (a_i . h) for each token of h, [L, d_in] -> [L, d_out]."""
     return (h @ A.T) * gate @ B
 
 
@@ -109,13 +109,13 @@ def mixlora(
         frozen: ``W h`` (and bias), [L, d_out].
         mask: tokens that Equation 5 averages over, [L]; None means all.
         task: task embedding [T, d_task] to route by instead of h (Appendix A); ``task_mask`` [T] likewise.
-        chosen: ``(index_a, index_b, gate)`` to use instead of routing.
-        dropped: the input of A with dropout applied, [L, d_in]; None means h.
+        chosen: ``(index_a, index_b, gate)`` to use; None: route.
+        dropped: A's input after dropout, [L, d_in]; None means h.
 
     Returns:
-        y [L, d_out], and ``(index_a, index_b, gate, p_a, p_b)``; the probabilities are None with ``chosen``.
+        y [L, d_out], and ``(index_a, index_b, gate, p_a, p_b)``. p_a and p_b are None if ``chosen`` is given.
     """
-    # Routing is done in float32 at least: in half precision, ties at the border of the top r are common.
+    # Routing is computed in float32 or float64: in half precision, ties at the border of the top r are common.
     precise = torch.promote_types(h.dtype, torch.float32)
     routing: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
     if chosen is not None:
