@@ -1,4 +1,5 @@
-"""The paper's equations as a backend: ``mixlora_kernels.reference``, an instance at a time, gradients by autograd."""
+"""The paper's equations as a backend: it calls ``mixlora_kernels.reference`` for each instance. Autograd computes the
+gradients."""
 
 from collections.abc import Sequence
 from itertools import pairwise

@@ -1,4 +1,4 @@
-"""ModelInputs: what a whole model's forward is given that decides the routing."""
+"""ModelInputs: the arguments of a whole model's forward that routing depends on."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from torch import Tensor
 
 
 class ModelInputs:
-    """The arguments of a whole model's forward that decide the routing.
+    """The arguments of a whole model's forward that routing depends on.
 
     Args:
-        labels: [B, L], the answers' tokens; other shapes (a classifier's) say nothing about tokens.
-        logits_to_keep: of how many last tokens the logits are wanted.
-        task, task_mask: a task embedding.
-        generates: whether the model is one that generates, so that labels are tokens to be predicted.
+        labels: [B, L], the tokens to predict. Labels of other shapes, such as a classifier's, are ignored.
+        logits_to_keep: the number of last tokens whose logits are computed.
+        task, task_mask: a task embedding and its mask.
+        generates: whether the model can generate. Only then are labels tokens.
     """
 
     def __init__(

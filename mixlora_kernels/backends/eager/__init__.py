@@ -1,4 +1,4 @@
-"""The stages in plain torch: on any device, in any floating dtype, under any compiler."""
+"""The stages in plain torch, for any device and any floating dtype, and for torch.compile."""
 
 from collections.abc import Sequence
 
@@ -23,7 +23,7 @@ class Eager:
         return node.apply(self, group)
 
     def decodes(self, group: Group) -> bool:
-        """``Backend.decodes``: any number of tokens."""
+        """``Backend.decodes``: always."""
         return True
 
     decode = staticmethod(decode)

@@ -1,7 +1,8 @@
-"""project: choose the factors, then u = drop(x) · lora_Aᵀ for the chosen rows; and back.
+"""project: choose the factors, then compute u = drop(x) · lora_Aᵀ for the chosen rows; and its backward.
 
-The logits are the routers' product with the mean of an instance's pooled tokens (Equation 5). The mean comes first: to
-read x once more costs less than the routers' columns of the product, and it keeps float32 where x has less.
+The routers multiply the mean of an instance's tokens (Equation 5). This backend computes the mean first, and the logits
+from it. That reads x once more, which costs less than a product of all tokens with the routers, and the mean is float32
+even if x is not.
 """
 
 from collections.abc import Sequence
@@ -15,12 +16,12 @@ from .dropout import project_dropped, project_dropped_backward
 from .rank_r import add, choose, collect, pick, products
 from .route import required, route, route_backward
 
-BLOCK = 128  # tokens copied at a time where x cannot be summed as it lies
+BLOCK = 128  # tokens that are converted at a time, if x cannot be summed in its own dtype
 
 
 def project(group: Group) -> tuple[Routing, Saved]:
-    """The routing; and what later stages need: u [N, G * R] before the scale 1 / (1 - p), what the routers read
-    [B, d_route], and what ``route`` kept."""
+    """``Stages.project``. For later stages it returns u [N, G * R] without the scale 1 / (1 - p), the routers' input
+    [B, d_route], and what ``route`` saved."""
     x, instances, options = group.x, group.instances, group.options
     routing, read = group.given, group.read
     kept: Saved = ()
@@ -43,7 +44,7 @@ def project(group: Group) -> tuple[Routing, Saved]:
 def project_backward(
     group: Group, dx: Tensor | None, routing: Routing, saved: Saved, carried: Saved, needs: Needs
 ) -> Gradients:
-    """``Stages.project_backward``; ``carried`` is what ``expand_backward`` says."""
+    """``Stages.project_backward``."""
     x, instances, options, G = group.x, group.instances, group.options, len(group.factors)
     read, kept, (du, dgate, dprobs_a, dprobs_b) = saved[1], saved[2:], carried
     nothing: list[Tensor | None] = [None] * G
@@ -76,30 +77,30 @@ def project_backward(
 
 
 def mean(x: Tensor, instances: Instances, dtype: torch.dtype) -> Tensor:
-    """Equation 5, the mean of each instance's pooled tokens: x [N, D] -> [B, D] in ``dtype``."""
+    """Equation 5, the mean over each instance's tokens: x [N, D] -> [B, D] in ``dtype``."""
     N, mask, look = x.shape[0], instances.mask, can_look(x)
-    # Summed as it lies where that makes no copy of x: the CPU's sum first converts the whole of its input.
+    # Sum x directly if that makes no copy. On a CPU, a sum in another dtype first converts all of x.
     if mask is None and instances.length is not None and (x.dtype == dtype or not look):
         return instances.by_token(x).sum(dim=1, dtype=dtype) * instances.mean_weight
-    block = BLOCK if look else max(N, 1)  # a compiled graph makes no copy and wants no loop
+    block = BLOCK if look else max(N, 1)  # a compiled graph needs no blocks: it makes no copy
     total = x.new_zeros(instances.count, x.shape[1], dtype=dtype)
     instance = instances.instance_of_token(x.device)
     for first in range(0, N, block):
         rows = slice(first, first + block)
         part = x[rows].to(dtype)
         if mask is not None and not (look and mask[rows].all()):
-            # Filled, not multiplied by 0: what stands in the padding may be infinite.
+            # Not multiplied by 0, because padding may hold infinite values.
             part = part.masked_fill(~mask[rows, None], 0)
         total.index_add_(0, instance[rows], part)
     return total * instances.mean_weight
 
 
 def _mean_backward(dx: Tensor, dpooled: Tensor, instances: Instances) -> None:
-    """Give every pooled token its share of the gradient of its instance's mean, [B, D]: added to dx in place."""
+    """Add the gradient of each instance's mean, [B, D], to the gradients dx of the tokens it runs over, in place."""
     dpooled = (dpooled * instances.mean_weight).to(dx.dtype)
     if instances.mask is None and instances.length is not None:
         instances.by_token(dx).add_(dpooled.unsqueeze(1))
-    else:  # as a product with the instances' indicators, which takes no copy of dpooled for each token
+    else:  # a product with a membership matrix, which makes no copy of dpooled for each token
         tokens = instances.instance_of_token(dx.device)
         member = tokens[:, None] == torch.arange(instances.count, device=dx.device)  # [N, B]
         if instances.mask is not None:
