@@ -1,4 +1,4 @@
-"""MixLoRALayer: a frozen linear layer and its adapters, as peft knows such a layer."""
+"""MixLoRALayer: a frozen linear layer and its adapters, as a layer of peft."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,8 @@ from .side_information import SideInformation
 
 
 class MergingError(NotImplementedError, ValueError):
-    """Merging, refused. peft's contract is a ValueError, its own methods that cannot merge raise the other."""
+    """The refusal to merge. peft documents a ValueError, and its methods that cannot merge raise a
+    NotImplementedError."""
 
     def __init__(self) -> None:
         super().__init__(
@@ -26,10 +27,10 @@ class MergingError(NotImplementedError, ValueError):
 
 
 class LayerAdapter(MixLoRAAdapter):
-    """A ``MixLoRAAdapter`` that FSDP's wrapping policy in peft recognises.
+    """A ``MixLoRAAdapter`` that peft's wrapping policy for FSDP recognises.
 
-    The policy makes a unit of every module without children whose ``weight`` is trained; the adapter's parameters
-    need a unit of their own, because one unit can hold neither two dtypes nor trained beside frozen parameters.
+    The policy makes an FSDP unit of each module without children whose ``weight`` is trained. The adapter's parameters
+    need their own unit, because all parameters of a unit must have one dtype, and all or none of them must be trained.
     """
 
     @property
@@ -39,8 +40,8 @@ class LayerAdapter(MixLoRAAdapter):
     def forward(
         self, x: Tensor, base: nn.Module | Tensor, context: RoutingContext | None = None
     ) -> tuple[Tensor, Routing]:
-        """As ``MixLoRAAdapter``, with the routing of a group of one, in which form a decoder's forward keeps it; so is
-        ``context.routing``."""
+        """As ``MixLoRAAdapter``, but the returned routing and ``context.routing`` are those of a group of one, [1, B,
+        ...]: a decoder's forward keeps routings in this form."""
         frozen = frozen_map(base, x) if isinstance(base, nn.Module) else base
         (y,), routing = mixlora_siblings(
             x, (frozen,), (self.factors,), self.config, context, training=self.training, backend=self.backend
@@ -61,19 +62,20 @@ else:
 
 
 class MixLoRALayer(nn.Module, BaseTunerLayer):
-    """In the place of a linear layer: ``base_layer``, and in ``mixlora_adapter`` one ``LayerAdapter`` per adapter.
+    """The replacement of a linear layer: ``base_layer`` is that layer, ``mixlora_adapter`` holds a ``LayerAdapter`` for
+    each adapter.
 
     Args:
         base_layer: any module that maps [..., in_features] to [..., out_features].
-        key: the layer's name in the model, under which its routing is kept and reported.
-        side: what the layers of one model know about the batch.
+        key: the layer's name in the model. Its routing is kept and reported under this name.
+        side: the batch's side information, which all layers of a model share.
     """
 
     adapter_cls = LayerAdapter
     adapter_layer_names = ("mixlora_adapter",)
     other_param_names = ("configs",)
 
-    # What peft's class brings.
+    # Attributes of peft's class.
     active_adapters: list[str]
     _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
@@ -102,11 +104,11 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
-        """The frozen layer's output with the active adapters' updates.
+        """Return the frozen layer's output with the updates of the active adapters.
 
         Args:
-            x: [B, L, in_features], or whatever the frozen layer takes; other arguments are the frozen layer's.
-            adapter_names: the adapter of each row of x, ``"__base__"`` for none (inference).
+            x: [B, L, in_features], or another shape that the frozen layer takes. Other arguments are passed to it.
+            adapter_names: the adapter of each row of x, or ``"__base__"`` for none. For inference only.
         """
         if self._disable_adapters:
             return self.base_layer(x, *args, **kwargs)
@@ -157,7 +159,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
                 y[rows] = self._adapt(name, x, y[rows], rows)
         return y
 
-    # peft marks a whole adapter as trained; the routers of gate="binary" are fixed.
+    # peft makes all parameters of an adapter trainable. The routers of gate="binary" must stay fixed.
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)

@@ -1,13 +1,13 @@
-"""Siblings: layers of one parent that read the same x are computed together, the first for all.
+"""Siblings: layers of one parent module that read the same x. The first one computes the outputs of all.
 
-A model calls q_proj, k_proj and v_proj one after the other. The first of them computes all, and each of the others
-takes what was left for it, if it is called with the very same x, unchanged, in the same modes. Otherwise it computes
-alone, which gives the same bits. Nothing that was left outlives the forward.
+A model calls q_proj, k_proj and v_proj one after the other. q_proj computes all three outputs. k_proj and v_proj take
+theirs if they are called with the same tensor object, unchanged, in the same modes. Otherwise they compute alone, which
+gives the same bits. Outputs that are not taken are dropped at the end of the forward.
 
-Which layers are siblings is observed: those of one parent that a forward calls in succession with one tensor. For the
-names of ``USUAL`` it is expected before the first forward, so that a run that is resumed has the bits of one that was
-not; what is expected or observed and does not hold in a forward is dropped after it. torch.compile traces what is
-expected, and observes nothing.
+Siblings are found by observation: layers of one parent that a forward calls in succession with the same tensor. Layers
+with the names in ``USUAL`` are expected to be siblings before the first forward, so that a resumed run has the same
+bits as an uninterrupted one. A family that does not fit a forward's calls is dropped after that forward. torch.compile
+uses the expected families, and observes none.
 """
 
 import weakref
@@ -36,7 +36,7 @@ USUAL = (
 
 
 class Family:
-    """The siblings that were observed, in the order of their calls. A copy of a layer observes its own."""
+    """Siblings in the order of their calls. A copied layer starts with an empty family."""
 
     def __init__(self, layers: "Sequence[MixLoRALayer]" = ()):
         self.layers = tuple(layers)
@@ -49,7 +49,7 @@ class Family:
 
 
 def expect_families(layers: "Iterable[MixLoRALayer]") -> None:
-    """Make siblings of the layers that have a parent in common and the names of ``USUAL``."""
+    """Make families of the layers that have the same parent and the names in ``USUAL``."""
     by_parent: dict[str, dict[str, MixLoRALayer]] = {}
     for layer in layers:
         by_parent.setdefault(layer.parent, {})[layer.key.rpartition(".")[2]] = layer
@@ -62,7 +62,7 @@ def expect_families(layers: "Iterable[MixLoRALayer]") -> None:
 
 
 class Pending(NamedTuple):
-    """A result that waits for its layer's call, and what that call must agree in."""
+    """An output that a sibling computed, and the x, its version and the modes that the layer's call must have."""
 
     x: Tensor
     version: int
@@ -71,20 +71,20 @@ class Pending(NamedTuple):
 
 
 class Siblings:
-    """What the siblings of one forward of a decoder share."""
+    """The siblings' outputs and families in one forward of a decoder."""
 
     def __init__(self) -> None:
         self._pending: dict[str, Pending] = {}
-        self._refused: set[str] = set()  # layers that were called otherwise than what was left for them
+        self._refused: set[str] = set()  # layers whose call did not fit their pending output
         self._run: list[MixLoRALayer] = []  # the last layers called in succession with one x
         self._x: Callable[[], Tensor | None] = _nothing  # a weak reference to that x
         self._observed: list[list[MixLoRALayer]] = []
         self._groups: dict[str, Sequence[MixLoRALayer]] = {}
-        self._over = False  # whether the forward has ended; what comes later recomputes a part of it
+        self._over = False  # whether the forward has ended; later calls belong to recomputations
 
     def compute(self, layer: "MixLoRALayer", name: str, x: Tensor, forward_pass: "ForwardPass") -> Tensor | None:
-        """The layer's output, which a sibling left for it, or which it computes for all of them; None: it is to compute
-        alone."""
+        """Return the layer's output: the pending one, or the result of computing all siblings. None: the layer has to
+        compute alone."""
         pending = self._pending.pop(layer.key, None)
         if pending is not None:
             if pending.x is x and _is_unchanged(x, pending.version) and pending.modes == _modes(layer, name):
@@ -117,11 +117,11 @@ class Siblings:
         return ys[0]
 
     def clear(self) -> None:
-        """Drop what was left and not taken: at the end of a recomputation."""
+        """Drop the pending outputs, at the end of a recomputation."""
         self._pending.clear()
 
     def end(self) -> None:
-        """Drop what was left at the end of the forward, and hand the layers what was observed of them."""
+        """End the forward: drop the pending outputs, and give the layers the families that were observed."""
         idle = self._refused.union(self._pending)
         self._pending.clear()
         for members in self._groups.values():
@@ -152,12 +152,12 @@ class Siblings:
             self._run, self._x = [layer], weakref.ref(x)
 
     def _find_members(self, layer: "MixLoRALayer", name: str, x: Tensor) -> "Sequence[MixLoRALayer]":
-        """Those that the layer computes with itself. A recomputation has to save what its forward saved, so it has the
-        same."""
+        """The siblings that the layer computes, itself included. A recomputation uses those of its forward, because it
+        has to save the same tensors."""
         members = self._groups.get(layer.key, ()) if self._over else layer.family.layers
         if not members or members[0] is not layer or type(x) is not Tensor:
             return ()
-        if not torch.compiler.is_compiling() and x.is_inference():  # which has no version
+        if not torch.compiler.is_compiling() and x.is_inference():  # inference tensors have no version
             return ()
         modes = _modes(layer, name)
         return members if all(_readable(member, name) and _modes(member, name) == modes for member in members) else ()
@@ -168,11 +168,10 @@ def _nothing() -> None:
 
 
 def _is_unchanged(x: Tensor, version: int) -> bool:
-    """Whether nothing has changed x in place since it had that version.
+    """Whether x has not been changed in place since it had this version.
 
-    A graph being compiled cannot take another way by a tensor's version: there a change in place is an error, whose
-    text is torch's and whose traceback leads here. ``torch.compiler.disable`` on the module around the layers
-    avoids it.
+    A compiled graph cannot branch on a tensor's version. Under torch.compile a change in place raises torch's error,
+    with a traceback to this line. ``torch.compiler.disable`` on the module around the layers avoids it.
     """
     if torch.compiler.is_compiling():
         torch._check(x._version == version)
@@ -181,7 +180,7 @@ def _is_unchanged(x: Tensor, version: int) -> bool:
 
 
 def _modes(layer: "MixLoRALayer", name: str) -> tuple:
-    """What the layers of a group must have in common, and a layer with the one that computed its result."""
+    """The modes and settings that must be equal for all layers of a group, and when a pending output is taken."""
     adapters = layer.mixlora_adapter._modules
     adapter = adapters.get(name)
     return (
@@ -198,8 +197,8 @@ def _modes(layer: "MixLoRALayer", name: str) -> tuple:
 
 
 def _readable(layer: "MixLoRALayer", name: str) -> bool:
-    """Whether the adapter's parameters, and the frozen layer, can be used from outside of the layer's own forward: no
-    unit of FSDP or ZeRO-3 that gathers them only then, and no hook that waits for its call."""
+    """Whether a sibling can use the layer's parameters: no FSDP unit or ZeRO-3 gathers them in the layer's own forward
+    alone, and the layer has no hooks, which need its own call."""
     adapter = layer.mixlora_adapter._modules.get(name)
     return (
         type(adapter) is layer.adapter_cls

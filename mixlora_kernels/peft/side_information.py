@@ -1,9 +1,10 @@
-"""How what a model is given reaches the adapted layers, which see hidden states alone.
+"""Pass the arguments of a model's forward to the adapted layers, which get hidden states alone.
 
-Hooks on the model and on its decoder note the running forward in one object that all layers of the model share; each
-thread notes its own, so that several may run one model. Activation checkpointing runs a layer a second time, when that
-forward is long over and perhaps another came after it, and in whichever thread the backward runs; so each
-checkpointing function is wrapped to remember, at the call, the forward it belongs to.
+All layers of a model share one ``SideInformation``. Hooks on the model and its decoder record the running forward
+there, separately for each thread, so that several threads can run one model. Activation checkpointing runs a layer
+again during
+the backward: after its forward has ended, perhaps after another forward, and perhaps in another thread. Therefore each
+checkpointing function is wrapped, and remembers the forward in which it was called.
 """
 
 import inspect
@@ -25,16 +26,16 @@ from .siblings import expect_families
 if TYPE_CHECKING:
     from .layer import MixLoRALayer
 
-# Where transformers and torch keep the function that checkpoints a layer.
+# The attributes in which transformers and torch keep the function that checkpoints a layer.
 CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 class Running:
-    """What one thread runs.
+    """The forward that one thread runs.
 
     Attributes:
-        inputs: the arguments of the whole model's forward; None outside of one.
-        forward_pass: the decoder's forward; None outside of one.
+        inputs: the arguments of the whole model's forward; None if none runs.
+        forward_pass: the decoder's forward; None if none runs.
         task: a task embedding and its mask for every forward, set by ``task_embedding``.
     """
 
@@ -45,7 +46,8 @@ class Running:
 
 
 class EachThread(threading.local):
-    """Holds each thread's ``Running``, a plain object: torch.compile cannot trace what is set on a thread-local one."""
+    """Holds the ``Running`` of each thread. It is a separate object, because torch.compile cannot trace assignments to
+    attributes of a thread-local one."""
 
     def __init__(self) -> None:
         self.running = Running()
@@ -54,11 +56,11 @@ class EachThread(threading.local):
 class SideInformation:
     """What the layers of one model know about the batch.
 
-    It holds no module, so that a layer can be copied without the model, and a model with its own copy of this. What
-    runs is not copied.
+    It holds no module. A layer can therefore be copied without its model, and a copy of a model gets its own copy of
+    this. The running forwards are not copied.
 
     Attributes:
-        groups_siblings: whether layers that read the same x are computed together; False: each by itself,
+        groups_siblings: whether layers that read the same x are computed together. False: each layer is computed alone,
             with the same bits.
     """
 
@@ -73,17 +75,17 @@ class SideInformation:
 
     @property
     def last(self) -> dict[tuple[str, str], Routing]:
-        """The routings of the last forward to finish, in any thread, by (layer, adapter), detached."""
+        """The detached routings of the last forward that ended in any thread, by (layer, adapter)."""
         return {place: recorded.single() for place, recorded in self._last.items()}
 
     @property
     def running(self) -> Running:
-        """What this thread runs."""
+        """The forwards that this thread runs."""
         return self._each_thread.running
 
     @property
     def forward_pass(self) -> ForwardPass | None:
-        """The decoder's forward that this thread runs; None outside of one."""
+        """The decoder's forward that this thread runs; None if it runs none."""
         return self._each_thread.running.forward_pass
 
     def __getstate__(self) -> dict:
@@ -95,7 +97,7 @@ class SideInformation:
         self._each_thread = EachThread()
 
     def install(self, model: nn.Module) -> None:
-        """Hook the model and its decoder; once, however often it is called."""
+        """Register hooks on the model and its decoder. Further calls change nothing."""
         self._expects_families = False
         if self._handles:
             return
@@ -118,10 +120,10 @@ class SideInformation:
         self._handles.clear()
 
     def check_outside(self, layer: "MixLoRALayer") -> None:
-        """Refuse to train a decoder's layer outside of the decoder's forward.
+        """Refuse to train a decoder's layer outside the decoder's forward.
 
-        It happens where something recomputes the layer that this module does not know of; its instances, and with
-        them the gradients, would be wrong, and nothing would show it.
+        It happens if a checkpointing function that this module does not know recomputes the layer. The instances, and
+        with them the gradients, would silently be wrong.
         """
         if layer.training and torch.is_grad_enabled() and layer.key.startswith(self.decoder_paths or ("\0",)):
             raise RuntimeError(
@@ -152,7 +154,7 @@ class SideInformation:
 
     def _enter_encoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = self.running.inputs
-        if inputs is not None:  # what the encoder reads is prompt to its last token; the labels are the decoder's
+        if inputs is not None:  # all of the encoder's tokens are prompt; the labels belong to the decoder
             inputs = ModelInputs(task=inputs.task, task_mask=inputs.task_mask, generates=False)
         self._enter(module, args, kwargs, inputs)
 
@@ -174,7 +176,7 @@ class SideInformation:
             self._guard_checkpoints(module)
 
     def _knows(self, module: nn.Module) -> "TypeGuard[MixLoRALayer]":
-        """Whether it is one of the layers that share this."""
+        """Whether the module is a layer that shares this object."""
         return vars(module).get("side") is self
 
     def _leave_decoder(self, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -199,8 +201,11 @@ class SideInformation:
             setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward_pass.routings))
 
     def _guard_checkpoints(self, decoder: nn.Module) -> None:
-        """In every forward, because checkpointing may be switched on at any time. So it takes a shorter way than
-        ``nn.Module.modules``, and leaves out what is inside an adapted layer, where nothing is checkpointed."""
+        """Wrap the checkpointing functions below a decoder.
+
+        It runs in every forward, because checkpointing can be switched on at any time. It skips the inside of adapted
+        layers, and is faster than ``nn.Module.modules``.
+        """
         waiting: list[nn.Module] = [decoder]
         while waiting:
             attributes = vars(waiting.pop())
@@ -214,7 +219,7 @@ class SideInformation:
 
 
 class RestoringCheckpoint:
-    """A checkpointing function whose recomputation sees the forward it belongs to, in whichever thread it runs."""
+    """A checkpointing function whose recomputation uses the forward of its call, in whichever thread it runs."""
 
     def __init__(self, side: SideInformation, function: Callable):
         self.side, self.function = side, function
@@ -240,13 +245,15 @@ class _WithinPass:
 
 @contextmanager
 def task_embedding(model: nn.Module, embedding: Tensor, mask: Tensor | None = None) -> Iterator[None]:
-    """Give every forward of this thread within the block a task embedding; the way to generate with
-    ``routing="task"``. Other threads do not see it: enter the block in the thread that runs the model.
+    """Give a task embedding to every forward that this thread runs within the block.
+
+    Use it to generate with ``routing="task"``. Other threads do not get the embedding, so enter the block in the thread
+    that runs the model.
 
     Args:
         model: an adapted model, as a ``PeftModel`` or with injected adapters.
-        embedding: [B, d_task] or [B, T, d_task]; beams and returned sequences repeat it themselves.
-        mask: [B, T], the embedding's tokens that count.
+        embedding: [B, d_task] or [B, T, d_task]. It is repeated automatically for beams and returned sequences.
+        mask: [B, T], the tokens of the embedding that its mean runs over.
 
     Raises:
         ValueError: ``model`` has no MixLoRA layers.
@@ -260,10 +267,10 @@ def task_embedding(model: nn.Module, embedding: Tensor, mask: Tensor | None = No
 
 
 def find_side_information(model: nn.Module) -> SideInformation:
-    """What the model's layers share.
+    """Return the side information that the model's layers share.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no adapted layers.
     """
     for module in model.modules():
         if isinstance(side := vars(module).get("side"), SideInformation):
@@ -272,8 +279,8 @@ def find_side_information(model: nn.Module) -> SideInformation:
 
 
 def find_decoders(model: nn.Module) -> list[nn.Module]:
-    """The modules whose forward receives the tokens' mask and positions: the text decoder (and after it the encoder of
-    a model that has both); the model itself where it is no transformers model."""
+    """The modules whose forward receives the mask and the positions of the tokens: the text decoder, followed by the
+    encoder if the model has both; or the model itself if it is not a transformers model."""
     of_transformers: Any = model  # whose methods nn.Module does not declare
     if not hasattr(model, "get_decoder"):
         return [model]
@@ -284,5 +291,5 @@ def find_decoders(model: nn.Module) -> list[nn.Module]:
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """A forward's arguments by name; the signature is read only where some have none."""
+    """A forward's arguments by name. The signature is only read if there are positional arguments."""
     return dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs if args else kwargs

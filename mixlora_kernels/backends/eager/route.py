@@ -52,9 +52,8 @@ def route(read: Tensor, factors: Sequence[Factors], options: Options) -> tuple[R
 
 
 def router_logits(read: Tensor, router: Tensor) -> Tensor:
-    """read [B, d_route] · router [E, d_route]ᵀ, with the factors in the rows of the product. The bits of a product
-    depend on the number of its columns and on a column's position, but not on the row, so that equal rows of a router
-    give equal logits."""
+    """read [B, d_route] · router [E, d_route]ᵀ, computed as router · readᵀ. Equal rows of a router must give equal
+    logits, and the bits of a product depend on the number of its columns and on a column's position."""
     return (router.to(read.dtype) @ read.T).T
 
 
