@@ -139,7 +139,7 @@ def launch_everything(D: int, widths: tuple[int, ...], E: int, r: int, mode: Mod
         Factors(empty(E, D), empty(E, O), empty(E, D), *((None, None) if tied else (empty(E, D), empty(r, E, D))))
         for O in widths
     ]
-    instances = Instances(B, L, mask=empty(N, dtype=torch.bool), shares=empty(B, 1))
+    instances = Instances(B, L, mask=empty(N, dtype=torch.bool), mean_weights=empty(B, 1))
     if mode.packed:
         instances = instances._replace(
             length=None, cu_seqlens=empty(B + 1, dtype=torch.int64), segment=empty(N, dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""MixLoRAAdapter: the parameters of one adapter, and its computation on top of a frozen layer."""
+"""MixLoRAAdapter: the parameters of one adapter, and the computation that adds it to a frozen layer."""
 
 import math
 from typing import TypeGuard
@@ -16,14 +16,14 @@ from .routing import Routing, RoutingContext
 class MixLoRAAdapter(nn.Module):
     """The pools and routers that adapt one linear layer.
 
-    Parameters (None where the configuration has none): ``lora_A`` [E, d_in], ``lora_B`` [E, d_out], ``router_A``
-    and ``router_B`` [E, d_route], ``router_AB`` [r, E, d_in]. Under ``gate="binary"`` nothing trains the routers,
-    and they do not require a gradient.
+    Parameters: ``lora_A`` [E, d_in], ``lora_B`` [E, d_out], ``router_A`` and ``router_B`` [E, d_route],
+    ``router_AB`` [r, E, d_in]. A router that the configuration does not use is None. Under ``gate="binary"`` the
+    routers are not trained and do not require a gradient.
 
     Args:
         in_features, out_features: d_in and d_out.
         config: what to compute.
-        device, dtype: of the parameters; float32 by default, whatever the frozen layer has.
+        device, dtype: of the parameters. The default dtype is float32, whatever the frozen layer's dtype is.
         backend: see ``MixLoRALinear``.
     """
 
@@ -56,7 +56,7 @@ class MixLoRAAdapter(nn.Module):
 
     @staticmethod
     def shapes(in_features: int, out_features: int, config: MixLoRAConfig) -> dict[str, tuple[int, ...] | None]:
-        """The shape of each parameter, by name; None where the configuration has no such parameter."""
+        """The shape of each parameter by name, or None for a parameter that the configuration does not use."""
         E = config.num_factors
         d_route = in_features if config.task_dim is None else config.task_dim
         return {
@@ -69,8 +69,9 @@ class MixLoRAAdapter(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """``lora_B`` zero, so that the adapted layer starts as the frozen one; the rest as ``nn.Linear``, uniform
-        within 1 / sqrt(fan-in), where ``router_AB``, one product with all r factors, has a fan-in of r * d_in."""
+        """Initialise the parameters. ``lora_B`` is zero, so that the adapted layer starts as the frozen one. The others
+        are uniform within 1 / sqrt(fan-in), as in ``nn.Linear``. ``router_AB`` multiplies all r factors at once, so
+        that its fan-in is r * d_in."""
         nn.init.zeros_(self.lora_B)
         for name in ("lora_A", "router_A", "router_B", "router_AB"):
             parameter = getattr(self, name)
@@ -93,9 +94,9 @@ class MixLoRAAdapter(nn.Module):
     def forward(
         self, x: Tensor, base: nn.Module | Tensor, context: RoutingContext | None = None
     ) -> tuple[Tensor, Routing]:
-        """The adapted output and the routing; see ``mixlora_kernels.mixlora``.
+        """Return the adapted output and the routing; see ``mixlora_kernels.mixlora``.
 
-        ``base`` is the frozen layer, or its output for x where that is already there (several adapters).
+        ``base`` is the frozen layer, or its output for x if that has been computed, as with several adapters.
         """
         frozen = frozen_map(base, x) if isinstance(base, nn.Module) else base
         return mixlora(x, frozen, self.factors, self.config, context, training=self.training, backend=self.backend)
@@ -105,13 +106,16 @@ class MixLoRAAdapter(nn.Module):
 
 
 def frozen_map(base: nn.Module, x: Tensor) -> FrozenLinear | Tensor:
-    """What the operation is given of a frozen layer: its parameters where they suffice, else its output for x."""
+    """What the operation needs of a frozen layer: its parameters if ``can_fuse``, else its output for x."""
     return FrozenLinear(base.weight, base.bias) if can_fuse(base) else base(x)
 
 
 def can_fuse(base: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether the frozen product may be taken without calling the layer: a plain nn.Linear that computes nothing
-    else, has no hooks to run (some fetch the weight), and a weight that is a tensor like any other and frozen."""
+    """Whether the operation may compute the frozen product itself, without calling the layer.
+
+    It may for a plain nn.Linear with its own forward, without hooks (some hooks fetch the weight), whose parameters are
+    plain tensors and frozen.
+    """
     return (
         type(base) is nn.Linear
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)

@@ -1,4 +1,4 @@
-"""What a call of the operation is refused for, before anything is computed."""
+"""Checks of the operation's input, before anything is computed."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from .routing import Routing
 def check_input(
     x: Tensor, bases: Sequence[Tensor | FrozenLinear], factors: Sequence[Factors], config: MixLoRAConfig
 ) -> None:
-    """Raise a TypeError or ValueError unless x fits every base and adapter of a group."""
+    """Raise a TypeError or a ValueError unless x fits every base and every adapter of a group."""
     if not factors or len(bases) != len(factors):
         raise ValueError(f"as many adapters as bases are needed, got {len(factors)} and {len(bases)}")
     E, d_in = config.num_factors, factors[0].lora_A.shape[1]
@@ -41,11 +41,12 @@ def _check_base(x: Tensor, base: Tensor | FrozenLinear, d_in: int, d_out: int) -
 
 
 def check_routing(routing: Routing, config: MixLoRAConfig, siblings: int, count: int) -> None:
-    """Raise a TypeError or ValueError unless a given routing [G, B, ...] is of G siblings and B instances."""
+    """Raise a TypeError or a ValueError unless a given routing has the shapes and dtypes of G siblings and B
+    instances."""
     before, sizes = ("", ()) if siblings == 1 else ("G, ", (siblings,))
-    chosen = f"[{before}B, r]", (*sizes, count, config.r)
-    pool = f"[{before}B, E]", (*sizes, count, config.num_factors)
-    expected = {"index_a": chosen, "index_b": chosen, "gate": chosen, "probs_a": pool, "probs_b": pool}
+    slots = f"[{before}B, r]", (*sizes, count, config.r)
+    factors = f"[{before}B, E]", (*sizes, count, config.num_factors)
+    expected = {"index_a": slots, "index_b": slots, "gate": slots, "probs_a": factors, "probs_b": factors}
     for name, (letters, shape) in expected.items():
         tensor = getattr(routing, name)
         got = tensor.shape[1:] if siblings == 1 else tensor.shape

@@ -22,7 +22,7 @@ _RENAMED = {
 
 
 def __getattr__(name: str) -> Any:
-    """The names of version 0.1.0, with a warning; the next version removes them."""
+    """Return what a name of version 0.1.0 is called now, with a warning. The next version removes the old names."""
     if name not in _RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(f"{__name__}.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
@@ -34,32 +34,32 @@ class MixLoRAConfig:
     """Hyper-parameters of Conditional Mixture-of-LoRA (MixLoRA, ACL 2024).
 
     Args:
-        r: factors chosen for each instance, 1 <= r <= num_factors.
+        r: number of factors chosen for each instance, 1 <= r <= num_factors.
         num_factors: size E of each of the two pools of rank-1 factors.
         alpha: numerator of ``scaling = alpha / r``; ``None`` means ``2 * num_factors`` (Appendix B).
         dropout: probability of zeroing an element of the input of ``lora_A``, 0 <= dropout < 1.
-            Applied in training mode only, in steps of 2**-16, and never to what the routers read.
+            It applies in training mode only, never to what the routers read. p is rounded to a multiple of 2**-16.
         routing: what the routers read. ``"instance"``: the mean of the hidden states (Equation 5);
             ``"task"``: the mean of a task embedding (Equation 10); ``"random"``: nothing, r distinct
             factors are drawn for each instance (Table 2).
         conditioning: how the choice for B depends on the factors chosen for A. ``"factors"``: Equation 7;
             ``"none"``: not at all (Figure 4); ``"published"``: the product of sums that the released
-            code computes; ``"tied"``: B takes the factors of A's choice, pair by pair, and has no router.
-        gate: what multiplies a chosen pair of factors. ``"straight_through"``: 1, with the gradient of
-            the two probabilities that chose it; ``"binary"``: 1, and the routers stay fixed;
-            ``"weighted"``: the product of the two probabilities, each renormalised over the r chosen;
-            ``"normalized"``: the same with each renormalised to a mean of 1 over the r chosen. A tied
-            pair was chosen by one probability, which counts once.
-        pool: which tokens of a model's input an instance's mean runs over. ``"sequence"``: all that are
-            not padding; ``"prompt"``: the instruction's only; ``"all"``: padding included. The
-            code that builds a whole model's masks reads it; a layer by itself averages over the mask it is given.
-        decode: what routes a generated token. ``"prompt"``: the routing found at prefill is kept;
-            ``"token"``: every step routes anew.
-        task_dim: width of the task embedding; needed by, and only by, ``routing="task"``.
+            code computes; ``"tied"``: B uses the indices chosen for A, and has no router.
+        gate: the factor that multiplies a chosen pair. ``"straight_through"``: 1 in the forward, and the
+            gradient of both probabilities in the backward; ``"binary"``: 1, and the routers stay fixed;
+            ``"weighted"``: the product of both probabilities, each renormalised to a sum of 1 over the r chosen;
+            ``"normalized"``: the same product, each renormalised to a mean of 1 over the r chosen. A tied
+            pair has one probability, which counts once.
+        pool: which tokens of a model's input an instance's mean runs over. ``"sequence"``: all tokens but
+            padding; ``"prompt"``: the instruction's tokens only; ``"all"``: all tokens, padding included. The code
+            that builds the masks of a whole model reads this setting. A single layer averages over the mask it gets.
+        decode: what routes a generated token. ``"prompt"``: the routing of the prompt, found at prefill;
+            ``"token"``: each decoding step routes anew.
+        task_dim: width of the task embedding. ``routing="task"`` needs it, and no other routing takes it.
 
     Raises:
-        ValueError: a value of another type (a bool is no number, and a number is finite) or out of range, an unknown
-            choice, or settings that contradict one another.
+        ValueError: a value has the wrong type (a bool is not a number), is not finite or is out of range; a choice is
+            unknown; or two settings contradict each other.
     """
 
     r: int = 4
@@ -73,7 +73,7 @@ class MixLoRAConfig:
     decode: DecodeRouting = "prompt"
     task_dim: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_fields(self)
         for name in ("r", "num_factors"):
             if getattr(self, name) < 1:
@@ -95,33 +95,34 @@ class MixLoRAConfig:
             )
 
     @classmethod
-    def published(cls, **settings) -> "MixLoRAConfig":
-        """What the released code computes: fixed routers, its own conditioning, padding averaged in, and
-        every decoding step routed anew. ``settings`` override or add to these."""
+    def published(cls, **settings: Any) -> "MixLoRAConfig":
+        """The configuration that computes what the released code computes: fixed routers, its own conditioning, padding
+        in the mean, and routing anew in each decoding step. ``settings`` override these settings or add to them."""
         return cls(**{"gate": "binary", "conditioning": "published", "pool": "all", "decode": "token", **settings})
 
     @classmethod
-    def tied(cls, **settings) -> "MixLoRAConfig":
-        """Pairs of factors that are chosen as one, weighted by their renormalised probabilities. It departs from the
-        paper, where B chooses for itself and a chosen pair counts 1. ``settings`` override or add to these."""
+    def tied(cls, **settings: Any) -> "MixLoRAConfig":
+        """Tied pairs with the normalized gate: the router chooses the pair (a_e, b_e) as one, and its renormalised
+        probability weights it. This departs from the paper, where B has a router of its own and the gate is 1.
+        ``settings`` override these settings or add to them."""
         return cls(**{"conditioning": "tied", "gate": "normalized", **settings})
 
     @property
     def scaling(self) -> float:
-        """``alpha / r``, the factor before the update in Equation 1."""
+        """``alpha / r``, which multiplies the update in Equation 1."""
         return (2 * self.num_factors if self.alpha is None else self.alpha) / self.r
 
     @property
     def has_routers(self) -> bool:
-        """Whether routers choose the factors; random routing has none."""
+        """Whether routers choose the factors. Random routing has no routers."""
         return self.routing != "random"
 
     @property
     def chooses_b(self) -> bool:
-        """Whether B has a choice of its own; where pairs are tied, B takes A's."""
+        """Whether factors of B are chosen separately. Tied pairs use A's indices for B."""
         return self.conditioning != "tied"
 
     @property
     def has_conditioning(self) -> bool:
-        """Whether B has a conditional router, Equation 7's ``router_AB``."""
+        """Whether the adapter has the conditional router of Equation 7, ``router_AB``."""
         return self.has_routers and self.conditioning in ("factors", "published")

@@ -1,4 +1,5 @@
-"""Is each field of a dataclass what its annotation says? Dataclasses do not ask, and configurations come from files."""
+"""Check the fields of a dataclass against their annotations: configurations come from files, and dataclasses do not
+check types."""
 
 import dataclasses
 import math
@@ -13,11 +14,11 @@ NAMES = {int: "an integer", float: "a finite number", str: "a string", bool: "Tr
 def check_fields(config: Any) -> None:
     """Compare the values of a dataclass with its annotations.
 
-    An integer serves as a float, a bool serves as neither; a float must be finite; a list may also be a tuple or a
-    set, and holds no empty strings.
+    An integer counts as a float. A bool counts as neither. A float must be finite. A tuple or a set counts as a list,
+    and no item may be an empty string.
 
     Raises:
-        ValueError: a value is of another type, or none of the choices; the field is named.
+        ValueError: a value has another type, or is not one of the choices. The message names the field.
     """
     cls: Any = type(config)
     hints = _hints(cls)
@@ -40,7 +41,7 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, argument) for argument in arguments)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in arguments)
-    if origin is list:
+    if origin in (list, set):
         inside = isinstance(value, (list, tuple, set, frozenset))
         return inside and all(item != "" and _fits(item, arguments[0]) for item in value)
     if hint is float:
@@ -63,7 +64,7 @@ def _describe(hint: Any) -> str:
         return " or ".join(dict.fromkeys(map(_describe, arguments)))
     if origin is Literal:
         return "one of " + ", ".join(map(repr, arguments))
-    if origin is list:
+    if origin in (list, set):
         return f"a list of {NAMES[arguments[0]].rpartition(' ')[2]}s"
     return NAMES.get(hint, getattr(hint, "__name__", str(hint)))
 

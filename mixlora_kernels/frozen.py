@@ -1,4 +1,4 @@
-"""The frozen product, which stays cuBLAS's and oneDNN's, and its share in x's gradient."""
+"""The frozen product, which cuBLAS or oneDNN computes, and its part of x's gradient."""
 
 import time
 from functools import cache
@@ -13,7 +13,7 @@ BLOCK_N, BLOCK_D = 320, 256  # a few MiB of float32 at a time, whatever the size
 
 
 def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:
-    """W x + bias, bit for bit as ``nn.Linear`` has it: [N, d_in] -> [N, d_out]; added in place to what is given."""
+    """W x + bias with the bits of ``nn.Linear``, [N, d_in] -> [N, d_out]. With ``onto``: added to it in place."""
     if weight.dtype is not x.dtype:
         weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
     if onto is None:
@@ -23,10 +23,10 @@ def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor 
 
 
 def frozen_product_backward(dy: Tensor, weight: Tensor, dx: Tensor | None = None) -> Tensor:
-    """dx + dy · W, [N, d_out] -> [N, d_in], added in place where there is a dx.
+    """dx + dy · W, [N, d_out] -> [N, d_in], added in place to dx if it is given.
 
-    Many CPUs have no matrix unit for half precision; oneDNN's half-precision product then runs at about half the speed
-    of its float32 one. There the product is taken in float32, block by block, and rounded once.
+    On a CPU without a matrix unit for half precision, oneDNN multiplies half-precision matrices at about half the speed
+    of float32 ones. There this function multiplies in float32, block by block, and rounds once.
     """
     half = dy.dtype in (torch.bfloat16, torch.float16)
     if half and weight.dtype == dy.dtype and can_look(dy) and single_is_faster(dy.dtype):
@@ -45,8 +45,11 @@ def frozen_product_backward(dy: Tensor, weight: Tensor, dx: Tensor | None = None
 
 @cache
 def single_is_faster(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies float32 matrices at least 1.4 times as fast as those of ``dtype``; measured once,
-    on a product of some milliseconds. Where there is a matrix unit for ``dtype``, it is several times slower."""
+    """Whether this CPU multiplies float32 matrices at least 1.4 times as fast as matrices of ``dtype``.
+
+    It is measured once, on a product of some milliseconds. On a CPU with a matrix unit for ``dtype``, float32 is
+    several times slower.
+    """
 
     def milliseconds(a: Tensor, b: Tensor) -> float:
         times = []

@@ -9,17 +9,17 @@ from .routing import Routing, RoutingContext
 
 
 class MixLoRALinear(nn.Module):
-    """A linear layer adapted by Conditional Mixture-of-LoRA, in the place of the layer itself.
+    """A linear layer that Conditional Mixture-of-LoRA adapts. It takes the place of the layer.
 
-    ``base_layer`` is the frozen layer, ``adapter`` a ``MixLoRAAdapter`` with the parameters that are trained.
+    ``base_layer`` is the frozen layer, and ``adapter`` is a ``MixLoRAAdapter`` with the trained parameters.
 
     Args:
-        in_features, out_features: d_in and d_out of a new ``nn.Linear``; see ``from_linear`` for a given one.
+        in_features, out_features: d_in and d_out of a new ``nn.Linear``. ``from_linear`` adapts an existing layer.
         config: what to compute; ``MixLoRAConfig()`` by default.
         bias: whether the new layer has a bias.
-        device, dtype: of the new layer. The adapter's parameters are float32 (float64 for a float64 layer).
-        backend: ``"reference"`` (the paper's equations one by one), ``"torch"``, ``"triton"``, or None:
-            triton on a GPU, torch elsewhere. It may be changed at any time by assignment to ``layer.backend``.
+        device, dtype: of the new layer. The adapter's parameters are float32, or float64 for a float64 layer.
+        backend: ``"reference"`` (the paper's equations one by one), ``"torch"``, ``"triton"``, or None, which means
+            triton on a GPU and torch elsewhere. Assignment to ``layer.backend`` changes it at any time.
     """
 
     def __init__(
@@ -47,15 +47,15 @@ class MixLoRALinear(nn.Module):
         out_features: int | None = None,
         backend: str | None = None,
     ) -> "MixLoRALinear":
-        """Adapt a given layer, which is kept, not copied, and frozen.
+        """Adapt a given layer. The new layer keeps and freezes the given one, and makes no copy of it.
 
         Args:
             linear: any module that maps [..., d_in] to [..., d_out].
-            in_features, out_features: d_in and d_out, where the module has no attributes of these names.
+            in_features, out_features: d_in and d_out, if the module has no attributes of these names.
 
         Raises:
-            TypeError: ``linear`` is no module.
-            ValueError: its d_in and d_out are not known.
+            TypeError: ``linear`` is not a module.
+            ValueError: neither the module nor the arguments tell d_in and d_out.
         """
         if not isinstance(linear, nn.Module):
             raise TypeError(f"linear must be a torch.nn.Module, got {type(linear).__name__}")
@@ -103,16 +103,16 @@ class MixLoRALinear(nn.Module):
         """Equations 1 and 5 to 9.
 
         Args:
-            x: hidden states, [B, L, d_in]; or [L, d_in], one instance; or, with ``context.cu_seqlens``, several
+            x: hidden states [B, L, d_in], or [L, d_in] for one instance. With ``context.cu_seqlens``: several
                 instances end to end, [N, d_in] or [1, N, d_in].
-            context: see ``RoutingContext``; None: every token is pooled.
+            context: see ``RoutingContext``; None: the mean runs over all tokens.
             return_routing: whether to return the ``Routing`` as well.
 
         Returns:
-            y of x's shape with d_out in the place of d_in, and the routing if asked for.
+            y [..., d_out], with x's other dimensions; and the routing if ``return_routing``.
 
         Raises:
-            TypeError, ValueError: the input does not fit; nothing was computed.
+            TypeError, ValueError: the input does not fit. Nothing was computed.
         """
         y, routing = self.adapter(x, self.base_layer, context)
         return (y, routing) if return_routing else y

@@ -1,11 +1,11 @@
-"""The operation: check the input, say what the instances are, choose a backend.
+"""The operation: check the input, find the instances, select a backend.
 
-``mixlora_siblings`` is the operation on a group of G frozen maps that read the same x; ``mixlora`` is its case of one.
-What it computes and its backward stand in ``backends/node.py``.
+``mixlora_siblings`` is the operation on a group of G frozen maps that read the same x. ``mixlora`` is a group of one.
+``backends/node.py`` gives the equations of the forward and the backward.
 """
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -33,22 +33,22 @@ def mixlora(
 
     Args:
         x: hidden states [B, ..., d_in], or [L, d_in] for one instance, or [N, d_in] or [1, N, d_in] packed.
-        base: the frozen map's output [..., d_out], or the map itself; its product then runs in the same
-            autograd node, so that nothing of the size of x or y is allocated but y and x's gradient.
+        base: the frozen map's output [..., d_out], or the map itself. Given the map, one autograd node computes its
+            product too, and allocates nothing of the size of x or y but y and x's gradient.
         factors: the adapter's parameters, in any floating dtype.
         config: what to compute.
-        context: what the instances are, and which of their tokens are pooled; see ``RoutingContext``.
+        context: which tokens form an instance, and which of them its mean runs over; see ``RoutingContext``.
         training: whether dropout applies.
-        backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for the best one for x.
+        backend: ``"reference"``, ``"torch"``, ``"triton"``, or None for the fastest one that takes x.
 
     Returns:
         y [..., d_out] in the base's dtype, and the ``Routing`` of the B instances.
 
     Raises:
-        TypeError, ValueError: x, base or context do not fit; nothing was computed.
+        TypeError, ValueError: x, base or context do not fit. Nothing was computed.
     """
     given = None if context is None else context.routing
-    if given is not None:
+    if context is not None and given is not None:
         context = context._replace(routing=given.unsqueeze())
     (y,), routing = mixlora_siblings(x, (base,), (factors,), config, context, training=training, backend=backend)
     return y, routing.member(0) if given is None else given
@@ -64,51 +64,51 @@ def mixlora_siblings(
     training: bool = False,
     backend: str | None = None,
 ) -> tuple[Sequence[Tensor], Routing]:
-    """The same for G frozen maps that read one x, such as a decoder layer's q, k and v: each with an adapter and a
-    choice of factors of its own. Each output has the bits of ``mixlora``; x is read once for all.
+    """The operation of ``mixlora`` for G frozen maps that read the same x, such as a decoder layer's q, k and v.
+
+    Each map has its own adapter and its own routing. Each output has the bits of ``mixlora``, and x is read once for
+    all.
 
     Args:
         x, context, training, backend: as in ``mixlora``.
-        bases, factors: those of each sibling; all adapters have the same E and d_in, and d_out may differ.
-        config: what all of them compute.
+        bases, factors: ``mixlora``'s base and factors for each sibling. E and d_in are the same for all; d_out may
+            differ.
+        config: what each of them computes.
 
     Returns:
-        The outputs [..., d_out], and the ``Routing`` of the B instances with the siblings before them. Its tensors are
-        [G, B, ...], and ``routing.member(g)`` is that of one sibling. ``context.routing`` has this form too.
+        The outputs [..., d_out], and a ``Routing`` whose tensors are [G, B, ...]. ``routing.member(g)`` is the routing
+        of sibling g. ``context.routing`` takes this form too.
 
     Raises:
-        TypeError, ValueError: x, the bases or the context do not fit; nothing was computed.
+        TypeError, ValueError: x, the bases or the context do not fit. Nothing was computed.
     """
     check_input(x, bases, factors, config)
     context = context or RoutingContext()
-    scope = nullcontext()
+    scope: AbstractContextManager = nullcontext()
     if autocasts(x.device.type) and x.dtype != torch.float64:
         x, scope = x.to(torch.get_autocast_dtype(x.device.type)), torch.autocast(x.device.type, enabled=False)
     with scope:
-        group = _group(x, bases, factors, config, context, training)
-        implementation, given = select(backend, x), group.given
-        # Not in training: a checkpointed forward without gradients must have the bits of its recomputation.
-        if given is not None and not training and implementation.decodes(group) and not _learns(group):
+        group, implementation = _group(x, bases, factors, config, context, training), select(backend, x)
+        given = group.given
+        # Not in training: activation checkpointing runs a forward without gradients, whose recomputation, with
+        # gradients, has to give the same bits.
+        if given is not None and not training and implementation.decodes(group) and not _learns(group, given):
             ys, routing = implementation.decode(group), given
         else:
             ys, routing = implementation.apply(group)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], context.routing or routing
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], routing
 
 
 def _group(
-    x: Tensor,
-    bases: Sequence[Tensor | FrozenLinear],
-    factors: Sequence[Factors],
-    config: MixLoRAConfig,
-    context: RoutingContext,
-    training: bool,
-) -> Group:
-    """What a backend is given: the tokens side by side, the instances, and what is not left to the routers."""
+    x: Tensor, bases: Sequence[Tensor | FrozenLinear], factors: Sequence[Factors], config: MixLoRAConfig,
+    context: RoutingContext, training: bool,
+) -> Group:  # fmt: skip
+    """What the backend is given: the tokens one after another, the instances, and the routing that is not computed."""
     routes, G = context.routing is None and config.has_routers, len(bases)
-    pools = routes and config.routing == "instance"
-    instances = context.instances or find_instances(x, context, pooled=pools)
+    reads_x = routes and config.routing == "instance"
+    instances = context.instances or find_instances(x, context, needs_mean=reads_x)
     read = None
-    if routes and config.routing == "task":
+    if routes and config.task_dim is not None:
         read = find_task(context, instances.count, config.task_dim).to(torch.promote_types(x.dtype, torch.float32))
     p = config.dropout if training and dropped_levels(config.dropout) else 0.0
     given, seeds = context.routing, None
@@ -133,24 +133,27 @@ def _group(
             gate=config.gate,
             conditioning=config.conditioning if config.has_conditioning else None,
             tied=not config.chooses_b,
-            pools=config.routing == "instance",
+            reads_x=config.routing == "instance",
             dtype=x.dtype,
         ),
     )
 
 
-def _learns(group: Group) -> bool:
-    """Whether a gradient can be asked for."""
+def _learns(group: Group, given: Routing) -> bool:
+    """Whether a backward may follow: whether autograd records, and a tensor of the call requires a gradient."""
     if not torch.is_grad_enabled():
         return False
     outputs = (base for base in group.bases if not isinstance(base, FrozenLinear))
     parameters = (tensor for factors in group.factors for tensor in factors if tensor is not None)
-    return any(tensor.requires_grad for tensor in (group.x, group.given.gate, *outputs, *parameters))
+    return any(tensor.requires_grad for tensor in (group.x, given.gate, *outputs, *parameters))
 
 
 def _draw(G: int, count: int, config: MixLoRAConfig, x: Tensor, drops: bool) -> tuple[Routing, Tensor | None]:
-    """Table 2's baseline, r distinct factors for each instance, from torch's generator for x's device; and a seed for
-    dropout. Sibling after sibling, as single layers would draw."""
+    """Draw r distinct factors for each instance (Table 2's baseline), and seeds for dropout if ``drops``.
+
+    Both come from torch's generator for x's device. Each sibling draws all it needs before the next one does, as single
+    layers would.
+    """
     device, dtype = x.device, torch.promote_types(x.dtype, torch.float32)
 
     def index() -> Tensor:

@@ -1,12 +1,13 @@
-"""The paper, equation by equation, in plain torch: the oracle that everything else is compared with.
+"""The paper, equation by equation, in plain torch. Tests compare every other implementation with this one.
 
-Read it beside "Multimodal Instruction Tuning with Conditional Mixture of LoRA" (ACL 2024). One instance at a
-time, one equation a function, gradients by autograd, any floating dtype; it imports nothing of this package.
+Read it beside "Multimodal Instruction Tuning with Conditional Mixture of LoRA" (ACL 2024). Each function computes one
+equation for one instance, in any floating dtype. Autograd computes the gradients. It imports nothing of this package.
 
 Shapes: h [L, d_in] hidden states of one instance, lora_A [E, d_in], lora_B [E, d_out], router_A and router_B
 [E, d_route], router_AB [r, E, d_in]; d_route is d_in, or the width of the task embedding.
 """
 
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -14,14 +15,14 @@ from torch import Tensor
 
 
 def average(h: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Equation 5 (and 10, where h is a task embedding): the mean of the pooled tokens, [L, d] -> [d]."""
+    """Equation 5, or Equation 10 for a task embedding h: the mean of the tokens in ``mask``, [L, d] -> [d]."""
     if mask is not None:
         h = h[mask.bool()]
     return h.mean(dim=0)
 
 
 def top_r(p: Tensor, r: int) -> Tensor:
-    """The indices of the r largest of p [E], largest first; of equal ones the lower index first."""
+    """The indices of the r largest entries of p [E], largest first. Of equal entries the lower index comes first."""
     return torch.sort(p, descending=True, stable=True).indices[:r]
 
 
@@ -37,7 +38,7 @@ def conditional(A: Tensor, router_AB: Tensor) -> Tensor:
 
 
 def conditional_published(A: Tensor, router_AB: Tensor) -> Tensor:
-    """Equation 7 as the released code has it: 'rd,rfe->re' sums d and f apart, a product of sums."""
+    """Equation 7 as the released code computes it: 'rd,rfe->re' sums over d and over f separately, and multiplies."""
     return reduce(torch.add, (torch.softmax(A[i].sum() * router_AB[i].sum(dim=-1), dim=-1) for i in range(len(A))))
 
 
@@ -50,8 +51,8 @@ def select_b(pooled: Tensor, router_B: Tensor, r: int, r_cfs: Tensor | None) -> 
 
 
 def gates(kind: str, *probabilities: Tensor) -> Tensor:
-    """What multiplies each of the r pairs, from the probabilities that chose them, [r] each: A's and B's, or A's alone
-    where pairs are tied."""
+    """The gate of each of the r pairs, [r], from the probabilities of the chosen factors, [r] each: A's and B's, or A's
+    alone if pairs are tied."""
     if kind == "binary":  # g[i] = 1 below Equation 6
         return torch.ones_like(probabilities[0])
     if kind == "straight_through":  # the same 1, through which the routers learn
@@ -64,11 +65,14 @@ def gates(kind: str, *probabilities: Tensor) -> Tensor:
 
 
 def update(h: Tensor, A: Tensor, B: Tensor, gate: Tensor) -> Tensor:
-    """Equations 4 and 9: sum_i gate_i b_i (a_i . h) for every token of h, [L, d_in] -> [L, d_out]."""
+    """Equations 4 and 9: sum_i gate_i b_i (a_i . h) for each token of h, [L, d_in] -> [L, d_out]."""
     return (h @ A.T) * gate @ B
 
 
-def route(pooled, lora_A, router_A, router_B, router_AB, *, r, conditioning="factors", gate="straight_through"):
+def route(
+    pooled: Tensor, lora_A: Tensor, router_A: Tensor, router_B: Tensor | None, router_AB: Tensor | None, *,
+    r: int, conditioning: str = "factors", gate: str = "straight_through",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Section 4.1 for one instance, from its pooled states [d_route].
 
     Returns ``index_a, index_b`` [r], ``gate`` [r], and ``p_a, p_b`` [E].
@@ -76,17 +80,28 @@ def route(pooled, lora_A, router_A, router_B, router_AB, *, r, conditioning="fac
     p_a, index_a = select_a(pooled, router_A, r)
     if conditioning == "tied":  # the pair (a_e, b_e) is chosen as one
         return index_a, index_a, gates(gate, p_a[index_a]), p_a, p_a
-    A = lora_A[index_a]
-    r_cfs = {"none": lambda: None, "factors": lambda: conditional(A, router_AB),
-             "published": lambda: conditional_published(A, router_AB)}[conditioning]()  # fmt: skip
-    p_b, index_b = select_b(pooled, router_B, r, r_cfs)
+    equations: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
+        "none": None, "factors": conditional, "published": conditional_published,
+    }  # fmt: skip
+    equation_7 = equations[conditioning]
+    r_cfs = None if equation_7 is None else equation_7(lora_A[index_a], _needed(router_AB, "router_AB", conditioning))
+    p_b, index_b = select_b(pooled, _needed(router_B, "router_B", conditioning), r, r_cfs)
     return index_a, index_b, gates(gate, p_a[index_a], p_b[index_b]), p_a, p_b
 
 
+def _needed(router: Tensor | None, name: str, conditioning: str) -> Tensor:
+    if router is None:
+        raise ValueError(f"routing with conditioning={conditioning!r} needs {name}, got None")
+    return router
+
+
 def mixlora(
-    h, frozen, lora_A, lora_B, router_A=None, router_B=None, router_AB=None, *, r, scaling,
-    conditioning="factors", gate="straight_through", mask=None, task=None, task_mask=None, chosen=None, dropped=None,
-):  # fmt: skip
+    h: Tensor, frozen: Tensor, lora_A: Tensor, lora_B: Tensor, router_A: Tensor | None = None,
+    router_B: Tensor | None = None, router_AB: Tensor | None = None, *, r: int, scaling: float,
+    conditioning: str = "factors", gate: str = "straight_through", mask: Tensor | None = None,
+    task: Tensor | None = None, task_mask: Tensor | None = None,
+    chosen: tuple[Tensor, Tensor, Tensor] | None = None, dropped: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:  # fmt: skip
     """Equation 1 with the update of Equation 9, for one instance.
 
     Args:
@@ -94,21 +109,23 @@ def mixlora(
         frozen: ``W h`` (and bias), [L, d_out].
         mask: tokens that Equation 5 averages over, [L]; None means all.
         task: task embedding [T, d_task] to route by instead of h (Appendix A); ``task_mask`` [T] likewise.
-        chosen: ``(index_a, index_b, gate)`` to use instead of routing.
-        dropped: the input of A with dropout applied, [L, d_in]; None means h.
+        chosen: ``(index_a, index_b, gate)`` to use; None: route.
+        dropped: A's input after dropout, [L, d_in]; None means h.
 
     Returns:
-        y [L, d_out], and ``(index_a, index_b, gate, p_a, p_b)``; the probabilities are None with ``chosen``.
+        y [L, d_out], and ``(index_a, index_b, gate, p_a, p_b)``. p_a and p_b are None if ``chosen`` is given.
     """
-    # Routing is done in float32 at least: in half precision, ties at the border of the top r are common.
+    # Routing is computed in float32 or float64: in half precision, ties at the border of the top r are common.
     precise = torch.promote_types(h.dtype, torch.float32)
+    routing: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
     if chosen is not None:
         routing = (*chosen, None, None)
     else:
         read, pooled_tokens = (h, mask) if task is None else (task, task_mask)
         pooled = average(read.to(precise), pooled_tokens)
-        parameters = (None if p is None else p.to(precise) for p in (lora_A, router_A, router_B, router_AB))
-        routing = route(pooled, *parameters, r=r, conditioning=conditioning, gate=gate)
+        routers = [None if p is None else p.to(precise) for p in (router_A, router_B, router_AB)]
+        a = _needed(routers[0], "router_A", conditioning)
+        routing = route(pooled, lora_A.to(precise), a, *routers[1:], r=r, conditioning=conditioning, gate=gate)
     index_a, index_b, weight = routing[:3]
     A, B = lora_A[index_a].to(h.dtype), lora_B[index_b].to(h.dtype)
     return frozen + scaling * update(h if dropped is None else dropped, A, B, weight.to(h.dtype)), routing

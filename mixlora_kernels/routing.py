@@ -1,4 +1,4 @@
-"""What an instance is (RoutingContext, Instances) and what was chosen for it (Routing)."""
+"""Which tokens form an instance (RoutingContext, Instances), and which factors were chosen for it (Routing)."""
 
 from itertools import pairwise
 from typing import NamedTuple
@@ -8,14 +8,13 @@ from torch import Tensor
 
 
 class Routing(NamedTuple):
-    """What was chosen for each of B instances. Slot i of A is paired with slot i of B.
+    """The factors chosen for each of B instances. Slot i of A is paired with slot i of B.
 
     Attributes:
-        index_a, index_b: [B, r] int64, the factors chosen, most probable first.
-        gate: [B, r], what multiplies each pair.
+        index_a, index_b: [B, r] int64, the chosen factors, most probable first.
+        gate: [B, r], the number that multiplies each pair.
         probs_a, probs_b: [B, E], p_A of Equation 6 and p_IFS + p_CFS of Equation 8; 1/E for random routing.
-            float32, or float64 where the input is; differentiable with respect to whatever they were
-            computed from, so that a loss may use them.
+            They are float32, or float64 for float64 input, and differentiable, so that a loss may use them.
     """
 
     index_a: Tensor
@@ -25,15 +24,15 @@ class Routing(NamedTuple):
     probs_b: Tensor
 
     def detach(self) -> "Routing":
-        """The same choice without its graph, to be kept beyond one step."""
+        """The same routing without its autograd graph, to be kept beyond one step."""
         return Routing(*(tensor.detach() for tensor in self))
 
     def member(self, g: int) -> "Routing":
-        """Of a group's routing, whose tensors are [G, B, ...], that of sibling g."""
+        """The routing of sibling g, from a group's routing with tensors [G, B, ...]."""
         return Routing(*(tensor[g] for tensor in self))
 
     def unsqueeze(self) -> "Routing":
-        """As the routing of a group of one sibling."""
+        """The same routing as that of a group of one sibling, [1, B, ...]."""
         return Routing(*(tensor.unsqueeze(0) for tensor in self))
 
 
@@ -42,61 +41,62 @@ class Instances(NamedTuple):
 
     Attributes:
         count: B.
-        length: L where every instance is a row of L tokens; None where they are packed.
-        cu_seqlens, segment: for packed tokens, where each instance begins [B + 1] and which instance each
-            token belongs to [N], int64; else None.
-        mask: [N] bool, the tokens that are pooled; None means all.
-        shares: what one pooled token counts in its instance's mean, 1 / pooled tokens, [B, 1] in the precision of
-            routing; None where all tokens of rows are pooled, or no mean is taken.
+        length: L if every instance is a row of L tokens; None if instances are packed.
+        cu_seqlens, segment: of packed instances, the index of each one's first token, and N at the end [B + 1]; and the
+            instance of each token [N]. Both int64; None for rows.
+        mask: [N] bool, the tokens that the mean runs over; None: all.
+        mean_weights: the weight of one token in its instance's mean, 1 / (number of tokens in the mean), [B, 1] in the
+            precision of routing. None if the mean runs over all tokens of each row, or if no mean is needed.
     """
 
-    count: int  # type: ignore[assignment]  # tuple has a method of this name, which nothing here calls
+    count: int  # type: ignore[assignment]  # tuple has a method of this name, which this package never calls
     length: int | None
     cu_seqlens: Tensor | None = None
     segment: Tensor | None = None
     mask: Tensor | None = None
-    shares: Tensor | None = None
+    mean_weights: Tensor | None = None
 
     @property
-    def token_share(self) -> Tensor | float:
-        """What one pooled token counts in its instance's mean: [B, 1], or one number."""
-        return 1.0 / (self.length or 1) if self.shares is None else self.shares
+    def mean_weight(self) -> Tensor | float:
+        """The weight of one token in its instance's mean: [B, 1], or one number for all."""
+        return 1.0 / (self.length or 1) if self.mean_weights is None else self.mean_weights
 
     def by_token(self, values: Tensor) -> Tensor:
-        """View [N, K] so that ``expand``'s results fit it."""
+        """View [N, K] in the shape of ``expand``'s results: [B, L, K] for rows, [N, K] for packed instances."""
         return values if self.length is None else values.view(self.count, self.length, values.shape[-1])
 
     def instance_of_token(self, device: torch.device) -> Tensor:
         """The instance of each token, [N] int64."""
         if self.length is not None:
             return torch.arange(self.count, device=device).repeat_interleave(self.length)
-        return _packed(self.segment)
+        return packed(self.segment)
 
     def expand(self, values: Tensor) -> Tensor:
-        """Give every token its instance's values: [B, K] -> [B, L, K] without a copy, or [N, K]."""
+        """Repeat each instance's values for its tokens: [B, K] -> [B, L, K] without a copy for rows, or [N, K] if
+        packed."""
         if self.length is not None:
             return values.unsqueeze(1).expand(-1, self.length, -1)
-        return values[_packed(self.segment)]
+        return values[packed(self.segment)]
 
     def sum(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Add up each instance's tokens: [B, L, K] or [N, K] -> [B, K]. ``expand``'s backward."""
+        """Sum over each instance's tokens: [B, L, K] or [N, K] -> [B, K]. The adjoint of ``expand``."""
         if self.length is not None:
             return values.sum(dim=1, dtype=dtype)
         total = values.new_zeros(self.count, values.shape[-1], dtype=dtype)
-        return total.index_add_(0, _packed(self.segment), values.to(dtype))
+        return total.index_add_(0, packed(self.segment), values.to(dtype))
 
 
 class RoutingContext(NamedTuple):
-    """What a layer has to be told about its input beyond the hidden states. Every field is optional.
+    """What routing needs to know about a layer's input beside the hidden states. Every field is optional.
 
     Attributes:
-        mask: [B, L] bool or integer (for packed input [N]); True, or not 0, marks the tokens that an
-            instance's mean runs over. The update itself is applied to every token.
-        cu_seqlens: [B + 1] int32 or int64, where each packed instance begins, and N at the end.
+        mask: [B, L] bool or integer, [N] for packed input. True or a nonzero value marks the tokens that an
+            instance's mean runs over. The update is applied to every token.
+        cu_seqlens: [B + 1] int32 or int64, the index of each packed instance's first token, and N at the end.
         task: [B, d_task] or [B, T, d_task], the task embedding of each instance, for ``routing="task"``.
-        task_mask: [B, T] bool or integer, the embedding's tokens that count.
-        routing: a choice to reuse; no routing is computed.
-        instances: what ``find_instances`` reads from the other fields, where that was done before.
+        task_mask: [B, T] bool or integer, the tokens of the task embedding that its mean runs over.
+        routing: a routing to reuse. No new one is computed.
+        instances: the result of ``find_instances`` for the other fields, if it has been computed.
     """
 
     mask: Tensor | None = None
@@ -107,14 +107,15 @@ class RoutingContext(NamedTuple):
     instances: Instances | None = None
 
 
-def find_instances(x: Tensor, context: RoutingContext, pooled: bool) -> Instances:
-    """Read from a layer's input [B, ..., d_in] or [L, d_in] and its context what the instances are.
+def find_instances(x: Tensor, context: RoutingContext, needs_mean: bool) -> Instances:
+    """Find the instances in a layer's input [B, ..., d_in] or [L, d_in], with the help of its context.
 
-    ``pooled`` says whether a mean over tokens will be taken, so that every instance must have one.
+    Args:
+        needs_mean: whether Equation 5's mean will be computed. Every instance then needs a token in its mean.
 
     Raises:
-        TypeError: ``mask`` or ``cu_seqlens`` of a wrong dtype.
-        ValueError: their shape, device or values do not fit the input.
+        TypeError: ``mask`` or ``cu_seqlens`` has a wrong dtype.
+        ValueError: the shape, device or values of one of them do not fit the input.
     """
     tokens = x.shape[:-1].numel()
     given = context.cu_seqlens
@@ -131,27 +132,28 @@ def find_instances(x: Tensor, context: RoutingContext, pooled: bool) -> Instance
     if mask is not None and can_look(mask) and bool(mask.all()):
         mask = None
     instances = Instances(count, length, cu_seqlens, segment, mask)
-    if not pooled:
+    if not needs_mean:
         return instances
     _check_pooled(instances)
-    return instances._replace(shares=_find_shares(instances, torch.promote_types(x.dtype, torch.float32)))
+    return instances._replace(mean_weights=_find_mean_weights(instances, torch.promote_types(x.dtype, torch.float32)))
 
 
-def _packed(tensor: Tensor | None) -> Tensor:
+def packed(tensor: Tensor | None) -> Tensor:
+    """Return the ``cu_seqlens`` or the ``segment`` of packed instances, or raise a ValueError if it is None."""
     if tensor is None:
         raise ValueError("packed instances (length=None) need cu_seqlens and segment, got None")
     return tensor
 
 
-def _find_shares(instances: Instances, dtype: torch.dtype) -> Tensor | None:
-    """An instance without a pooled token (refused on the CPU; on a device, where looking would stall it, it gets this
-    far) has a mean of 0."""
+def _find_mean_weights(instances: Instances, dtype: torch.dtype) -> Tensor | None:
+    """The ``mean_weights``. An instance without a token in its mean gets a mean of 0: the CPU refuses it earlier, but
+    on a GPU a look at the mask would make the host wait."""
     if instances.mask is not None:
         pooled = instances.sum(instances.by_token(instances.mask.unsqueeze(-1)), dtype)
     elif instances.length is not None:
         return None
     else:
-        pooled = _packed(instances.cu_seqlens).diff().unsqueeze(-1).to(dtype)
+        pooled = packed(instances.cu_seqlens).diff().unsqueeze(-1).to(dtype)
     return 1.0 / pooled.clamp(min=1)
 
 
@@ -159,7 +161,7 @@ def find_task(context: RoutingContext, count: int, d_task: int) -> Tensor:
     """Equation 10: the mean of each instance's task embedding, [B, d_task].
 
     Raises:
-        TypeError: ``task`` is not floating, or ``task_mask`` is.
+        TypeError: ``task`` does not have a floating dtype, or ``task_mask`` has one.
         ValueError: ``task`` is missing, or a shape does not fit.
     """
     task, mask = context.task, context.task_mask
@@ -193,7 +195,8 @@ def _as_bool(mask: Tensor, name: str) -> Tensor:
 
 
 def can_look(tensor: Tensor) -> bool:
-    """Whether values may be looked at: on a device it would stall the queue, in a graph it would break it."""
+    """Whether the host may read the tensor's values. On a GPU it would have to wait for the device, and under
+    torch.compile the read would break the graph."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

@@ -1,4 +1,5 @@
-"""The versions of this package and of what it was tested with. It imports nothing else, so that setup.py can run it."""
+"""The version of this package, and the tested versions of other libraries. setup.py runs this file, so that it imports
+nothing else of the package."""
 
 import re
 import warnings
@@ -6,12 +7,13 @@ from importlib.metadata import PackageNotFoundError, version
 
 __version__ = "0.1.0"
 
-# The oldest and the newest release of each library that the tests were run with; setup.py takes its lower bounds from
-# here. CI runs the tests with constraints.txt, constraints-newest.txt and constraints-oldest.txt, all of them with
-# torch 2.13. By hand, before the kernels took groups of siblings: the layer's tests with torch 2.6.0 on Python 3.10,
-# less torch.compile and several processes; those and tests/peft with torch 2.15.0 on Python 3.12 and 3.13. transformers
-# before 5.17 computes T5's positions in float32 whatever the model's dtype, and before 5.13 fails in prompt look-up
-# without a token that ends a text. TRL before 1.15 trains DPO without labels, so nothing tells where a prompt ends.
+# The oldest and the newest tested release of each library. setup.py takes its lower bounds from here. CI runs the tests
+# with constraints.txt, constraints-newest.txt and constraints-oldest.txt, all of them with torch 2.13. Before the
+# kernels took groups of siblings, the tests were run by hand with other versions: the layer's tests with torch 2.6.0 on
+# Python 3.10, without torch.compile and several processes; the layer's tests and tests/peft with torch 2.15.0 on Python
+# 3.12 and 3.13. transformers before 5.17 computes T5's positions in float32 whatever the model's dtype, and before 5.13
+# fails in prompt look-up without an end-of-text token. TRL before 1.15 trains DPO without labels, and then nothing
+# tells where a prompt ends.
 TESTED = {
     "torch": ("2.6", "2.15"),
     "triton": ("3.7", "3.9"),
@@ -24,13 +26,13 @@ TESTED = {
 
 
 class UntestedVersionWarning(UserWarning):
-    """An installed library is older or newer than those that the tests were run with."""
+    """An installed library is older or newer than the versions that were tested."""
 
 
 def warn_of_untested(*names: str) -> None:
-    """Warn once, of all those libraries together whose installed version is outside the tested range.
+    """Warn of the libraries whose installed version is outside the tested range, all in one warning.
 
-    A library that is not installed causes no warning. Releases are compared as far as the range gives them: 5.24.3 is
+    A library that is not installed causes no warning. The comparison uses as many numbers as the range gives: 5.24.3 is
     inside a range that ends with 5.24.
 
     Args:
@@ -57,7 +59,7 @@ def warn_of_untested(*names: str) -> None:
 
 
 def _numbers(release: str) -> tuple[int, ...]:
-    """The release's numbers: of ``2.13.0+cpu``, (2, 13, 0)."""
+    """The numbers of a release: (2, 13, 0) for ``2.13.0+cpu``."""
     found = re.match(r"\d+(\.\d+)*", release)
     if found is None:
         raise ValueError(f"a version must begin with a number, got {release!r}")

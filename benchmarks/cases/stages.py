@@ -91,7 +91,7 @@ def calls_of(case: Case, device: torch.device) -> Iterator[tuple[str, Callable[[
         instances=Instances(case.B, case.L),
         options=Options(
             r=case.r, scale=config.scaling, p=p, gate=config.gate, conditioning=config.conditioning, tied=False,
-            pools=True, dtype=case.dtype,
+            reads_x=True, dtype=case.dtype,
         ),
     )  # fmt: skip
     needs, nothing = Needs(x=True, lora_A=True, lora_B=True, routers=True, gate=False), (None, None, None)

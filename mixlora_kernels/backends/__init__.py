@@ -1,1 +1,2 @@
-"""The backends: ``base`` says what each offers, ``select`` which one serves, ``node`` what those of stages share."""
+"""The backends. ``base`` defines what a backend offers, ``select`` selects one, and ``node`` is the autograd node of
+the backends that are made of stages."""

@@ -1,4 +1,4 @@
-"""What the operation and a backend say to one another.
+"""The interface between the operation and a backend.
 
 The unit is a group of G siblings: frozen maps and adapters that read the same x. A single layer is a group of one.
 
@@ -6,7 +6,7 @@ Alphabet: G siblings, B instances, L tokens each, N tokens in all, D in, O out, 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,14 +15,14 @@ from ..routing import Instances, Routing
 
 
 class FrozenLinear(NamedTuple):
-    """A frozen product that may run inside the operation's node, where the update is added in place."""
+    """A frozen linear map. The operation's node computes its product and adds the update to it in place."""
 
     weight: Tensor  # [O, D]
     bias: Tensor | None  # [O]
 
 
 class Factors(NamedTuple):
-    """The parameters of one adapter, or their gradients; a router is None where the configuration has none."""
+    """The parameters of one adapter. A router that the configuration does not use is None."""
 
     lora_A: Tensor  # [E, D]
     lora_B: Tensor  # [E, O]
@@ -32,34 +32,34 @@ class Factors(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What a backend needs to know beside tensors."""
+    """What a backend needs beside tensors."""
 
     r: int
-    scale: float  # scaling, and the 1 / (1 - p) of dropout
-    p: float
+    scale: float  # scaling, times the 1 / (1 - p) of dropout
+    p: float  # probability of dropout
     gate: str
     conditioning: str | None  # "factors" or "published"; None: no table
-    tied: bool  # whether B takes A's choice
-    pools: bool  # whether the routers read x
+    tied: bool  # whether B uses A's indices
+    reads_x: bool  # whether the routers read x
     dtype: torch.dtype  # x's
 
     @property
     def precise(self) -> torch.dtype:
-        """What routing is computed in: float32, or float64 for float64 input."""
+        """The dtype that routing is computed in: float32, or float64 for float64 input."""
         return torch.promote_types(self.dtype, torch.float32)
 
 
 class Group(NamedTuple):
-    """What one call of the operation works on.
+    """The input of one call of the operation.
 
     Attributes:
         x: the tokens [N, D].
-        bases: of each sibling the frozen map, or its output [N, O].
-        factors: of each sibling its adapter's parameters.
-        read: what the routers read where that is not x, [B, d_route].
-        given: a routing to use, its tensors [G, B, ...]; None: factors are to be chosen.
-        seeds: dropout's [G] int64, or None.
-        instances: how the tokens divide.
+        bases: each sibling's frozen map, or its output [N, O].
+        factors: the parameters of each sibling's adapter.
+        read: the routers' input [B, d_route], if it is not the mean of x.
+        given: a routing to use, with tensors [G, B, ...]; None: choose the factors.
+        seeds: the seeds of dropout [G] int64, or None.
+        instances: how the N tokens divide into B instances.
         options: what to compute.
     """
 
@@ -74,20 +74,20 @@ class Group(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """Which gradients are needed."""
 
     x: bool
     lora_A: bool
     lora_B: bool
-    routers: bool  # all of them, and what they read in task routing
-    gate: bool  # a given one; the gradient of a gate that was computed goes on to the routers
+    routers: bool  # of all routers, and in task routing also of their input
+    gate: bool  # of a given gate; a computed gate passes its gradient on to the routers
 
 
 class Gradients(NamedTuple):
-    """What ``project_backward`` returns; None where not needed."""
+    """The result of ``project_backward``. A gradient that is not needed is None."""
 
     x: Tensor | None  # [N, D]
-    lora_A: Sequence[Tensor | None]  # of each sibling, as are the routers'
+    lora_A: Sequence[Tensor | None]  # one for each sibling, as for the routers
     router_A: Sequence[Tensor | None]
     router_B: Sequence[Tensor | None]
     router_AB: Sequence[Tensor | None]
@@ -95,66 +95,72 @@ class Gradients(NamedTuple):
 
 
 class Backend(Protocol):
-    """A way to compute the operation."""
+    """An implementation of the operation."""
 
     name: str
 
     def apply(self, group: Group) -> tuple[Sequence[Tensor], Routing]:
-        """Equations 1 and 5 to 9 for a group, differentiable: each sibling's y [N, O], and what was chosen, its tensors
-        [G, B, ...], or None for the probabilities of a given routing."""
+        """Compute Equations 1 and 5 to 9 for a group, with gradients.
+
+        Returns:
+            Each sibling's y [N, O], and the routing with tensors [G, B, ...].
+        """
 
     def decodes(self, group: Group) -> bool:
-        """Whether ``decode`` is meant for a group of so few tokens."""
+        """Whether the operation should call ``decode`` for a group of this size."""
 
     def decode(self, group: Group) -> Sequence[Tensor]:
-        """Each sibling's y [N, O] for a given routing, without dropout and without a backward."""
+        """Compute each sibling's y [N, O] for a given routing, without dropout and without a backward."""
 
 
-Saved = tuple[Tensor | None, ...]  # what a stage hands to later ones; only the backend knows what it is
+# What a stage passes to later stages: tensors or None, in an order that only the backend knows.
+Saved = tuple[Any, ...]
+DRouting = tuple[Tensor | None, Tensor | None, Tensor | None]  # the gradients of gate, p_A and p_B
 
 
 class Stages(Protocol):
     """The operation as two stages, with the frozen products between them, and each stage's backward.
 
-    ``project`` reads x: it chooses the factors (Equations 5 to 8) and takes the products with the chosen rows of
-    lora_A. ``expand`` adds their combination of the chosen rows of lora_B (Equations 1 and 9). ``node.py`` calls them.
+    ``project`` reads x: it chooses the factors (Equations 5 to 8), and multiplies x by the chosen rows of lora_A.
+    ``expand`` weights the chosen rows of lora_B with these products and adds them (Equations 1 and 9). ``node.py``
+    calls the stages. A given routing reaches them without its probabilities, which are None.
 
     Attributes:
-        writes_first: whether ``expand`` and ``project_backward`` may run before the frozen products, which then
-            accumulate onto what they wrote. False: the products run first, and at ``lora_B = 0`` the layer has the
-            bits of the frozen one.
+        writes_first: whether ``expand`` and ``project_backward`` run before the frozen products, which are then added
+            to their results. False: the frozen products run first, and at ``lora_B = 0`` the layer has the bits of the
+            frozen one.
     """
 
     writes_first: bool
 
     def project(self, group: Group) -> tuple[Routing, Saved]:
-        """The routing, its tensors [G, B, ...], and what the later stages need."""
+        """Return the routing with tensors [G, B, ...], and what the later stages need."""
 
     def expand(
         self, group: Group, ys: Sequence[Tensor] | None, fresh: Sequence[bool], routing: Routing, saved: Saved
     ) -> tuple[Sequence[Tensor], Saved]:
-        """Add the update to each frozen output y [N, O], in place where it is ``fresh``, or return it by itself where
-        there are none; and what the backward needs beside the routing."""
+        """Add the update to each frozen output y [N, O]: in place if it is ``fresh``, else to a copy. If ``ys`` is
+        None, return the updates alone. Also return what the backward needs beside the routing."""
 
     def expand_backward(
-        self, group: Group, dys: Sequence[Tensor], drouting: tuple[Tensor | None, Tensor | None, Tensor | None],
+        self, group: Group, dys: Sequence[Tensor], drouting: DRouting,
         routing: Routing, saved: Saved, needs: Needs,
     ) -> tuple[Sequence[Tensor | None], Tensor | None, Saved]:  # fmt: skip
-        """The gradients of each lora_B; of a given gate [G, B, R], where it is needed; and what ``project_backward``
-        needs.
+        """Return the gradient of each lora_B, the gradient of a given gate [G, B, R] if it is needed, and what
+        ``project_backward`` needs.
 
         Args:
-            dys: y's gradients [N, O].
-            drouting: the gradients of the gate [G, B, R], of p_A and of p_B [G, B, E] as what ``project`` returned;
-                None where there is none.
+            dys: the gradients of each y [N, O].
+            drouting: the gradients of the routing that ``project`` returned, of its gate [G, B, R], p_A and p_B
+                [G, B, E]; None for those without one.
         """
 
     def project_backward(
         self, group: Group, dx: Tensor | None, routing: Routing, saved: Saved, carried: Saved, needs: Needs
     ) -> Gradients:
-        """The other gradients.
+        """Return the other gradients.
 
         Args:
-            dx: x's gradient through the frozen maps, to which the adapters' is added in place; None: there is none.
-            carried: what ``expand_backward`` left.
+            dx: x's gradient through the frozen maps, or None. The adapters' gradient is added to it in place.
+            carried: the last result of ``expand_backward``.
         """

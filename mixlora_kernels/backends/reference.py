@@ -1,4 +1,5 @@
-"""The paper's equations as a backend: ``mixlora_kernels.reference``, an instance at a time, gradients by autograd."""
+"""The paper's equations as a backend: it calls ``mixlora_kernels.reference`` for each instance. Autograd computes the
+gradients."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -9,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..dropout import keep_scale
 from ..frozen import frozen_product
-from ..routing import Routing
+from ..routing import Routing, packed
 from .base import FrozenLinear, Group
 from .eager.dropout import keep_mask
 
@@ -27,14 +28,16 @@ class Reference:
             return ys, group.given
         return ys, Routing(*map(torch.stack, zip(*routings)))
 
-    def decodes(self, group):
+    def decodes(self, group: Group) -> bool:
         """``Backend.decodes``: never."""
         return False
 
-    decode = apply
+    def decode(self, group: Group) -> Sequence[Tensor]:
+        """``Backend.decode``."""
+        return self.apply(group)[0]
 
-    def _apply_one(self, group: Group, g: int) -> tuple[Tensor, Routing]:
-        x, instances, options, base = group.x, group.instances, group.options, group.bases[g]
+    def _apply_one(self, group: Group, g: int) -> tuple[Tensor, Routing | None]:
+        x, instances, options, base, given = group.x, group.instances, group.options, group.bases[g], group.given
         frozen = frozen_product(x, *base) if isinstance(base, FrozenLinear) else base
         dropped = x
         if group.seeds is not None:
@@ -47,18 +50,19 @@ class Reference:
                 x[rows], frozen[rows], *group.factors[g], r=options.r, scaling=scaling, conditioning=conditioning,
                 gate=options.gate, mask=None if instances.mask is None else instances.mask[rows],
                 task=None if group.read is None else group.read[b : b + 1],
-                chosen=None if group.given is None else tuple(t[g, b] for t in group.given[:3]), dropped=dropped[rows],
+                chosen=None if given is None else (given.index_a[g, b], given.index_b[g, b], given.gate[g, b]),
+                dropped=dropped[rows],
             )  # fmt: skip
             ys.append(y)
             routings.append(routing)
         y = torch.cat(ys) if ys else frozen
-        return y, None if group.given is not None else Routing(*map(torch.stack, zip(*routings)))
+        return y, None if given is not None else Routing(*map(torch.stack, zip(*routings)))
 
     @staticmethod
     def _rows(group: Group) -> list[slice]:
         instances = group.instances
         if instances.length is None:
-            starts = instances.cu_seqlens.tolist()
+            starts = packed(instances.cu_seqlens).tolist()
             return [slice(start, end) for start, end in pairwise(starts)]
         return [slice(b * instances.length, (b + 1) * instances.length) for b in range(instances.count)]
 

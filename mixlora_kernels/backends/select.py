@@ -1,4 +1,4 @@
-"""The choice among the backends."""
+"""Select a backend."""
 
 import os
 import warnings
@@ -18,18 +18,18 @@ OLDEST_CAPABILITY = (8, 0)
 
 
 def check_name(name: str | None) -> str | None:
-    """Raise a ValueError unless ``name`` is a backend's or None."""
+    """Raise a ValueError unless ``name`` is None or the name of a backend; return it."""
     if name is not None and name not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(map(repr, NAMES))} or None, got {name!r}")
     return name
 
 
 def select(name: str | None, x: Tensor) -> Backend:
-    """The backend of that name, or for None the best one for x: triton on a GPU, torch elsewhere.
+    """Return the backend of that name. None selects triton on a GPU, and torch elsewhere.
 
     Raises:
-        ImportError, TypeError, ValueError: ``"triton"`` was asked for and cannot run. Under None torch serves instead,
-            and one warning says why.
+        ImportError, TypeError, ValueError: ``"triton"`` was asked for and cannot run. Under None the torch backend is
+            used instead, and a warning says once why.
     """
     device = x.device
     if name == "reference":
@@ -43,19 +43,19 @@ def select(name: str | None, x: Tensor) -> Backend:
     error, message = obstacle
     if name == "triton":
         raise error(message)
-    warn_once(f"{message}; the torch backend serves instead")
+    warn_once(f"{message}; the torch backend is used instead")
     return EAGER
 
 
 @cache
 def _kernels() -> Backend:
-    from .kernels import KERNELS  # imports Triton, which is not needed before
+    from .kernels import KERNELS  # here, because it imports Triton
 
     return KERNELS
 
 
 def find_obstacle(device_type: str, device_index: int | None, dtype: str) -> tuple[type[Exception], str] | None:
-    """Why the Triton kernels cannot run on such a tensor, as an error and its message; None where they can."""
+    """Return why the Triton kernels cannot run on such a tensor, as an error and its message; None if they can."""
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET", "0").lower() not in ("1", "true", "yes", "on", "y"):
         return ValueError, (
             "backend='triton' needs a GPU, got a tensor on the CPU: move it there, use backend='torch', or set "

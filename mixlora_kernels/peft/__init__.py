@@ -1,11 +1,11 @@
-"""Conditional Mixture-of-LoRA as a method of the peft library, registered by this import.
+"""Conditional Mixture-of-LoRA as a method of the peft library. The import registers it.
 
     from peft import get_peft_model
     from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
     model = get_peft_model(model, ConditionalMixLoRAConfig(r=4, num_factors=16, task_type="CAUSAL_LM"))
 
-The import has to come before ``PeftModel.from_pretrained`` meets a saved adapter of this kind.
+Import it before ``PeftModel.from_pretrained`` loads an adapter of this method.
 """
 
 from ..versions import warn_of_untested

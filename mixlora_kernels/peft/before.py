@@ -1,4 +1,4 @@
-"""A model's structure before an adapter is put into it, so that an adapter that is refused leaves no trace."""
+"""Record a model before an adapter is injected, and restore it if the adapter is refused."""
 
 from typing import Any
 
@@ -8,16 +8,16 @@ from torch import nn
 
 from .layer import MixLoRALayer
 
-# What transformers keeps on a model that has adapters.
+# transformers' attribute of a model that has adapters.
 LOADED = "_hf_peft_config_loaded"
 
 
 class Before:
-    """What injecting an adapter changes in a model: which module stands where, what each adapted layer knows of its
-    adapters, and which parameters are trained. Holds references and flags, no copies of weights.
+    """What the injection of an adapter changes in a model: its modules, the attributes of layers that hold adapters,
+    and which parameters require a gradient. It holds references and flags, and no copies of weights.
 
     Attributes:
-        first: whether the model has no adapter of this kind yet.
+        first: whether the model had no adapter of this method.
     """
 
     def __init__(self, model: nn.Module):
@@ -31,21 +31,21 @@ class Before:
         self.loaded = vars(model).get(LOADED)
 
     def restore(self) -> None:
-        """Put the model back."""
+        """Restore the model."""
         for module, children in self.children:
             for name, child in [*module._modules.items()]:
                 if children.get(name) is not child:
                     del module._modules[name]
             for name, child in children.items():
                 module._modules.setdefault(name, child)
-            if list(module._modules) != list(children):  # their order is the order of a state dict
+            if list(module._modules) != list(children):  # the order of modules is the order of a state dict
                 ordered = {name: module._modules.pop(name) for name in children}
                 module._modules.update(ordered)
         for module, attributes in self.adapted:
             for name in _own(module) - attributes.keys():
                 delattr(module, name)
             for name, (value, entries) in attributes.items():
-                if entries is not None:  # refilled rather than replaced: whoever holds it sees the entries, too
+                if entries is not None:  # refilled, not replaced: other references to it see the entries too
                     value.clear()
                     (value.extend if isinstance(value, list) else value.update)(entries)
                 vars(module)[name] = value
@@ -68,7 +68,7 @@ def _own(module: nn.Module) -> set[str]:
 
 
 def _attributes(module: nn.Module) -> dict[str, tuple[Any, Any]]:
-    """A module's own attributes, and a copy of those in which adapters are entered."""
+    """A module's own attributes by name, each with a copy if it is a container, in which adapters are entered."""
     values = {name: vars(module)[name] for name in _own(module)}
     return {
         name: (value, value.copy() if isinstance(value, (dict, list, set)) else None) for name, value in values.items()

@@ -1,47 +1,50 @@
-"""A decoder's cache of keys and values: found by what it is, whatever name transformers hands it over by.
+"""Find a decoder's cache of keys and values, by its type and not by the name of its argument.
 
-The name has changed (``past_key_values`` up to transformers 5.23, ``cache`` from 5.24 on). A cache that went unseen
-would let every generated token be routed anew, so what looks like a cache and is none that is known is refused.
+The name has changed: ``past_key_values`` up to transformers 5.23, ``cache`` from 5.24 on. If the cache were missed,
+    each
+generated token would be routed anew. Therefore an argument that looks like a cache of an unknown kind is refused.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import transformers
 from torch import Tensor
 from transformers import Cache
 
-PLAIN = (Tensor, bool, int, float, str, type(None))  # what is no cache, whatever it is called
-# Under these names models hand over states that are no ``Cache``: tuples of tensors, say.
+from .recorded import Recorded
+
+PLAIN = (Tensor, bool, int, float, str, type(None))  # types that are never a cache
+# Models pass states that are no ``Cache``, such as tuples of tensors, under these names.
 NAMES = ("cache", "past_key_values", "cache_params", "mems", "state")
 
 
 class KeptRouting:
-    """The routing found at a prefill, carried by the cache that the prefill filled.
+    """The routing of a prefill. It is kept as an attribute of the cache that the prefill filled.
 
-    On the cache, it lives as long as the instances it belongs to, is copied where they are copied, and two
-    generations that take turns do not meet.
+    There it lives as long as the cache, is copied with it, and is separate for each of several generations that
+    alternate.
 
     Attributes:
-        length: tokens of the prefill.
-        routings: by (layer, adapter).
+        length: number of tokens of the prefill.
+        routings: the routing of each layer, by (layer, adapter).
     """
 
     ATTRIBUTE = "_mixlora_routing"
 
-    def __init__(self, length: int, routings: dict):
+    def __init__(self, length: int, routings: dict[tuple[str, str], Recorded]):
         self.length, self.routings = length, routings
 
 
 class Past(NamedTuple):
-    """What a decoder was handed of the tokens before the ones it gets now.
+    """What a decoder's arguments say about earlier tokens.
 
     Attributes:
-        cache: its cache; None: there is none, or an unknown one.
-        length: tokens in the cache.
-        kept: the routing that the cache carries.
-        unknown: the argument that is a cache of an unknown kind, as "name (type)".
+        cache: the cache; None: there is none, or one of an unknown kind.
+        length: number of tokens in the cache.
+        kept: the routing that the cache holds.
+        unknown: an argument that is a cache of an unknown kind, as "name (type)".
     """
 
     cache: object | None = None
@@ -50,16 +53,16 @@ class Past(NamedTuple):
     unknown: str | None = None
 
 
-def find_cache(values: Iterable):
-    """The first cache among ``values``: a transformers ``Cache``, or another object that tells its length."""
+def find_cache(values: Iterable[Any]) -> Any:
+    """The first cache among ``values``: a transformers ``Cache``, or an object with its ``get_seq_length``."""
     for value in values:
         if isinstance(value, Cache) or hasattr(type(value), "get_seq_length"):
             return value
     return None
 
 
-def find_past(named: Mapping, new_tokens: int | None) -> Past:
-    """What a decoder's arguments, by name, say of earlier tokens; ``new_tokens`` is the length of its input."""
+def find_past(named: Mapping[str, Any], new_tokens: int | None) -> Past:
+    """Find what a decoder's arguments, by name, say about earlier tokens. ``new_tokens`` is the length of its input."""
     cache = find_cache(named.values())
     if cache is None:
         return Past(unknown=_unknown_cache(named))
@@ -68,7 +71,7 @@ def find_past(named: Mapping, new_tokens: int | None) -> Past:
 
 
 def unseen_cache_error(evidence: str) -> ValueError:
-    """The error for a forward that continues a sequence of which the method cannot find the cache."""
+    """The error for a forward that continues a sequence, if the method does not find its cache."""
     return ValueError(
         f"{evidence}, so the forward continues a sequence, but the decoder was handed no cache with tokens in it, and "
         f"MixLoRA cannot find the prompt's routing. transformers {transformers.__version__} may hand the cache over in "
@@ -78,7 +81,7 @@ def unseen_cache_error(evidence: str) -> ValueError:
 
 
 def unknown_cache_error(unknown: str) -> ValueError:
-    """The error for a cache whose rows are not the instances, such as the paged one of continuous batching."""
+    """The error for a cache whose rows are not instances, such as the paged cache of continuous batching."""
     return ValueError(
         f"the decoder was handed {unknown}, a kind of cache that does not tell which tokens belong to an instance, so "
         "that MixLoRA cannot keep a prompt's routing. generate_batch() and `transformers serve` use such a cache "
@@ -86,7 +89,7 @@ def unknown_cache_error(unknown: str) -> ValueError:
     )
 
 
-def _unknown_cache(named: Mapping) -> str | None:
+def _unknown_cache(named: Mapping[str, Any]) -> str | None:
     for name, value in named.items():
         if isinstance(value, PLAIN):
             continue
@@ -95,11 +98,11 @@ def _unknown_cache(named: Mapping) -> str | None:
     return None
 
 
-def _length(cache, kept: KeptRouting | None, new_tokens: int | None) -> int:
+def _length(cache: Any, kept: KeptRouting | None, new_tokens: int | None) -> int:
     length = cache.get_seq_length()
     if isinstance(length, Tensor):
         if torch.compiler.is_compiling():
-            # A static cache counts on the device. Only single steps are compiled, never a prefill.
+            # A static cache keeps its length on the device. Only single steps are compiled, never a prefill.
             return 0 if kept is None or new_tokens != 1 else kept.length + 1
         length = int(length)
     return length

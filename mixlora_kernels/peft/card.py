@@ -1,4 +1,4 @@
-"""The model card of a saved adapter: what it is, how to load it, what it was made with, whom to cite."""
+"""The model card of a saved adapter: what it is, how to load it, the versions that made it, and the citation."""
 
 import dataclasses
 import importlib.metadata
@@ -11,7 +11,7 @@ from .. import __version__
 
 NAME = "README.md"
 BEGIN, END = "<!-- mixlora_kernels: written at every saving -->", "<!-- mixlora_kernels: end -->"
-TEMPLATE = "# Model Card for Model ID"  # the heading of the empty card that peft puts beside an adapter
+TEMPLATE = "# Model Card for Model ID"  # the heading of the empty card that peft writes
 UNTOLD = ("peft_type", "peft_version", "mixlora_kernels_version", "auto_mapping", "inference_mode", "init_weights")
 
 CITATION = """\
@@ -27,10 +27,10 @@ CITATION = """\
 
 
 def write_card(folder: Path, config: Any) -> None:
-    """Write, or bring up to date, the card in an adapter's folder.
+    """Write or update the card in an adapter's folder.
 
-    An empty card of peft's is replaced. What somebody wrote by hand stays, and so do the card's metadata; only what
-    is between the two marks is written anew.
+    peft's empty card is replaced. In another card, only the text between the two marks is replaced, or appended if
+    there are no marks; text written by hand and metadata stay.
 
     Args:
         folder: where the adapter is saved.
@@ -105,6 +105,6 @@ def _version(package: str) -> str:
 
 
 def _plain(value: Any) -> str:
-    """A value in a cell of a table: a set in an order of its own, a bar that does not end the cell."""
+    """A value as text for a table's cell: sets are sorted, and bars are escaped."""
     value = sorted(value) if isinstance(value, set) else getattr(value, "value", value)
     return str(value).replace("|", "\\|").replace("`", "'").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""ConditionalMixLoRAConfig: MixLoRAConfig with the fields that peft asks of a method."""
+"""ConditionalMixLoRAConfig: MixLoRAConfig with the fields that peft needs of a method."""
 
 import re
 import warnings
@@ -20,40 +20,42 @@ PEFT_TYPE = add_peft_type("CONDITIONAL_MIXLORA")
 
 @dataclass
 class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
-    """What one adapter computes (see ``MixLoRAConfig``) and where it sits in a model.
+    """What one adapter computes (see ``MixLoRAConfig``), and which layers of a model it adapts.
 
     Args:
-        pool: as in ``MixLoRAConfig``, but ``"prompt"`` unless told otherwise: training then routes as generation does,
-            which has no answer to pool. The labels tell the prompt; without labels, a scoring forward's
-            ``logits_to_keep`` does. An instance whose labels leave no prompt (an answer from its second token on) is
-            routed by its whole sequence, and so is one without either, with a warning where that is training.
-        target_modules: names (or their endings) of the linear layers to adapt, one regular expression for the whole
-            name, or ``"all-linear"``. None: every linear layer inside the text decoder's layers, found by the
-            decoder's path, so that a vision tower, a projector and the head stay as they are.
-        exclude_modules: names (or endings), or a regular expression, that are not adapted though they match.
+        pool: as in ``MixLoRAConfig``, but the default is ``"prompt"``: training then routes as generation does, which
+            has no answer to read. The labels tell which tokens are the prompt; without labels, ``logits_to_keep`` of a
+            forward that scores an answer does. An instance is routed by its whole sequence if its labels leave no
+            prompt (all tokens from the second on are labelled), and also if there are neither labels nor
+            ``logits_to_keep``. In training, the latter causes a warning.
+        target_modules: names, or endings of names, of the linear layers to adapt; a regular expression for the whole
+            name; or ``"all-linear"``. None: every linear layer inside the text decoder's layers. A vision tower, a
+            projector and the head are then not adapted.
+        exclude_modules: names, endings of names, or a regular expression, of layers that are not adapted even if they
+            match.
         layers_to_transform: indices of the decoder's layers to adapt; None: all.
-        layers_pattern: name of the list of layers that the indices refer to, where that is not plain.
+        layers_pattern: name of the list of layers that the indices refer to, if the decoder has several lists.
         modules_to_save: modules to train in full and to save with the adapter, such as LLaVA's
             ``["multi_modal_projector"]``.
-        init_weights: False starts ``lora_B`` at random instead of zero (for tests).
-        mixlora_kernels_version: the version of this package that wrote the adapter; filled in by itself. A newer one
-            than is installed is warned of: it may have settings that are not known here.
+        init_weights: False initialises ``lora_B`` at random instead of zero (for tests).
+        mixlora_kernels_version: the version of this package that wrote the adapter; it is set automatically. A version
+            newer than the installed one causes a warning, because it may have settings that the installed one lacks.
 
     Raises:
-        ValueError: as ``MixLoRAConfig``, for fields of peft too; where a regular expression comes with
-            ``layers_to_transform``, or is none.
+        ValueError: as ``MixLoRAConfig``, also for peft's fields; a regular expression is invalid, or comes together
+            with ``layers_to_transform``.
     """
 
     pool: PooledTokens = "prompt"
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | str | None = None
+    target_modules: list[str] | set[str] | str | None = None
+    exclude_modules: list[str] | set[str] | str | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     modules_to_save: list[str] | None = None
     init_weights: bool = True
     mixlora_kernels_version: str | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         PeftConfig.__post_init__(self)
         MixLoRAConfig.__post_init__(self)
         self.peft_type = PEFT_TYPE
@@ -76,18 +78,20 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
             raise ValueError("layers_pattern says where layers_to_transform counts, which is not given")
 
     def to_dict(self) -> dict[str, Any]:
-        """As in peft; what is written now is written by this version."""
+        """As in peft. The result records the installed version of this package."""
         return {**super().to_dict(), "mixlora_kernels_version": __version__}
 
-    def save_pretrained(self, save_directory: str, **kwargs) -> None:
-        """As in peft, with a model card, ``README.md``, beside the configuration."""
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As in peft. It also writes a model card, ``README.md``, beside the configuration."""
         super().save_pretrained(save_directory, **kwargs)
         write_card(Path(save_directory), self)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, subfolder=None, **kwargs):
-        """As in peft. Where it was read from is remembered, so that the weights beside it can be looked at before a
-        model is changed for them (see ``loading``)."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> "ConditionalMixLoRAConfig":
+        """As in peft. The configuration remembers its source, so that the weights there can be checked before a model
+        is changed (see ``loading``)."""
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config._read_from = str(pretrained_model_name_or_path), {**kwargs, "subfolder": subfolder}
         return config

@@ -1,4 +1,4 @@
-"""The tensors that an adapter consists of, before it is made and after."""
+"""The tensors of an adapter, before and after it is injected into a model."""
 
 from collections.abc import Callable
 
@@ -10,18 +10,18 @@ from .config import ConditionalMixLoRAConfig
 from .files import Expected
 from .linears import linear_sizes, outside_adapters
 
-LOAD_MAP = "adapter_state_dict_load_map"  # of peft's wrappers of modules that are trained in full
-ATTRIBUTE = "mixlora_adapter"  # of MixLoRALayer, where its adapters are
+LOAD_MAP = "adapter_state_dict_load_map"  # a method of peft's wrappers of modules_to_save
+ATTRIBUTE = "mixlora_adapter"  # MixLoRALayer's attribute that holds its adapters
 
 
 def tensors_to_come(model: nn.Module, config: ConditionalMixLoRAConfig, matches: Callable) -> dict[str, Expected]:
-    """What an adapter with this configuration would consist of in this model. Nothing is made.
+    """The tensors that an adapter with this configuration would have in this model. The model is not changed.
 
     Args:
-        matches: peft's answer to whether a configuration targets a module, by configuration and name.
+        matches: peft's function of a configuration and a module's name that tells whether the module is a target.
 
     Returns:
-        By the names in the model, without the adapter's name.
+        The expected tensors by their names in the model, without the adapter's name.
     """
     expected: dict[str, Expected] = {}
     for name, module in outside_adapters(model):
@@ -44,7 +44,7 @@ def tensors_to_come(model: nn.Module, config: ConditionalMixLoRAConfig, matches:
 
 
 def tensors_in_place(model: nn.Module, adapter_name: str) -> dict[str, Expected]:
-    """What an adapter consists of that a model has, by the full names of its state dict."""
+    """The tensors of an adapter that has been injected into a model, by their names in the state dict."""
     state, expected = model.state_dict(), {}
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):

@@ -1,6 +1,6 @@
-"""Saved adapters: their tensors are compared with what the model needs before anything is made or changed.
+"""Check the tensors of a saved adapter against the model before anything is changed.
 
-A file's header tells names, shapes and dtypes; the values are then read one tensor at a time.
+Names, shapes and dtypes are read from a file's header. The values are read one tensor at a time.
 """
 
 from collections import Counter
@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-# What weights are saved in, in the words of a safetensors header. Others (integers, float8) are no adapter's.
+# The dtypes of an adapter's weights, by their names in a safetensors header. Other dtypes (integers, float8) are
+# refused.
 FLOATING = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -24,20 +25,20 @@ FLOATING = {
 
 
 class Expected(NamedTuple):
-    """What the model needs of one tensor: its shape (None: any), the dtype it will be kept in, and whether it is the
-    adapter's own (or else of one of ``modules_to_save``)."""
+    """What the model needs of one tensor: its shape (None: any), the dtype that the model keeps it in, and whether it
+    belongs to the adapter itself (False: to one of ``modules_to_save``)."""
 
     shape: tuple[int, ...] | None
     dtype: torch.dtype = torch.float32
     own: bool = True
 
 
-UNNAMED = Expected(shape=None)  # one of the adapter's own, under a name that is mapped to the model's later
+UNNAMED = Expected(shape=None)  # an adapter's tensor whose name is mapped to the model's later
 
 
 class Given(NamedTuple):
-    """What a file says of one tensor, and how to read it. ``dtype`` is a torch dtype where it is one of ``FLOATING``,
-    and otherwise the file's word for it."""
+    """One tensor of a file, and a function that reads it. ``dtype`` is a torch dtype if ``FLOATING`` has it, and the
+    file's name for it otherwise."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype | str
@@ -45,15 +46,15 @@ class Given(NamedTuple):
 
 
 def check_weights(file: Path, expected: Mapping[str, Expected], adapter_name: str, prefix: str) -> None:
-    """Look at a file of weights, without loading it.
+    """Check a file of weights without loading it into the model.
 
     Args:
-        file: ``.safetensors``, or what ``torch.save`` wrote.
-        expected: by the names in the model, without the adapter's name.
-        prefix: what the keys of the file must begin with; "" where ``base_model.model.`` may be left out.
+        file: a ``.safetensors`` file, or one that ``torch.save`` wrote.
+        expected: the model's tensors by name, without the adapter's name.
+        prefix: the prefix that the keys of the file must have; "" if ``base_model.model.`` is optional.
 
     Raises:
-        ValueError: as ``check_fits``, or the file cannot be read as what it is said to be.
+        ValueError: as ``check_fits``, or the file cannot be read as its kind.
     """
     with opened(file) as given:
         check_fits(expected, without_prefix(given, prefix), adapter_name, names_may_change=True)
@@ -61,10 +62,10 @@ def check_weights(file: Path, expected: Mapping[str, Expected], adapter_name: st
 
 @contextmanager
 def opened(file: Path) -> Iterator[dict[str, Given]]:
-    """The tensors of a file, of which only the header has been read.
+    """Yield the tensors of a file by name. Only the header is read.
 
     Raises:
-        ValueError: it is no whole file of its kind, or holds something else than tensors by name.
+        ValueError: the file is missing, is not a complete file of its kind, or holds other things than tensors by name.
     """
     if not file.is_file():
         raise ValueError(
@@ -90,25 +91,25 @@ def opened(file: Path) -> Iterator[dict[str, Given]]:
         with file.open("rb") as stream:
             start = stream.read(4)
         what = "is truncated or corrupt"
-        if start[:2] == b"PK" or start[:1] == b"\x80":  # torch.save's archive, or a bare pickle
+        if start[:2] == b"PK" or start[:1] == b"\x80":  # torch.save's zip archive, or a pickle
             what = "is a pickle, not a safetensors file"
         raise ValueError(f"{file} {what} ({error}); nothing was loaded") from error
 
 
 def _mapped(file: Path) -> object:
-    """What ``torch.save`` wrote, its tensors mapped from the file instead of read; nothing but tensors and plain
-    values is unpickled."""
+    """Open a file that ``torch.save`` wrote. Its tensors are memory-mapped, and only tensors and plain values are
+    unpickled."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch has no error of its own for a broken file
+    except Exception as error:  # torch raises various errors for a broken file
         raise ValueError(f"{file} is not what torch.save writes, or truncated or corrupt ({error})") from error
 
 
 def describe(tensors: object, where: str = "") -> dict[str, Given]:
-    """Tensors in memory, as ``opened`` gives those of a file.
+    """Tensors in memory in the form in which ``opened`` yields those of a file.
 
     Raises:
-        ValueError: it is no dictionary of dense tensors by name.
+        ValueError: ``tensors`` is not a dictionary of dense tensors by name.
     """
     if not isinstance(tensors, Mapping):
         raise ValueError(f"{where}an adapter's weights are tensors by name, got {type(tensors).__name__}")
@@ -127,7 +128,7 @@ def describe(tensors: object, where: str = "") -> dict[str, Given]:
 
 
 def without_prefix(given: Mapping[str, Given], prefix: str) -> dict[str, Given]:
-    """The tensors by their names in the model. A key without the prefix keeps it as a mark of what it lacks."""
+    """The tensors by their names in the model. A key that lacks the prefix is named so, and then matches nothing."""
     optional = "base_model.model."
     if not prefix:
         return {name.removeprefix(optional): entry for name, entry in given.items()}
@@ -143,16 +144,17 @@ def check_fits(
     adapter_name: str,
     names_may_change: bool = False,
 ) -> None:
-    """Compare what an adapter needs with what is there for it.
+    """Compare the tensors that an adapter needs with those that are given.
 
     Args:
-        names_may_change: the names of the adapter's own tensors may differ, as long as each has a counterpart of its
-            kind and shape: both libraries can map the names of older models to newer ones, and the names are compared
-            again after that.
+        names_may_change: whether the names of the adapter's own tensors may differ, if each has a counterpart of its
+            kind and shape. peft and transformers can map the names of older models to newer ones, and the names are
+            compared again afterwards.
 
     Raises:
-        ValueError: a tensor is missing, superfluous, of another shape or dtype, or has values that are not finite
-            numbers. All that are found are named: names, shapes and dtypes first, and values where those are right.
+        ValueError: a tensor is missing or unknown, has another shape or dtype, or has values that are not finite. The
+            message lists all wrong names, shapes and dtypes; if there are none, it lists the tensors that are not
+            finite.
     """
     missing, unknown = expected.keys() - given.keys(), given.keys() - expected.keys()
     mapped = names_may_change and all(expected[name].own for name in missing)
@@ -181,23 +183,23 @@ def _kinds(tensors: Mapping[str, Expected | Given], names: Iterable[str]) -> Cou
 def _is_dtype_right(given: Given, expected: Expected) -> bool:
     if expected.dtype.is_floating_point:
         return isinstance(given.dtype, torch.dtype)
-    return not isinstance(given.dtype, torch.dtype)  # a counter or mask of modules_to_save
+    return not isinstance(given.dtype, torch.dtype)  # for example a counter or a mask of modules_to_save
 
 
 def _is_finite(given: Given, dtype: torch.dtype) -> bool:
     if not dtype.is_floating_point:
         return True
-    # As they will be kept: 1e300 is finite in float64 and infinite in float32.
+    # In the dtype that the model keeps: 1e300 is finite in float64 and infinite in float32.
     return all(bool(part.to(dtype).isfinite().all()) for part in given.read().flatten().split(1 << 22))
 
 
 def refuse(adapter_name: str, missing: Iterable, unknown: Iterable, shapes: Iterable, dtypes: Iterable = ()) -> None:
-    """Raise a ValueError where one of the lists has an entry.
+    """Raise a ValueError if one of the lists has an entry.
 
     Args:
         missing, unknown: names.
-        shapes: name, shape in the file, shape in the model.
-        dtypes: name, dtype in the file.
+        shapes: for each wrong one, its name, its shape in the file and its shape in the model.
+        dtypes: for each wrong one, its name and its dtype in the file.
     """
     problems = []
     if missing:

@@ -1,6 +1,7 @@
-"""MixLoRALayer: a frozen linear layer and its adapters, as peft knows such a layer."""
+"""MixLoRALayer: a frozen linear layer and its adapters, as a layer of peft."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -9,15 +10,16 @@ from ..adapter import MixLoRAAdapter, frozen_map
 from ..op import mixlora_siblings
 from ..routing import Routing, RoutingContext
 from .config import ConditionalMixLoRAConfig
-from .forward import rows_as_instances
+from .forward_pass import rows_as_instances
 from .siblings import Family
 from .side_information import SideInformation
 
 
 class MergingError(NotImplementedError, ValueError):
-    """Merging, refused. peft's contract is a ValueError, its own methods that cannot merge raise the other."""
+    """The refusal to merge. peft documents a ValueError, and its methods that cannot merge raise a
+    NotImplementedError."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(
             "a MixLoRA adapter cannot be merged into the weights: which factors it adds depends on the input, so that "
             "there is no one weight to add them to"
@@ -25,10 +27,10 @@ class MergingError(NotImplementedError, ValueError):
 
 
 class LayerAdapter(MixLoRAAdapter):
-    """A ``MixLoRAAdapter`` that FSDP's wrapping policy in peft recognises.
+    """A ``MixLoRAAdapter`` that peft's wrapping policy for FSDP recognises.
 
-    The policy makes a unit of every module without children whose ``weight`` is trained; the adapter's parameters
-    need a unit of their own, because one unit can hold neither two dtypes nor trained beside frozen parameters.
+    The policy makes an FSDP unit of each module without children whose ``weight`` is trained. The adapter's parameters
+    need their own unit, because all parameters of a unit must have one dtype, and all or none of them must be trained.
     """
 
     @property
@@ -38,8 +40,8 @@ class LayerAdapter(MixLoRAAdapter):
     def forward(
         self, x: Tensor, base: nn.Module | Tensor, context: RoutingContext | None = None
     ) -> tuple[Tensor, Routing]:
-        """As ``MixLoRAAdapter``, with the routing of a group of one, in which form a decoder's forward keeps it; so is
-        ``context.routing``."""
+        """As ``MixLoRAAdapter``, but the returned routing and ``context.routing`` are those of a group of one, [1, B,
+        ...]: a decoder's forward keeps routings in this form."""
         frozen = frozen_map(base, x) if isinstance(base, nn.Module) else base
         (y,), routing = mixlora_siblings(
             x, (frozen,), (self.factors,), self.config, context, training=self.training, backend=self.backend
@@ -47,18 +49,35 @@ class LayerAdapter(MixLoRAAdapter):
         return y, routing
 
 
+if TYPE_CHECKING:
+
+    class Adapters(nn.ModuleDict):
+        """The adapters of a layer, by name."""
+
+        _modules: dict[str, LayerAdapter]  # type: ignore[assignment]  # nn.Module says: Module | None
+
+        def __getitem__(self, name: str) -> LayerAdapter: ...
+else:
+    Adapters = nn.ModuleDict
+
+
 class MixLoRALayer(nn.Module, BaseTunerLayer):
-    """In the place of a linear layer: ``base_layer``, and in ``mixlora_adapter`` one ``LayerAdapter`` per adapter.
+    """The replacement of a linear layer: ``base_layer`` is that layer, ``mixlora_adapter`` holds a ``LayerAdapter`` for
+    each adapter.
 
     Args:
         base_layer: any module that maps [..., in_features] to [..., out_features].
-        key: the layer's name in the model, under which its routing is kept and reported.
-        side: what the layers of one model know about the batch.
+        key: the layer's name in the model. Its routing is kept and reported under this name.
+        side: the batch's side information, which all layers of a model share.
     """
 
     adapter_cls = LayerAdapter
     adapter_layer_names = ("mixlora_adapter",)
     other_param_names = ("configs",)
+
+    # Attributes of peft's class.
+    active_adapters: list[str]
+    _move_adapter_to_device_of_base_layer: Callable[[str], None]
 
     def __init__(self, base_layer: nn.Module, in_features: int, out_features: int, key: str, side: SideInformation):
         super().__init__()
@@ -66,7 +85,7 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = in_features, out_features
         self.key, self.side = key, side
         self.parent, self.family = key.rpartition(".")[0], Family()
-        self.mixlora_adapter = nn.ModuleDict()
+        self.mixlora_adapter = Adapters()
         self.configs: dict[str, ConditionalMixLoRAConfig] = {}
         self._disable_adapters = False
         self._active_adapter: str | list[str] = []
@@ -84,23 +103,24 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
-    def forward(self, x: Tensor, *args, adapter_names: Sequence[str] | None = None, **kwargs) -> Tensor:
-        """The frozen layer's output with the active adapters' updates.
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        """Return the frozen layer's output with the updates of the active adapters.
 
         Args:
-            x: [B, L, in_features], or whatever the frozen layer takes; other arguments are the frozen layer's.
-            adapter_names: the adapter of each row of x, ``"__base__"`` for none (inference).
+            x: [B, L, in_features], or another shape that the frozen layer takes. Other arguments are passed to it.
+            adapter_names: the adapter of each row of x, or ``"__base__"`` for none. For inference only.
         """
         if self._disable_adapters:
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
         names = [name for name in self._active_adapter if name in self.mixlora_adapter._modules]
-        forward, y = self.side.forward, self.base_layer
+        forward_pass = self.side.forward_pass
+        y: nn.Module | Tensor = self.base_layer
         if args or kwargs:
             y = self.base_layer(x, *args, **kwargs)
-        elif len(names) == 1 and forward is not None and self.side.groups_siblings:
-            shared = forward.sharing.compute(self, names[0], x, forward)
+        elif len(names) == 1 and forward_pass is not None and self.side.groups_siblings:
+            shared = forward_pass.siblings.compute(self, names[0], x, forward_pass)
             if shared is not None:
                 return shared
         for name in names:
@@ -108,25 +128,25 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         return y if isinstance(y, Tensor) else y(x)
 
     def _adapt(self, name: str, x: Tensor, base: nn.Module | Tensor, rows: list[int] | None = None) -> Tensor:
-        config, forward = self.configs[name], self.side.forward
-        if forward is None:
+        config, forward_pass = self.configs[name], self.side.forward_pass
+        if forward_pass is None:
             self.side.check_outside(self)
-            placed, context = rows_as_instances(x if rows is None else x[rows]), None
+            prepared, context = rows_as_instances(x if rows is None else x[rows]), None
         else:
-            placed, context = forward.place([self.key], name, config, x, rows)
-        if placed is x:
+            prepared, context = forward_pass.prepare([self.key], name, config, x, rows)
+        if prepared is x:
             y, routing = self.mixlora_adapter[name](x, base, context)
         else:
             if isinstance(base, Tensor):
-                base = base.reshape(*placed.shape[:-1], base.shape[-1])
-            y, routing = self.mixlora_adapter[name](placed, base, context)
+                base = base.reshape(*prepared.shape[:-1], base.shape[-1])
+            y, routing = self.mixlora_adapter[name](prepared, base, context)
             tokens = x.shape[:-1] if rows is None else (len(rows), *x.shape[1:-1])
             y = y.view(*tokens, y.shape[-1])
-        if forward is not None:
-            forward.record(self.key, name, routing, 0)
+        if forward_pass is not None:
+            forward_pass.record(self.key, name, routing, 0)
         return y
 
-    def _forward_mixed(self, x: Tensor, adapter_names: Sequence[str], *args, **kwargs) -> Tensor:
+    def _forward_mixed(self, x: Tensor, adapter_names: Sequence[str], *args: Any, **kwargs: Any) -> Tensor:
         if len(x) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -135,11 +155,11 @@ class MixLoRALayer(nn.Module, BaseTunerLayer):
         y = self.base_layer(x, *args, **kwargs)
         for name in dict.fromkeys(adapter_names):
             if name in self.mixlora_adapter:
-                rows = [row for row, chosen in enumerate(adapter_names) if chosen == name]
+                rows = [row for row, row_name in enumerate(adapter_names) if row_name == name]
                 y[rows] = self._adapt(name, x, y[rows], rows)
         return y
 
-    # peft marks a whole adapter as trained; the routers of gate="binary" are fixed.
+    # peft makes all parameters of an adapter trainable. The routers of gate="binary" must stay fixed.
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)

@@ -1,4 +1,4 @@
-"""What is a linear layer, and what of a mixture of experts stands beside the linear layers and is left alone."""
+"""Recognise linear layers, and the experts and routers of mixtures of experts, which are not adapted."""
 
 import copy
 
@@ -7,8 +7,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-# Libraries whose subclasses of nn.Linear are linear layers with quantised weights. Their kernels run on devices of
-# their own, and some rewrite the weight when they first run, so they are not tried out.
+# Libraries whose subclasses of nn.Linear are linear layers with quantised weights. They are not tried out: their
+# kernels need certain devices, and some change the weight in their first run.
 QUANTISING = ("bitsandbytes", "torchao", "gptqmodel", "hqq", "aqlm", "eetq", "optimum", "transformers.integrations")
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -16,8 +16,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTran
 def is_linear(module: nn.Module) -> bool:
     """Whether a module maps [..., d_in] to [..., d_out]: ``nn.Linear``, its quantised kin, GPT-2's ``Conv1D``.
 
-    A subclass of ``nn.Linear`` with a forward of its own is tried out: a mixture of experts has routers among them,
-    which return several tensors, and grouped layers, which take other shapes.
+    A subclass of ``nn.Linear`` with a forward of its own is tried out. It may be the router of a mixture of experts,
+    which returns several tensors, or a grouped layer, which takes other shapes.
     """
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
@@ -36,12 +36,12 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
-    """d_in and d_out of a linear layer, also of one that has adapters."""
+    """d_in and d_out of a linear layer, with or without adapters."""
     return _get_in_out_features(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
 
 
 def _maps_as_linear(module: nn.Linear) -> bool:
-    """Run the forward on the meta device, where nothing is computed: only the shapes are found out."""
+    """Whether the forward maps [..., d_in] to [..., d_out]. It runs on the meta device, which computes shapes alone."""
     stand_in = copy.copy(module)
     stand_in._parameters = {
         name: None if value is None else nn.Parameter(torch.empty_like(value, device="meta"), requires_grad=False)
@@ -50,16 +50,16 @@ def _maps_as_linear(module: nn.Linear) -> bool:
     x = torch.empty(2, 3, module.in_features, device="meta", dtype=stand_in.weight.dtype)
     try:
         y = type(module).forward(stand_in, x)
-    except Exception:  # whatever it needs, it is not what a linear layer is given
+    except Exception:  # any error shows that it needs other input than a linear layer
         return False
     return isinstance(y, Tensor) and y.shape == (2, 3, module.out_features)
 
 
 def expert_modules(model: nn.Module) -> dict[str, str]:
-    """The experts that no adapter can stand in for, by name, each with what it is.
+    """The experts of mixtures of experts, which cannot be adapted, by name, each with a description.
 
-    They see the tokens that were sent to them instead of a sequence, so that an instance's routing cannot be found
-    there; and where they are parameters of three dimensions there is no layer to take the place of.
+    An expert gets the tokens that its router sends, and no whole sequence, so that an instance's routing cannot be
+    computed there. If experts are parameters of three dimensions, there is no linear layer to replace.
     """
     found: dict[str, str] = {}
     for name, module in outside_adapters(model):
@@ -75,7 +75,7 @@ def expert_modules(model: nn.Module) -> dict[str, str]:
 
 
 def expert_routers(model: nn.Module, experts: dict[str, str]) -> set[str]:
-    """The linear layers that send tokens to experts: beside experts, with an output for each of them."""
+    """The linear layers that send tokens to experts: those beside experts that have one output for each expert."""
     routers = set()
     for place in experts:
         module = model.get_submodule(place)
@@ -96,7 +96,7 @@ def _stacks(module: nn.Module) -> dict[str, Tensor]:
 
 
 def outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules by name, without what lies inside of adapted layers."""
+    """All modules by name, except those inside adapted layers."""
     inside: tuple[str, ...] = ()
     found = []
     for name, module in model.named_modules():

@@ -1,12 +1,14 @@
-"""Is an adapter being loaded, and from where?
+"""Find out whether an adapter is being loaded, and from where.
 
-peft and transformers make the layers of a saved adapter first and open its weights afterwards, and what makes the
-layers is not told which weights will follow. To look at them first, the running call is found on the stack, and its
-arguments are read there by their public names. ``check_loaders`` fails where a version names them otherwise.
+peft and transformers first inject the layers of a saved adapter, and open its weights afterwards. The code that injects
+the layers is not told which weights will follow. To check the weights first, this module finds the running call of the
+loading method on the stack, and reads its arguments by their public names. ``registration.check_hooks`` raises an error
+if the installed version has other names.
 """
 
 import inspect
 from pathlib import Path
+from types import CodeType
 from typing import Any, NamedTuple
 
 from huggingface_hub import hf_hub_download
@@ -20,12 +22,12 @@ HUB_OPTIONS = tuple(inspect.signature(hf_hub_download).parameters)
 
 
 class Loader(NamedTuple):
-    """A method that loads adapters: what its parameters are called, and how it prefixes the keys of a file."""
+    """A method that loads adapters, with the names of its parameters and the prefix of a file's keys."""
 
     owner: type
     name: str
     folder: str
-    options: tuple[str, ...]  # dictionaries of further arguments
+    options: tuple[str, ...]  # parameters that are dictionaries of further arguments
     tensors: str | None
     prefix: str
 
@@ -37,7 +39,7 @@ LOADERS = (
 )
 
 
-def _code(loader: Loader):
+def _code(loader: Loader) -> CodeType:
     method = inspect.unwrap(getattr(loader.owner, loader.name))
     return getattr(method, "__func__", method).__code__
 
@@ -46,13 +48,13 @@ BY_CODE = {_code(loader): loader for loader in LOADERS}
 
 
 class Load(NamedTuple):
-    """A call that is loading an adapter.
+    """A running call that loads an adapter.
 
     Attributes:
         loader: the method.
-        folder: a local folder, or a repository's name on the hub; None where tensors were given.
-        options: what the hub was asked for besides: subfolder, revision, token, cache_dir and the like.
-        tensors: the adapter's weights, where they were given in place of a folder.
+        folder: a local folder, or the name of a repository on the hub; None if tensors were given.
+        options: further arguments for the hub, such as subfolder, revision, token and cache_dir.
+        tensors: the adapter's weights, if they were given instead of a folder.
     """
 
     loader: Loader
@@ -61,12 +63,14 @@ class Load(NamedTuple):
     tensors: dict[str, Tensor] | None
 
     def find_weights(self) -> Path:
-        """The file that the weights will be loaded from, in the order of both libraries.
+        """Find the file that the weights will be loaded from. The order of candidates is that of peft and transformers.
 
         Raises:
-            ValueError: a local folder has no weights.
-            EntryNotFoundError: the hub's repository has none.
+            ValueError: a local folder has no weights, or tensors were given instead of a folder.
+            EntryNotFoundError: the repository on the hub has no weights.
         """
+        if self.folder is None:
+            raise ValueError(f"{self.loader.name} was given tensors, and no folder whose weights could be found")
         subfolder = self.options.get("subfolder") or ""
         local = Path(self.folder, subfolder)
         names = [SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME]
@@ -88,10 +92,10 @@ class Load(NamedTuple):
 
 
 def running_load(remembered: tuple[str, dict] | None = None) -> Load | None:
-    """The call that is loading an adapter, or None where an adapter is made anew.
+    """Find the running call that loads an adapter; None if a new adapter is made.
 
     Args:
-        remembered: the folder and options that the adapter's configuration was read from, where it knows them.
+        remembered: the folder and options that the adapter's configuration was read from, if it was read.
     """
     frame = inspect.currentframe()
     try:
@@ -100,20 +104,20 @@ def running_load(remembered: tuple[str, dict] | None = None) -> Load | None:
         if frame is None:
             return None
         loader, given = BY_CODE[frame.f_code], frame.f_locals
-        tensors = given.get(loader.tensors)
+        tensors = None if loader.tensors is None else given.get(loader.tensors)
         folder = given.get(loader.folder)
         options: dict[str, Any] = {}
         for name in loader.options:
             options |= given.get(name) or {}
     finally:
-        del frame  # a frame that holds itself is not freed until the garbage collector runs
+        del frame  # else the frame refers to itself, and only the garbage collector frees it
     if remembered is not None and remembered[0] == str(folder):
         options = remembered[1]
     return Load(loader, None if folder is None else str(folder), options, tensors)
 
 
 def missing_parameters() -> list[tuple[type, str, str]]:
-    """The parameters that ``LOADERS`` rely on and that the installed versions lack: class, method, parameter."""
+    """The parameters that ``LOADERS`` need and the installed versions lack, as (class, method, parameter)."""
     return [
         (loader.owner, loader.name, parameter)
         for loader in LOADERS

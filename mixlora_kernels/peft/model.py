@@ -1,9 +1,10 @@
-"""ConditionalMixLoRAModel: peft's tuner; it finds the layers, replaces them and keeps their batch in view."""
+"""ConditionalMixLoRAModel: peft's tuner. It finds the layers to adapt, replaces them, and hooks the model."""
 
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from threading import get_ident
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -18,7 +19,7 @@ from .layer import MergingError, MixLoRALayer
 from .linears import linear_sizes
 from .loading import Load, running_load
 from .registration import LOADING
-from .report import routing_report
+from .report import RoutingReport, routing_report
 from .side_information import SideInformation, find_side_information
 from .strict import load_strictly
 from .targets import check_targets, choose_targets
@@ -27,21 +28,21 @@ from .targets import check_targets, choose_targets
 class ConditionalMixLoRAModel(BaseTuner):
     """Conditional Mixture-of-LoRA in the linear layers of a model.
 
-    Merging is refused: the update depends on the input.
+    Merging is refused, because the update depends on the input.
     """
 
     prefix = "mixlora_"
     tuner_layer_cls = MixLoRALayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # see choose_targets
-    _before: Before | None = None  # the model before the adapter that is being injected or loaded
-    _loading: str | None = None  # that adapter's name
+    _before: Before | None = None  # the model before the running injection or loading
+    _loading: str | None = None  # the name of the adapter that is being loaded
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        """As in peft, after a check of all that is known: the targets, and the weights where an adapter is loaded.
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As in peft, but first check the targets, and the weights if an adapter is being loaded.
 
         Raises:
-            ValueError: a target that the model does not have, or that is no linear layer; or weights that are not
-                what the configuration makes of this model. The model is as it was.
+            ValueError: the model lacks a target, or a target is not a linear layer; or the weights do not fit the
+                configuration and this model. The model is left unchanged.
         """
         config = self.peft_config[adapter_name]
         load = running_load(getattr(config, "_read_from", None))
@@ -50,14 +51,14 @@ class ConditionalMixLoRAModel(BaseTuner):
         try:
             choose_targets(model, config)
             expected = {}
-            if kwargs.get("state_dict") is None:  # else peft reads the targets from its keys
+            if kwargs.get("state_dict") is None:  # with one, peft reads the targets from its keys
                 check_targets(model, config, self._check_target_module_exists)
                 expected = tensors_to_come(model, config, self._check_target_module_exists)
             if load is not None:
                 check_load(load, expected, adapter_name)
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             self.side.install(model)
-        except Exception:  # whatever it was, the model is put back as it was, and the error goes on
+        except Exception:  # after any error the model is restored
             self.withdraw(adapter_name)
             raise
         if load is None:
@@ -68,20 +69,24 @@ class ConditionalMixLoRAModel(BaseTuner):
             setattr(model, LOADING, partial(load_strictly, getattr(type(model), LOADING), self, adapter_name, expected))
 
     def withdraw(self, adapter_name: str) -> None:
-        """Take out an adapter that was injected, perhaps in part, and put the model back as it was before."""
+        """Remove an adapter that was injected, perhaps in part, and restore the model."""
+        before = self._before
+        if before is None:
+            raise RuntimeError(f"adapter {adapter_name!r} is not being injected or loaded, so it cannot be withdrawn")
         self.peft_config.pop(adapter_name, None)
-        self._before.restore()
-        if self._before.first:
+        before.restore()
+        if before.first:
             self.side.remove()
         self.forget()
 
     def forget(self) -> None:
-        """Nothing is being loaded (any more): what the model was before is of no use now."""
+        """Forget the model's earlier state, because no adapter is being loaded any more."""
         self._loading = self._before = None
 
     def _create_and_replace(
-        self, peft_config: ConditionalMixLoRAConfig, adapter_name, target, target_name, parent, current_key, **_
-    ) -> None:
+        self, peft_config: ConditionalMixLoRAConfig, adapter_name: str, target: nn.Module, target_name: str,
+        parent: nn.Module, current_key: str, **_: Any,
+    ) -> None:  # fmt: skip
         if isinstance(target, MixLoRALayer):
             target.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
             return
@@ -90,16 +95,16 @@ class ConditionalMixLoRAModel(BaseTuner):
         layer._active_adapter = [adapter_name]
         layer.update_layer(adapter_name, peft_config, inference_mode=peft_config.inference_mode)
         if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter is not trained unless it is made active
+            layer.requires_grad_(False)  # a further adapter is trained only if it is made active
         self._replace_module(parent, target_name, layer, target)
 
-    def routing_report(self, **options) -> dict:
+    def routing_report(self, **options: Any) -> RoutingReport:
         """See ``mixlora_kernels.peft.routing_report``."""
         return routing_report(self.model, **options)
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *_, **kwargs):
-        """Within a forward or generate(**kwargs): hand each layer the adapter of each row."""
+    def _enable_peft_forward_hooks(self, *_: Any, **kwargs: Any) -> Iterator[None]:
+        """Within a forward or generate(**kwargs), pass the adapter of each row to each layer."""
         _check_generation(self.model, kwargs)
         names = kwargs.get("adapter_names")
         if names is None:
@@ -122,14 +127,15 @@ class ConditionalMixLoRAModel(BaseTuner):
             yield
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # peft's own also hands on the child's weight, which a projector among modules_to_save does not have. Ours is in
-        # the frozen layer, which is kept, and the adapter is on its device already (MixLoRALayer.update_layer).
+        # peft's own method also copies a reference to the child's weight, which a projector among modules_to_save
+        # lacks. A MixLoRALayer keeps the child as its frozen layer, and update_layer puts the adapter on the child's
+        # device.
         setattr(parent, child_name, new_module)
 
     def _check_merge_allowed(self) -> None:
         raise MergingError
 
-    def _unload_and_optionally_merge(self, merge: bool = True, **options) -> nn.Module:
+    def _unload_and_optionally_merge(self, merge: bool = True, **options: Any) -> nn.Module:
         if merge:
             self._check_merge_allowed()
         model = super()._unload_and_optionally_merge(merge=merge, **options)
@@ -140,11 +146,11 @@ class ConditionalMixLoRAModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: ConditionalMixLoRAConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As in peft, and refuse weights that do not fit the adapter, which peft loads as far as they go.
+        """As in peft, but refuse weights that do not fit the adapter. peft would load those that fit.
 
         Raises:
-            ValueError: names, shapes or dtypes differ, or values are not finite. An adapter that was injected for
-                these weights alone is taken out.
+            ValueError: names, shapes or dtypes differ, or values are not finite. If the adapter was injected to load
+                these weights, it is removed.
         """
         state_dict = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tuner = model.base_model if isinstance(model, PeftModel) else None
@@ -160,10 +166,10 @@ class ConditionalMixLoRAModel(BaseTuner):
 
 
 def check_load(load: Load, expected: dict, adapter_name: str) -> None:
-    """Look at the weights that are going to be loaded.
+    """Check the weights that are about to be loaded.
 
     Raises:
-        ValueError: there are none, or they do not fit.
+        ValueError: there are no weights, or they do not fit.
     """
     if load.tensors is not None:
         given = without_prefix(describe(load.tensors), load.loader.prefix)
@@ -173,18 +179,20 @@ def check_load(load: Load, expected: dict, adapter_name: str) -> None:
 
 
 def side_information(model: nn.Module) -> SideInformation:
-    """What the layers of the model share, or a new one for a model without any."""
+    """The side information that the model's layers share, or a new one if the model has no adapted layers."""
     try:
         return find_side_information(model)
     except ValueError:
         return SideInformation()
 
 
-def _pass_adapter_names(_module, args, kwargs=None, *, adapter_names, thread):
-    # Another thread's forward has other rows. It may meet the hook half registered, and then calls it without kwargs.
+def _pass_adapter_names(
+    _module: nn.Module, args: tuple, kwargs: dict | None = None, *, adapter_names: list[str], thread: int
+) -> tuple[tuple, dict] | None:
+    # Another thread's forward has other rows. If it runs while this hook is being registered, it passes no kwargs.
     if get_ident() != thread:
         return None
-    return args, {**kwargs, "adapter_names": adapter_names}
+    return args, {**(kwargs or {}), "adapter_names": adapter_names}
 
 
 def _check_generation(model: nn.Module, kwargs: dict) -> None:

@@ -1,4 +1,4 @@
-"""What each layer of a forward chose, as it is kept: a group's routing stays whole until a layer's is asked for."""
+"""The recorded routing of each layer. The routing of a group is kept as one, and split when a layer's is read."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,18 +9,18 @@ from ..routing import Routing
 
 
 class Recorded(NamedTuple):
-    """What a layer chose: the routing of its group [G, B, ...], be it of one, and the layer's place g there."""
+    """A layer's routing, as the routing of its group [G, B, ...] and the layer's index g in it. G may be 1."""
 
     routing: Routing
     g: int
 
     def single(self) -> Routing:
-        """The layer's own, [B, ...]."""
+        """The layer's own routing, [B, ...]."""
         return self.routing.member(self.g)
 
 
 def join(found: Sequence[Recorded]) -> Routing:
-    """The routing of several layers as a group's, [G, B, ...]."""
+    """The routings of several layers as that of a group, [G, B, ...]."""
     routing, G = found[0].routing, len(found)
     if all(one.routing is routing and one.g == g for g, one in enumerate(found)) and len(routing.index_a) == G:
         return routing
@@ -28,7 +28,7 @@ def join(found: Sequence[Recorded]) -> Routing:
 
 
 def detach(routings: dict[tuple[str, str], Recorded]) -> dict[tuple[str, str], Recorded]:
-    """The same without their graphs; that of a group is detached once."""
+    """The same routings without their autograd graphs. The routing of a group is detached once."""
     plain = {}
     for routing, _ in routings.values():
         if id(routing) not in plain:

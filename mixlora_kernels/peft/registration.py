@@ -1,4 +1,4 @@
-"""Register the method with peft, whose enumeration of methods has to be extended for it."""
+"""Register the method with peft, and add it to peft's enumeration of methods."""
 
 import importlib.metadata
 
@@ -10,9 +10,10 @@ from transformers import PreTrainedModel
 
 from .loading import missing_parameters
 
-LOADING = "_load_pretrained_model"  # of a transformers model: what its load_adapter() loads weights by
+LOADING = "_load_pretrained_model"  # the method by which transformers' load_adapter() loads weights
 
-# What the checks of loaded weights are hung on. A version without one of these would skip them without a word.
+# The methods that the checks of loaded weights hook into. In a version without one of them, a check would silently not
+# run.
 HOOKS = (
     (BaseTuner, "_remap_adapter_state_dict_for_load"),
     (BaseTuner, "_check_target_module_exists"),
@@ -22,7 +23,7 @@ HOOKS = (
 
 
 def check_hooks() -> None:
-    """Raise an ImportError where the installed peft or transformers lacks what weights are checked by."""
+    """Raise an ImportError if the installed peft or transformers lacks something that the checks of weights need."""
     lacking = [(owner, name) for owner, name in HOOKS if not hasattr(owner, name)]
     lacking += [(owner, f"{name}({parameter})") for owner, name, parameter in missing_parameters()]
     for owner, name in lacking:
@@ -35,9 +36,9 @@ def check_hooks() -> None:
 
 
 def add_peft_type(name: str) -> PeftType:
-    """The member ``PeftType.<name>``, added where peft does not have it.
+    """Return the member ``PeftType.<name>``, and add it if peft does not have it.
 
-    A bare string in its place goes a long way and then fails where transformers asks for ``peft_type.value``.
+    A plain string instead of a member would fail in transformers, which reads ``peft_type.value``.
     """
     if name not in PeftType.__members__:
         member = str.__new__(PeftType, name)
@@ -49,7 +50,7 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def register(peft_type: PeftType, config_cls: type, model_cls: type[BaseTuner]) -> None:
-    """Enter the method in peft's tables; a second import of this package changes nothing."""
+    """Register the method with peft. A second call changes nothing."""
     if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(
             name=peft_type.value.lower(), config_cls=config_cls, model_cls=model_cls, prefix=model_cls.prefix

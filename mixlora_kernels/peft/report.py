@@ -1,7 +1,7 @@
-"""A second look at routing: what the last forward chose, and how narrowly."""
+"""Report the routing of the last forward: which factors were chosen, and how close the choices were."""
 
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -11,40 +11,45 @@ from ..routing import Routing
 from .side_information import find_side_information
 from .targets import left_alone
 
-NEAR = 2**-7  # how far bfloat16 may round a probability: a choice won by less can turn out otherwise there
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-COLLAPSED = 0.95  # of all choices, on as few factors as one instance has: then nearly every instance has the same ones
-ENOUGH = 16  # instances, below which equal choices say little
+NEAR = 2**-7  # the relative rounding error of bfloat16: a choice by a smaller margin may differ there
+
+COLLAPSED = 0.95  # part of all choices that falls on only r factors, from which on routing counts as collapsed
+ENOUGH = 16  # instances, below which equal choices mean little
 
 
 class RoutingReport(dict):
-    """By adapter and layer, see ``routing_report``; and ``left_alone``, the experts that no adapter was put into, by
-    name, each with what it is."""
+    """The result of ``routing_report``, by adapter and layer. ``left_alone`` has the experts that are not adapted, by
+    name, each with a description."""
 
     left_alone: dict[str, str]
 
 
 def routing_report(model: nn.Module, near: float = NEAR) -> RoutingReport:
-    """How the adapters of each layer routed the last forward.
+    """Report how each adapter routed the last forward, for each layer.
 
     Args:
         model: an adapted model.
-        near: what part of the last chosen factor's probability may part it from the first one not chosen for the
-            choice to count as a near-tie.
+        near: a choice is a near-tie if the probability of the last chosen factor exceeds that of the first factor that
+            was not chosen by at most this part of it.
 
-    Warns of layers in which routing has collapsed: over at least 16 instances, 95 % of all choices fell on only r
-    factors, so that nearly every instance had the same ones and the layer is a plain LoRA of rank r.
+    Warns of layers whose routing has collapsed: over at least 16 instances, 95 % of all choices fell on only r factors.
+    Nearly every instance then has the same factors, and the layer is a plain LoRA of rank r.
 
     Returns:
-        By adapter and layer, ``instances``; and for each of the pools A and B ``usage_a`` [E], the number of
-        instances that chose each factor, ``most_used_a``, the share of all choices that fell on the r factors chosen
-        most (1 where all instances chose alike, r / E where every factor was chosen as often), ``near_ties_a``, the
-        share of instances at a near-tie at the border of the r chosen, ``entropy_a``, the mean entropy of the
-        probabilities in nats (at most ln E); likewise ``_b``. Its attribute ``left_alone`` names the experts of a
-        mixture of experts that no adapter was put into.
+        A dictionary by adapter and layer. Each entry has ``instances``, their number, and for pool A:
+        ``usage_a`` [E], the number of instances that chose each factor;
+        ``most_used_a``, the part of all choices that fell on the r most used factors (1 if all instances chose the same
+        factors, r / E if all factors were chosen equally often);
+        ``near_ties_a``, the part of instances whose choice was a near-tie;
+        ``entropy_a``, the mean entropy of the probabilities in nats (at most ln E).
+        The entries ``_b`` are those of pool B. The attribute ``left_alone`` names the experts of a mixture of experts
+        that are not adapted.
 
     Raises:
-        ValueError: the model has no MixLoRA layers, or made no forward yet.
+        ValueError: the model has no MixLoRA layers, or has not run a forward yet.
     """
     last = find_side_information(model).last
     if not last:
@@ -76,7 +81,7 @@ def _warn_of_collapse(adapter: str, layers: dict[str, dict]) -> None:
 
 
 def chooses(row: dict, pool: str) -> bool:
-    """Whether there are more factors than an instance has."""
+    """Whether the pool has more than r factors."""
     usage = row[f"usage_{pool}"]
     return sum(usage) < row["instances"] * len(usage)
 
@@ -99,13 +104,13 @@ def _summary(routing: Routing, near: float) -> dict:
 
 def _near_ties(probs: Tensor, r: int, near: float) -> float:
     if r == probs.shape[1]:
-        return 0.0  # no factor is left out
+        return 0.0  # every factor is chosen
     ordered = probs.sort(-1, descending=True)[0]
     return (ordered[:, r - 1] - ordered[:, r] <= near * ordered[:, r - 1]).float().mean().item()
 
 
-def plot_routing(report: dict[str, dict[str, dict]], adapter: str = "default"):
-    """Draw each layer's usage of the factors, as a share of the instances: two panels, pool A and pool B.
+def plot_routing(report: dict[str, dict[str, dict]], adapter: str = "default") -> "Figure":
+    """Draw how many of the instances chose each factor, for each layer. Pool A and pool B have one panel each.
 
     Returns the matplotlib figure.
 

@@ -1,18 +1,18 @@
-"""Siblings: layers of one parent that read the same x are computed together, the first for all.
+"""Siblings: layers of one parent module that read the same x. The first one computes the outputs of all.
 
-A model calls q_proj, k_proj and v_proj one after the other. The first of them computes all, and each of the others
-takes what was left for it, if it is called with the very same x, unchanged, in the same modes. Otherwise it computes
-alone, which gives the same bits. Nothing that was left outlives the forward.
+A model calls q_proj, k_proj and v_proj one after the other. q_proj computes all three outputs. k_proj and v_proj take
+theirs if they are called with the same tensor object, unchanged, in the same modes. Otherwise they compute alone, which
+gives the same bits. Outputs that are not taken are dropped at the end of the forward.
 
-Which layers are siblings is observed: those of one parent that a forward calls in succession with one tensor. For the
-names of ``USUAL`` it is expected before the first forward, so that a run that is resumed has the bits of one that was
-not; what is expected or observed and does not hold in a forward is dropped after it. torch.compile traces what is
-expected, and observes nothing.
+Siblings are found by observation: layers of one parent that a forward calls in succession with the same tensor. Layers
+with the names in ``USUAL`` are expected to be siblings before the first forward, so that a resumed run has the same
+bits as an uninterrupted one. A family that does not fit a forward's calls is dropped after that forward. torch.compile
+uses the expected families, and observes none.
 """
 
 import weakref
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from ..backends.base import FrozenLinear
 from ..op import mixlora_siblings
 
 if TYPE_CHECKING:
-    from .forward import Forward
+    from .forward_pass import ForwardPass
     from .layer import MixLoRALayer
 
 
@@ -36,20 +36,20 @@ USUAL = (
 
 
 class Family:
-    """The siblings that were observed, in the order of their calls. A copy of a layer observes its own."""
+    """Siblings in the order of their calls. A copied layer starts with an empty family."""
 
     def __init__(self, layers: "Sequence[MixLoRALayer]" = ()):
         self.layers = tuple(layers)
 
-    def __deepcopy__(self, memo) -> "Family":
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Family":
         return Family()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type["Family"], tuple[()]]:
         return Family, ()
 
 
 def expect_families(layers: "Iterable[MixLoRALayer]") -> None:
-    """Make siblings of the layers that have a parent in common and the names of ``USUAL``."""
+    """Make families of the layers that have the same parent and the names in ``USUAL``."""
     by_parent: dict[str, dict[str, MixLoRALayer]] = {}
     for layer in layers:
         by_parent.setdefault(layer.parent, {})[layer.key.rpartition(".")[2]] = layer
@@ -61,8 +61,8 @@ def expect_families(layers: "Iterable[MixLoRALayer]") -> None:
                     layer.family = family
 
 
-class Left(NamedTuple):
-    """A result that waits for its layer's call, and what that call must agree in."""
+class Pending(NamedTuple):
+    """An output that a sibling computed, and the x, its version and the modes that the layer's call must have."""
 
     x: Tensor
     version: int
@@ -70,61 +70,61 @@ class Left(NamedTuple):
     y: Tensor
 
 
-class Sharing:
-    """What the siblings of one forward of a decoder share."""
+class Siblings:
+    """The siblings' outputs and families in one forward of a decoder."""
 
-    def __init__(self):
-        self._left: dict[str, Left] = {}
-        self._refused: set[str] = set()  # layers that were called otherwise than what was left for them
+    def __init__(self) -> None:
+        self._pending: dict[str, Pending] = {}
+        self._refused: set[str] = set()  # layers whose call did not fit their pending output
         self._run: list[MixLoRALayer] = []  # the last layers called in succession with one x
-        self._x = None
+        self._x: Callable[[], Tensor | None] = _nothing  # a weak reference to that x
         self._observed: list[list[MixLoRALayer]] = []
-        self._led: dict[str, Sequence[MixLoRALayer]] = {}
-        self._over = False  # whether the forward has ended; what comes later recomputes a part of it
+        self._groups: dict[str, Sequence[MixLoRALayer]] = {}
+        self._over = False  # whether the forward has ended; later calls belong to recomputations
 
-    def compute(self, layer: "MixLoRALayer", name: str, x: Tensor, forward: "Forward") -> Tensor | None:
-        """The layer's output, which a sibling left for it, or which it computes for all of them; None: it is to compute
-        alone."""
-        left = self._left.pop(layer.key, None)
-        if left is not None:
-            if left.x is x and _is_unchanged(x, left.version) and left.modes == _modes(layer, name):
-                return left.y
+    def compute(self, layer: "MixLoRALayer", name: str, x: Tensor, forward_pass: "ForwardPass") -> Tensor | None:
+        """Return the layer's output: the pending one, or the result of computing all siblings. None: the layer has to
+        compute alone."""
+        pending = self._pending.pop(layer.key, None)
+        if pending is not None:
+            if pending.x is x and _is_unchanged(x, pending.version) and pending.modes == _modes(layer, name):
+                return pending.y
             self._refused.add(layer.key)
         members = self._find_members(layer, name, x)
         if not members:
             self._observe(layer, x)
             return None
-        self._led[layer.key] = members
+        self._groups[layer.key] = members
         bases = [frozen_map(member.base_layer, x) for member in members]
-        placed, context = forward.place([member.key for member in members], name, layer.configs[name], x)
+        prepared, context = forward_pass.prepare([member.key for member in members], name, layer.configs[name], x)
         adapters = [member.mixlora_adapter._modules[name] for member in members]
         ys, routing = mixlora_siblings(
-            placed,
-            [base if placed is x or isinstance(base, FrozenLinear) else _like(base, placed) for base in bases],
+            prepared,
+            [base if prepared is x or isinstance(base, FrozenLinear) else _like(base, prepared) for base in bases],
             [adapter.factors for adapter in adapters],
             layer.configs[name],
             context,
             training=layer.training,
             backend=adapters[0].backend,
         )
-        if placed is not x:
+        if prepared is not x:
             ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
         modes, version = _modes(layer, name), x._version
         for g, member in enumerate(members):
-            forward.record(member.key, name, routing, g)
+            forward_pass.record(member.key, name, routing, g)
             if g:
-                self._left[member.key] = Left(x, version, modes, ys[g])
+                self._pending[member.key] = Pending(x, version, modes, ys[g])
         return ys[0]
 
     def clear(self) -> None:
-        """Drop what was left and not taken: at the end of a recomputation."""
-        self._left.clear()
+        """Drop the pending outputs, at the end of a recomputation."""
+        self._pending.clear()
 
     def end(self) -> None:
-        """Drop what was left at the end of the forward, and hand the layers what was observed of them."""
-        idle = self._refused.union(self._left)
-        self._left.clear()
-        for members in self._led.values():
+        """End the forward: drop the pending outputs, and give the layers the families that were observed."""
+        idle = self._refused.union(self._pending)
+        self._pending.clear()
+        for members in self._groups.values():
             if any(member.key in idle for member in members):
                 self._hand([member for member in members if member.key not in idle])
                 for member in members:
@@ -132,7 +132,7 @@ class Sharing:
                         member.family = Family()
         for run in self._observed:
             self._hand(run)
-        self._run, self._x, self._observed, self._over = [], None, [], True
+        self._run, self._x, self._observed, self._over = [], _nothing, [], True
         self._refused.clear()
 
     @staticmethod
@@ -152,23 +152,26 @@ class Sharing:
             self._run, self._x = [layer], weakref.ref(x)
 
     def _find_members(self, layer: "MixLoRALayer", name: str, x: Tensor) -> "Sequence[MixLoRALayer]":
-        """Those that the layer computes with itself. A recomputation has to save what its forward saved, so it has the
-        same."""
-        members = self._led.get(layer.key, ()) if self._over else layer.family.layers
+        """The siblings that the layer computes, itself included. A recomputation uses those of its forward, because it
+        has to save the same tensors."""
+        members = self._groups.get(layer.key, ()) if self._over else layer.family.layers
         if not members or members[0] is not layer or type(x) is not Tensor:
             return ()
-        if not torch.compiler.is_compiling() and x.is_inference():  # which has no version
+        if not torch.compiler.is_compiling() and x.is_inference():  # inference tensors have no version
             return ()
         modes = _modes(layer, name)
         return members if all(_readable(member, name) and _modes(member, name) == modes for member in members) else ()
 
 
-def _is_unchanged(x: Tensor, version: int) -> bool:
-    """Whether nothing has changed x in place since it had that version.
+def _nothing() -> None:
+    return None
 
-    A graph being compiled cannot take another way by a tensor's version: there a change in place is an error, whose
-    text is torch's and whose traceback leads here. ``torch.compiler.disable`` on the module around the layers
-    avoids it.
+
+def _is_unchanged(x: Tensor, version: int) -> bool:
+    """Whether x has not been changed in place since it had this version.
+
+    A compiled graph cannot branch on a tensor's version. Under torch.compile a change in place raises torch's error,
+    with a traceback to this line. ``torch.compiler.disable`` on the module around the layers avoids it.
     """
     if torch.compiler.is_compiling():
         torch._check(x._version == version)
@@ -177,7 +180,7 @@ def _is_unchanged(x: Tensor, version: int) -> bool:
 
 
 def _modes(layer: "MixLoRALayer", name: str) -> tuple:
-    """What the layers of a group must have in common, and a layer with the one that computed its result."""
+    """The modes and settings that must be equal for all layers of a group, and when a pending output is taken."""
     adapters = layer.mixlora_adapter._modules
     adapter = adapters.get(name)
     return (
@@ -194,8 +197,8 @@ def _modes(layer: "MixLoRALayer", name: str) -> tuple:
 
 
 def _readable(layer: "MixLoRALayer", name: str) -> bool:
-    """Whether the adapter's parameters, and the frozen layer, can be used from outside of the layer's own forward: no
-    unit of FSDP or ZeRO-3 that gathers them only then, and no hook that waits for its call."""
+    """Whether a sibling can use the layer's parameters: no FSDP unit or ZeRO-3 gathers them in the layer's own forward
+    alone, and the layer has no hooks, which need its own call."""
     adapter = layer.mixlora_adapter._modules.get(name)
     return (
         type(adapter) is layer.adapter_cls
@@ -211,5 +214,5 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _like(y: Tensor, placed: Tensor) -> Tensor:
-    return y.reshape(*placed.shape[:-1], y.shape[-1])
+def _like(y: Tensor, prepared: Tensor) -> Tensor:
+    return y.reshape(*prepared.shape[:-1], y.shape[-1])

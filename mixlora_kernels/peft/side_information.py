@@ -1,62 +1,70 @@
-"""How what a model is given reaches the adapted layers, which see hidden states alone.
+"""Pass the arguments of a model's forward to the adapted layers, which get hidden states alone.
 
-Hooks on the model and on its decoder note the running forward in one object that all layers of the model share; each
-thread notes its own, so that several may run one model. Activation checkpointing runs a layer a second time, when that
-forward is long over and perhaps another came after it, and in whichever thread the backward runs; so each
-checkpointing function is wrapped to remember, at the call, the forward it belongs to.
+All layers of a model share one ``SideInformation``. Hooks on the model and its decoder record the running forward
+there, separately for each thread, so that several threads can run one model. Activation checkpointing runs a layer
+again during
+the backward: after its forward has ended, perhaps after another forward, and perhaps in another thread. Therefore each
+checkpointing function is wrapped, and remembers the forward in which it was called.
 """
 
 import inspect
 import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from ..routing import Routing
 from .cache import KeptRouting, find_cache, find_past
-from .forward import Forward, ModelInputs
+from .forward_pass import ForwardPass
+from .model_inputs import ModelInputs
 from .recorded import Recorded, detach
 from .siblings import expect_families
 
-# Where transformers and torch keep the function that checkpoints a layer.
+if TYPE_CHECKING:
+    from .layer import MixLoRALayer
+
+# The attributes in which transformers and torch keep the function that checkpoints a layer.
 CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 class Running:
-    """What one thread runs.
+    """The forward that one thread runs.
 
     Attributes:
-        inputs: the arguments of the whole model's forward; None outside of one.
-        forward: the decoder's forward; None outside of one.
+        inputs: the arguments of the whole model's forward; None if none runs.
+        forward_pass: the decoder's forward; None if none runs.
         task: a task embedding and its mask for every forward, set by ``task_embedding``.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.inputs: ModelInputs | None = None
-        self.forward: Forward | None = None
+        self.forward_pass: ForwardPass | None = None
         self.task: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
 class EachThread(threading.local):
-    """Holds each thread's ``Running``, a plain object: torch.compile cannot trace what is set on a thread-local one."""
+    """Holds the ``Running`` of each thread. It is a separate object, because torch.compile cannot trace assignments to
+    attributes of a thread-local one."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.running = Running()
 
 
 class SideInformation:
     """What the layers of one model know about the batch.
 
-    It holds no module, so that a layer can be copied without the model, and a model with its own copy of this. What
-    runs is not copied.
+    It holds no module. A layer can therefore be copied without its model, and a copy of a model gets its own copy of
+    this. The running forwards are not copied.
 
     Attributes:
-        groups_siblings: whether layers that read the same x are computed together; False: each by itself,
+        groups_siblings: whether layers that read the same x are computed together. False: each layer is computed alone,
             with the same bits.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.groups_siblings = True
         self._last: dict[tuple[str, str], Recorded] = {}
         self.decoder_paths: tuple[str, ...] = ()
@@ -67,18 +75,18 @@ class SideInformation:
 
     @property
     def last(self) -> dict[tuple[str, str], Routing]:
-        """The routings of the last forward to finish, in any thread, by (layer, adapter), detached."""
+        """The detached routings of the last forward that ended in any thread, by (layer, adapter)."""
         return {place: recorded.single() for place, recorded in self._last.items()}
 
     @property
     def running(self) -> Running:
-        """What this thread runs."""
+        """The forwards that this thread runs."""
         return self._each_thread.running
 
     @property
-    def forward(self) -> Forward | None:
-        """The decoder's forward that this thread runs; None outside of one."""
-        return self._each_thread.running.forward
+    def forward_pass(self) -> ForwardPass | None:
+        """The decoder's forward that this thread runs; None if it runs none."""
+        return self._each_thread.running.forward_pass
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name != "_each_thread"}
@@ -89,14 +97,15 @@ class SideInformation:
         self._each_thread = EachThread()
 
     def install(self, model: nn.Module) -> None:
-        """Hook the model and its decoder; once, however often it is called."""
+        """Register hooks on the model and its decoder. Further calls change nothing."""
         self._expects_families = False
         if self._handles:
             return
         decoders = find_decoders(model)
         self.decoder_paths = tuple(name for name, module in model.named_modules() if module in decoders and name)
         # Labels of a model that cannot generate (a classifier, a reward model) are no answers.
-        self._generates = not hasattr(model, "can_generate") or model.can_generate()
+        can_generate = getattr(model, "can_generate", None)
+        self._generates = can_generate is None or can_generate()
         add = self._handles.append
         add(model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         for decoder in decoders:
@@ -110,11 +119,11 @@ class SideInformation:
             handle.remove()
         self._handles.clear()
 
-    def check_outside(self, layer: nn.Module) -> None:
-        """Refuse to train a decoder's layer outside of the decoder's forward.
+    def check_outside(self, layer: "MixLoRALayer") -> None:
+        """Refuse to train a decoder's layer outside the decoder's forward.
 
-        It happens where something recomputes the layer that this module does not know of; its instances, and with
-        them the gradients, would be wrong, and nothing would show it.
+        It happens if a checkpointing function that this module does not know recomputes the layer. The instances, and
+        with them the gradients, would silently be wrong.
         """
         if layer.training and torch.is_grad_enabled() and layer.key.startswith(self.decoder_paths or ("\0",)):
             raise RuntimeError(
@@ -122,7 +131,7 @@ class SideInformation:
                 "an instance. To checkpoint activations, use model.gradient_checkpointing_enable()"
             )
 
-    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict):
+    def _enter_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "torch.nn.DataParallel is not supported: use DistributedDataParallel (torchrun or accelerate launch)"
@@ -132,20 +141,20 @@ class SideInformation:
         if "task_embedding" in kwargs:
             kwargs = dict(kwargs)
             task, task_mask = kwargs.pop("task_embedding"), kwargs.pop("task_mask", None)
-        running.forward = None
+        running.forward_pass = None
         running.inputs = ModelInputs(named.get("labels"), named.get("logits_to_keep"), task, task_mask, self._generates)
         return args, kwargs
 
-    def _leave_model(self, _module, _args, _output) -> None:
+    def _leave_model(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
         running = self.running
-        running.forward = running.inputs = None
+        running.forward_pass = running.inputs = None
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._enter(module, args, kwargs, self.running.inputs)
 
     def _enter_encoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = self.running.inputs
-        if inputs is not None:  # what the encoder reads is prompt to its last token; the labels are the decoder's
+        if inputs is not None:  # all of the encoder's tokens are prompt; the labels belong to the decoder
             inputs = ModelInputs(task=inputs.task, task_mask=inputs.task_mask, generates=False)
         self._enter(module, args, kwargs, inputs)
 
@@ -153,41 +162,50 @@ class SideInformation:
         named, running = _by_name(module, args, kwargs), self.running
         tokens = named.get("inputs_embeds")
         tokens = named.get("input_ids") if tokens is None else tokens
-        shape = tokens.shape[:2] if isinstance(tokens, Tensor) and tokens.dim() >= 2 else None
+        shape = None
+        if isinstance(tokens, Tensor) and tokens.dim() >= 2:
+            shape = tokens.shape[0], tokens.shape[1]
         if inputs is None:  # called without the whole model
             inputs = ModelInputs(task=running.task[0], task_mask=running.task[1], generates=self._generates)
         past = find_past(named, None if shape is None else shape[1])
         if not self._expects_families:
-            expect_families(layer for layer in module.modules() if vars(layer).get("side") is self)
+            expect_families(layer for layer in module.modules() if self._knows(layer))
             self._expects_families = True
-        running.forward = Forward(shape, named, inputs, module.training, past)
+        running.forward_pass = ForwardPass(shape, named, inputs, module.training, past)
         if module.training and torch.is_grad_enabled():
             self._guard_checkpoints(module)
 
-    def _leave_decoder(self, _module, args, kwargs: dict, output) -> None:
+    def _knows(self, module: nn.Module) -> "TypeGuard[MixLoRALayer]":
+        """Whether the module is a layer that shares this object."""
+        return vars(module).get("side") is self
+
+    def _leave_decoder(self, _module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         running = self.running
-        forward = running.forward
+        forward_pass = running.forward_pass
         if running.inputs is None:  # called without the whole model
-            running.forward = None
-        if forward is None:
+            running.forward_pass = None
+        if forward_pass is None:
             return
-        forward.sharing.end()
-        if output is None or not forward.routings:
+        forward_pass.siblings.end()
+        if output is None or not forward_pass.routings:
             return
-        self._last = detach(forward.routings)
-        if forward.past.length or forward.L is None:
+        self._last = detach(forward_pass.routings)
+        if forward_pass.past.length or forward_pass.shape is None:
             return
-        cache = forward.past.cache
+        cache = forward_pass.past.cache
         if cache is None:  # the decoder may have made one
             parts = output if isinstance(output, tuple) else output.values() if isinstance(output, dict) else ()
             cache = find_cache(parts)
         if cache is not None:
-            prompt = forward.L - max(forward.keep - 1, 0)
-            setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward.routings))
+            prompt = forward_pass.L - max(forward_pass.keep - 1, 0)
+            setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward_pass.routings))
 
     def _guard_checkpoints(self, decoder: nn.Module) -> None:
-        """In every forward, because checkpointing may be switched on at any time. So it takes a shorter way than
-        ``nn.Module.modules``, and leaves out what is inside an adapted layer, where nothing is checkpointed."""
+        """Wrap the checkpointing functions below a decoder.
+
+        It runs in every forward, because checkpointing can be switched on at any time. It skips the inside of adapted
+        layers, and is faster than ``nn.Module.modules``.
+        """
         waiting: list[nn.Module] = [decoder]
         while waiting:
             attributes = vars(waiting.pop())
@@ -201,39 +219,41 @@ class SideInformation:
 
 
 class RestoringCheckpoint:
-    """A checkpointing function whose recomputation sees the forward it belongs to, in whichever thread it runs."""
+    """A checkpointing function whose recomputation uses the forward of its call, in whichever thread it runs."""
 
-    def __init__(self, side: SideInformation, function):
+    def __init__(self, side: SideInformation, function: Callable):
         self.side, self.function = side, function
 
-    def __call__(self, layer, *args, **kwargs):
-        return self.function(_InForward(self.side, self.side.forward, layer), *args, **kwargs)
+    def __call__(self, layer: Callable, *args: Any, **kwargs: Any) -> Any:
+        return self.function(_WithinPass(self.side, self.side.forward_pass, layer), *args, **kwargs)
 
 
-class _InForward:
-    def __init__(self, side: SideInformation, forward: Forward | None, layer):
-        self.side, self.forward, self.layer = side, forward, layer
+class _WithinPass:
+    def __init__(self, side: SideInformation, forward_pass: ForwardPass | None, layer: Callable):
+        self.side, self.forward_pass, self.layer = side, forward_pass, layer
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         running = self.side.running
-        before, running.forward = running.forward, self.forward
+        before, running.forward_pass = running.forward_pass, self.forward_pass
         try:
             return self.layer(*args, **kwargs)
         finally:
-            running.forward = before
-            if self.forward is not None:
-                self.forward.sharing.clear()
+            running.forward_pass = before
+            if self.forward_pass is not None:
+                self.forward_pass.siblings.clear()
 
 
 @contextmanager
-def task_embedding(model: nn.Module, embedding: Tensor, mask: Tensor | None = None):
-    """Give every forward of this thread within the block a task embedding; the way to generate with
-    ``routing="task"``. Other threads do not see it: enter the block in the thread that runs the model.
+def task_embedding(model: nn.Module, embedding: Tensor, mask: Tensor | None = None) -> Iterator[None]:
+    """Give a task embedding to every forward that this thread runs within the block.
+
+    Use it to generate with ``routing="task"``. Other threads do not get the embedding, so enter the block in the thread
+    that runs the model.
 
     Args:
         model: an adapted model, as a ``PeftModel`` or with injected adapters.
-        embedding: [B, d_task] or [B, T, d_task]; beams and returned sequences repeat it themselves.
-        mask: [B, T], the embedding's tokens that count.
+        embedding: [B, d_task] or [B, T, d_task]. It is repeated automatically for beams and returned sequences.
+        mask: [B, T], the tokens of the embedding that its mean runs over.
 
     Raises:
         ValueError: ``model`` has no MixLoRA layers.
@@ -247,10 +267,10 @@ def task_embedding(model: nn.Module, embedding: Tensor, mask: Tensor | None = No
 
 
 def find_side_information(model: nn.Module) -> SideInformation:
-    """What the model's layers share.
+    """Return the side information that the model's layers share.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has no adapted layers.
     """
     for module in model.modules():
         if isinstance(side := vars(module).get("side"), SideInformation):
@@ -259,17 +279,17 @@ def find_side_information(model: nn.Module) -> SideInformation:
 
 
 def find_decoders(model: nn.Module) -> list[nn.Module]:
-    """The modules whose forward receives the tokens' mask and positions: the text decoder (and after it the encoder of
-    a model that has both); the model itself where it is no transformers model."""
-    get_decoder = getattr(model, "get_decoder", None)
-    if get_decoder is None:
+    """The modules whose forward receives the mask and the positions of the tokens: the text decoder, followed by the
+    encoder if the model has both; or the model itself if it is not a transformers model."""
+    of_transformers: Any = model  # whose methods nn.Module does not declare
+    if not hasattr(model, "get_decoder"):
         return [model]
-    decoders = [get_decoder()]
+    decoders = [of_transformers.get_decoder()]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        decoders.append(model.get_encoder())
+        decoders.append(of_transformers.get_encoder())
     return list(dict.fromkeys(decoders))
 
 
 def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """A forward's arguments by name; the signature is read only where some have none."""
+    """A forward's arguments by name. The signature is only read if there are positional arguments."""
     return dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs if args else kwargs

@@ -1,9 +1,10 @@
-"""Which layers to adapt: the default choice, and a check of everybody's."""
+"""Which layers to adapt: find the default targets, and check the user's."""
 
 import re
 import warnings
 from collections import Counter
 from collections.abc import Callable
+from typing import Any, TypeGuard
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -15,16 +16,16 @@ from .side_information import find_decoders
 
 
 def choose_targets(model: nn.Module, config: ConditionalMixLoRAConfig) -> None:
-    """Put in the place of no ``target_modules``, or of ``"all-linear"``, what they stand for in this model.
+    """Replace ``target_modules`` that are None or ``"all-linear"`` by the layers that they mean in this model.
 
-    Warns of experts that are left alone.
+    Warns of experts that are not adapted.
 
     Raises:
         ValueError: as ``decoder_linears``.
     """
     if config.target_modules is None:
         config.target_modules = decoder_linears(model, config)
-        config.layers_to_transform = config.layers_pattern = None  # the expression holds their choice
+        config.layers_to_transform = config.layers_pattern = None  # the expression contains these settings
     elif is_all_linear(config.target_modules):
         config.target_modules = all_linears(model)
     else:
@@ -39,12 +40,12 @@ def choose_targets(model: nn.Module, config: ConditionalMixLoRAConfig) -> None:
         )
 
 
-def is_all_linear(targets) -> bool:
+def is_all_linear(targets: Any) -> TypeGuard[str]:
     return isinstance(targets, str) and targets.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
 
 
 def left_alone(model: nn.Module) -> dict[str, str]:
-    """The experts of the text decoder that no adapter was put into, by name, each with what it is."""
+    """The experts of the text decoder that are not adapted, by name, each with a description."""
     decoders = set(find_decoders(model))
     paths = [name for name, module in model.named_modules() if module in decoders]
     return {
@@ -56,7 +57,7 @@ def left_alone(model: nn.Module) -> dict[str, str]:
 
 
 def all_linears(model: nn.Module) -> set[str]:
-    """The names of all linear layers but the head's, routers and what lies inside of experts."""
+    """The names of all linear layers except the head, routers, and layers inside experts."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
     experts = expert_modules(model)
     routers = expert_routers(model, experts)
@@ -69,13 +70,15 @@ def all_linears(model: nn.Module) -> set[str]:
 
 
 def decoder_linears(model: nn.Module, config: ConditionalMixLoRAConfig) -> str:
-    """An expression for every linear layer inside the text decoder's layers (an encoder's, of a model without one).
+    """A regular expression for every linear layer inside the text decoder's layers, or the encoder's if there is no
+    decoder.
 
-    The decoder is found by its place in the model: vision towers use the same names for their layers. Mixtures of
-    experts keep their experts and routers as they are.
+    The expression contains the decoder's path, because vision towers use the same names for their layers. Experts and
+    routers of mixtures of experts are not included.
 
     Raises:
-        ValueError: the model has no ``get_decoder``, or no list of layers there, or the layers wanted do not exist.
+        ValueError: the model has no ``get_decoder``, the decoder has no list of layers, or the requested layers do not
+            exist.
     """
     ask = "give target_modules"
     if not hasattr(model, "get_decoder"):
@@ -93,21 +96,21 @@ def decoder_linears(model: nn.Module, config: ConditionalMixLoRAConfig) -> str:
     indices = [indices] if isinstance(indices, int) else indices
     experts = expert_modules(decoder)
     routers = expert_routers(decoder, experts)
-    inside: dict[bool, set[str]] = {}  # what stands below a layer, by whether it is a linear layer to adapt
+    inside: dict[bool, set[str]] = {}  # paths below a layer, by whether they are linear layers to adapt
     for name, module in outside_adapters(decoder):
         head = next((head for head in lists if name.startswith(f"{head}.")), name)
         index, _, rest = name[len(head) + 1 :].partition(".")
         if rest and (not indices or int(index) in indices):
             apart = name in routers or name.startswith(tuple(f"{place}." for place in experts) or "\0")
             inside.setdefault(is_linear(module) and not apart, set()).add(rest)
-    chosen = inside.get(True, set()) - inside.get(False, set())
-    if not chosen:
+    adapted = inside.get(True, set()) - inside.get(False, set())
+    if not adapted:
         raise ValueError(
             f"no linear layers in {type(decoder).__name__}.{'|'.join(lists)}"
             + (f" with layers_to_transform={config.layers_to_transform}" if indices else "")
         )
     which = "|".join(map(str, sorted(indices))) if indices else r"\d+"
-    places = "|".join(map(re.escape, sorted(chosen)))
+    places = "|".join(map(re.escape, sorted(adapted)))
     prefix = re.escape(path) + r"\." if path else ""
     return rf"{prefix}({'|'.join(map(re.escape, lists))})\.({which})\.({places})"
 
@@ -120,12 +123,12 @@ def _lists_of_layers(decoder: nn.Module) -> list[str]:
 
 
 def check_targets(model: nn.Module, config: ConditionalMixLoRAConfig, matches: Callable) -> None:
-    """Raise a ValueError for names that no module has, and for targets that are not linear layers."""
+    """Raise a ValueError if no module has a target's name, or if a target is not a linear layer."""
     targets = config.target_modules
     if targets == DUMMY_TARGET_MODULES:
         return
     modules = outside_adapters(model)
-    if not isinstance(targets, str):
+    if targets is not None and not isinstance(targets, str):
         unknown = sorted(
             target for target in targets if not any(f".{name}".endswith(f".{target}") for name, _ in modules if name)
         )

@@ -1,29 +1,31 @@
-"""Which tokens belong to which instance, read from what transformers hands to a decoder.
+"""Find which tokens belong to which instance, from the arguments that transformers passes to a decoder.
 
-Alphabet: B rows of L new tokens each, after ``offset`` tokens that lie in the cache.
+Alphabet: B rows of L new tokens each, after ``offset`` tokens that are in the cache.
 """
 
 from collections.abc import Mapping
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .cache import unseen_cache_error
 
-IGNORED = -100  # the label of a token that is not to be predicted
-FIRST = 1  # the highest position at which a sequence begins: most models count from 0, PaliGemma from 1
+IGNORED = -100  # the label of a token that the model does not learn to predict
+FIRST = 1  # the highest first position of a sequence: most models count from 0, PaliGemma from 1
 
 
-def padding_mask(mask, B: int, L: int, offset: int) -> Tensor | None:
+def padding_mask(mask: Any, B: int, L: int, offset: int) -> Tensor | None:
     """The new tokens that are not padding, [B, L] bool; None: all.
 
     Args:
-        mask: what the decoder got as ``attention_mask``: None; [B, offset + L]; [B, 1, L, K], True or 0 where query i
-            sees key j (under a static cache); or a dictionary of these by kind of attention layer.
+        mask: the decoder's ``attention_mask``: None; [B, offset + L]; [B, 1, L, K] (with a static cache), True or 0
+            where query i attends to key j; or a dictionary of these by kind of attention layer.
 
     Raises:
-        TypeError: another kind of mask. ValueError: one that does not fit B and L.
+        TypeError: the mask is of another type.
+        ValueError: the mask does not fit B and L.
     """
     mask = _of_full_attention(mask)
     if mask is None:
@@ -33,7 +35,7 @@ def padding_mask(mask, B: int, L: int, offset: int) -> Tensor | None:
     if mask.dim() == 2 and mask.shape[0] == B and mask.shape[1] >= L:
         return mask[:, mask.shape[1] - L :] != 0
     if mask.dim() == 4 and mask.shape[0] in (1, B) and mask.shape[2] == L and mask.shape[3] >= offset + L:
-        # Every token but padding sees itself; of causal attention only the diagonal tells them apart.
+        # Every token but padding attends to itself, so the diagonal shows which tokens are padding.
         own = mask.diagonal(offset, 2, 3)[:, 0, :L]
         own = own == 0 if own.is_floating_point() else own != 0
         return own.expand(B, L)
@@ -43,11 +45,11 @@ def padding_mask(mask, B: int, L: int, offset: int) -> Tensor | None:
     )
 
 
-def check_undivided(mask, L: int) -> None:
-    """Refuse an attention mask [B, 1, L, K] by which a row holds several instances.
+def check_undivided(mask: Any, L: int) -> None:
+    """Refuse an attention mask [B, 1, L, K] that divides a row into several instances.
 
     Raises:
-        ValueError: a token does not see the one before it, though neither is padding.
+        ValueError: a token does not attend to the one before it, though neither is padding.
     """
     if not isinstance(mask, Tensor) or mask.dim() != 4 or not _may_look():
         return
@@ -60,18 +62,25 @@ def check_undivided(mask, L: int) -> None:
         )
 
 
-def segment_starts(position_ids, cu_seq_lens, seq_idx, mask: Tensor | None, B: int, L: int) -> Tensor | None:
-    """Where packed instances begin, [B, L] bool; None where every row is one instance.
+def segment_starts(
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    seq_idx: Tensor | None,
+    mask: Tensor | None,
+    B: int,
+    L: int,
+) -> Tensor | None:
+    """Find the first token of each packed instance, [B, L] bool; None if every row is one instance.
 
     Args:
-        position_ids: [B, L] or [1, L], packed where they do not rise by one; [4, B, L] of text and three dimensions of
-            an image; [3, B, L] says nothing about packing.
-        cu_seq_lens: [S + 1], where each segment of all B * L tokens begins, and their number.
+        position_ids: [B, L] or [1, L]: an instance begins where they do not rise by one. [4, B, L]: the first are the
+            text's positions, the others are an image's three dimensions. [3, B, L] says nothing about packing.
+        cu_seq_lens: [S + 1], the index of each segment's first token among all B * L tokens, and B * L at the end.
         seq_idx: [B, L], the number of each token's segment.
-        mask: the tokens that are not padding. transformers separates packed instances only without a mask.
+        mask: the tokens that are not padding. transformers separates packed instances only if there is no mask.
 
     Raises:
-        ValueError: they contradict one another, or the mask.
+        ValueError: the arguments contradict one another.
     """
     found = {}
     positions = _text_positions(position_ids, B, L)
@@ -113,19 +122,20 @@ def segment_starts(position_ids, cu_seq_lens, seq_idx, mask: Tensor | None, B: i
     return starts if several else None
 
 
-def longer_mask(mask, L: int) -> str | None:
-    """What an attention mask says of tokens before the L new ones, in words; None where it says nothing."""
+def longer_mask(mask: Any, L: int) -> str | None:
+    """Describe how an attention mask shows that tokens precede the L new ones; None if it does not."""
     mask = _of_full_attention(mask)
     if isinstance(mask, Tensor) and mask.dim() in (2, 4) and mask.shape[-1] > L:
         return f"attention_mask has {mask.shape[-1]} tokens for an input of {L}"
     return None
 
 
-def late_start(position_ids, cache_position, L: int) -> str | None:
-    """What positions say of tokens before the L new ones, in words; None where they say nothing.
+def late_start(position_ids: Any, cache_position: Any, L: int) -> str | None:
+    """Describe how positions show that tokens precede the L new ones; None if they do not.
 
-    No position of any token, padding included, is where a sequence begins; positions of left-padded rows may be counted
-    in either way. On a device they are looked at for a single token alone, which without a cache is hardly ever right.
+    They show it if no token, padding included, has the position at which a sequence begins. (Rows padded on the left
+    may count padding or not.) On a GPU the positions are only read if L is 1, because a single token without a cache is
+    almost always a mistake.
     """
     for name, positions in (("position_ids", position_ids), ("cache_position", cache_position)):
         if not isinstance(positions, Tensor) or positions.numel() == 0 or not _may_look():
@@ -139,11 +149,13 @@ def late_start(position_ids, cache_position, L: int) -> str | None:
 
 
 def prompt_mask(labels: Tensor, mask: Tensor | None, starts: Tensor | None) -> Tensor:
-    """The tokens before an instance's first answer token, [B, L] bool, from labels [B, L]; of an instance that has no
-    prompt all tokens that are not padding.
+    """The prompt of each instance, [B, L] bool: the tokens before its first answer token, according to labels [B, L].
+    If
+    an instance has no prompt: all its tokens that are not padding.
 
-    What follows the first answer (its end, further turns) was not there when that answer was generated. The first token
-    alone is no prompt: nothing predicts it, so its label says nothing, and collators that pack mark it as they please.
+    Later turns are not part of the prompt, because they did not exist when the first answer was generated. The first
+    token alone does not count as a prompt: no token predicts it, so its label has no meaning, and collators that pack
+    set it in different ways.
     """
     B, L = labels.shape
     answer = (labels != IGNORED).flatten()
@@ -152,7 +164,7 @@ def prompt_mask(labels: Tensor, mask: Tensor | None, starts: Tensor | None) -> T
         instance = torch.arange(B, device=labels.device).repeat_interleave(L)
     else:
         instance = starts.flatten().cumsum(0) - 1
-    # Answer tokens up to here, counted from where the instance begins.
+    # The number of answer tokens up to each token. The prompt ends where it exceeds the number before the instance.
     count = answer.cumsum(0)
     begin = torch.full_like(count, count.numel()).scatter_reduce(0, instance, count - answer.long(), "amin")
     prompt = (count == begin[instance]) & real
@@ -161,8 +173,9 @@ def prompt_mask(labels: Tensor, mask: Tensor | None, starts: Tensor | None) -> T
 
 
 def start_mask(labels: Tensor, mask: Tensor | None) -> Tensor:
-    """The tokens that a decoder behind an encoder begins with, [B, L] bool, from labels [B, L]: those before its first
-    prediction. Its labels are the next tokens, not its own."""
+    """The tokens of a decoder behind an encoder up to its first prediction, [B, L] bool, from labels [B, L]. These
+    labels
+    are shifted: each is the next token."""
     answer = (labels != IGNORED).long()
     start = answer.cumsum(1) - answer == 0
     return start if mask is None else start & mask
@@ -174,31 +187,32 @@ def cumulative_lengths(starts: Tensor) -> Tensor:
     return torch.cat((flat.nonzero().flatten(), flat.new_full((1,), flat.numel(), dtype=torch.int64)))
 
 
-def _of_full_attention(mask):
-    """Of a dictionary of masks by kind of attention layer the one that shows all tokens."""
+def _of_full_attention(mask: Any) -> Any:
+    """Return the mask of full attention if ``mask`` is a dictionary by kind of attention layer, else ``mask``."""
     if isinstance(mask, Mapping):
         return mask["full_attention"] if "full_attention" in mask else next(iter(mask.values()), None)
     return mask
 
 
 def _may_look() -> bool:
-    """Whether values may be looked at. On a device it costs a stall, once per forward of training or prefill that
-    comes with positions: contradictory information would route instances wrongly without a word."""
+    """Whether values may be read: not under torch.compile or CUDA graph capture. On a GPU the host then waits for the
+    device, once for each forward of training or prefill with positions. Without this look, contradictory arguments
+    would silently route instances wrongly."""
     capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
     return not (torch.compiler.is_compiling() or capturing)
 
 
-def _text_positions(position_ids, B: int, L: int) -> Tensor | None:
+def _text_positions(position_ids: Tensor | None, B: int, L: int) -> Tensor | None:
     if position_ids is None or (position_ids.dim() == 3 and position_ids.shape[0] != 4):
         return None
     positions = position_ids[0] if position_ids.dim() == 3 else position_ids
     if positions.shape[-1] != L or positions.shape[0] not in (1, B) or positions.dim() != 2:
-        return None  # transformers takes them for something else than one position per token, and so do we
+        return None  # they are not one position for each token
     return positions.expand(B, L)
 
 
 def _changes(inner: Tensor) -> Tensor:
-    """Whether a segment begins, for every token but the first of each row [B, L - 1], to [B, L]."""
+    """Add the first token of each row, where a segment always begins: [B, L - 1] to [B, L] bool."""
     return torch.cat((inner.new_ones(inner.shape[0], 1), inner), dim=1)
 
 

@@ -1,4 +1,4 @@
-"""Batch: what the operation knows of the running step."""
+"""Batch: what the operation needs to know about the running step."""
 
 from typing import NamedTuple
 
@@ -7,22 +7,23 @@ import torch
 
 
 class Prompt(NamedTuple):
-    """A prompt that the running step prefills: its tokens are the rows start to start + length of the layers' input."""
+    """A prompt that the running step prefills. Its tokens are rows start to start + length of the layers' input."""
 
     start: int
     length: int
 
 
 class Batch:
-    """Whose token is whose in the running step, and which prompts begin in it. One for a model, shared by its layers.
+    """The request of each token in the running step, and the prompts that begin in it. A model's layers share one
+    batch.
 
     Attributes:
-        active: whether a step of requests runs; not in a profiling or warm-up run, whose tokens are nobody's.
-        prompts: the prompts that the step prefills, one each for a new request or one that was preempted.
-        prompt_blocks: [P] int64, the first KV block of each of them.
-        blocks: [most tokens of a step] int64, the first KV block of each token's request. The tensor stays the same
-            over all steps, as those in CUDA graphs must.
-        num_blocks: KV blocks that vLLM has; 0 as long as it has none.
+        active: whether a step with requests runs. It is False in vLLM's profiling and warm-up runs.
+        prompts: the prompts that the step prefills, of new requests and of requests that were preempted.
+        prompt_blocks: [P] int64, the first KV block of each prompt's request.
+        blocks: [most tokens of a step] int64, the first KV block of each token's request. All steps use the same
+            tensor, as CUDA graphs require.
+        num_blocks: the number of vLLM's KV blocks; 0 before vLLM has allocated them.
     """
 
     def __init__(self, max_tokens: int, device: torch.device):
@@ -32,24 +33,27 @@ class Batch:
         self.blocks = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self.num_blocks = 0
 
-    def begin(self, starts: np.ndarray, computed: np.ndarray, prompt_lengths: np.ndarray, first_blocks: torch.Tensor):
-        """Note the step that is about to run, of R requests.
+    def begin(
+        self, starts: np.ndarray, computed: np.ndarray, prompt_lengths: np.ndarray, first_blocks: torch.Tensor
+    ) -> None:
+        """Record the step that is about to run, with R requests.
 
         Args:
-            starts: [R + 1], where each request's tokens begin in the step's input, and their number.
-            computed: [R], tokens of the request that are in its KV cache already.
-            prompt_lengths: [R], tokens of the prompt as the user gave it, without any that were generated.
-            first_blocks: [R] integers, the request's first KV block; on any device, and read on the batch's.
+            starts: [R + 1], the index of each request's first token in the step's input, and the number of tokens at
+                the end.
+            computed: [R], the number of each request's tokens that are in its KV cache.
+            prompt_lengths: [R], the number of tokens of each user's prompt, without generated tokens.
+            first_blocks: [R] integers, each request's first KV block, on any device.
 
         Raises:
-            RuntimeError: a prompt comes in pieces.
+            RuntimeError: the step computes only a part of a prompt.
         """
         device, lengths = self.blocks.device, np.diff(starts)
         first_blocks = first_blocks.to(device, torch.int64)
         self.prompts, begun = [], np.flatnonzero(computed < prompt_lengths)
         for request in begun.tolist():
             start, length, done, prompt = (int(a[request]) for a in (starts, lengths, computed, prompt_lengths))
-            # The loader has refused all that is known to cut prompts; this is the last line.
+            # The loader refuses all settings that are known to cut prompts. This check catches unknown ones.
             if done or length < prompt:
                 raise RuntimeError(
                     f"a step computes the tokens {done} to {done + length} of a prompt of {prompt}: a MixLoRA adapter "
@@ -62,7 +66,7 @@ class Batch:
             self.prompt_blocks = first_blocks[torch.from_numpy(begun).to(device, non_blocking=True)]
         repeats, tokens = torch.from_numpy(lengths).to(device, torch.int64, non_blocking=True), int(starts[-1])
         self.blocks[:tokens] = first_blocks.repeat_interleave(repeats, output_size=tokens)
-        # Rows that pad a step to the size of a graph: nobody reads them, but the state they read has to be there.
+        # Rows that pad a step to the size of a CUDA graph. Their results are not used, but they must read valid state.
         self.blocks[tokens:].zero_()
         self.active = True
 

@@ -1,7 +1,7 @@
-"""ServedLayer: an adapter's part in one fused layer of the served model, and the wrap of that layer's linear method."""
+"""ServedLayer: an adapter's parameters and state for one fused layer, and the wrapper of the layer's linear method."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,13 @@ from .state import state_of
 
 
 class Member(NamedTuple):
-    """One adapted layer among those that the server has fused, as this process holds it.
+    """This process's part of one adapted layer in a fused layer.
 
     Attributes:
-        path: its name in the trained model.
-        start, stop: its columns of the fused layer's output here.
-        rows: the rows of its lora_B [E, O] that this process has, as a slice of O.
-        columns: its share of x's D.
+        path: the layer's name in the trained model.
+        start, stop: its columns in this process's output of the fused layer.
+        rows: this process's part of O in the layer's lora_B [E, O].
+        columns: this process's part of D.
     """
 
     path: str
@@ -35,13 +35,13 @@ class ServedLayer(nn.Module):
     """The parameters of G adapted layers that read one x, and their requests' state.
 
     Args:
-        members: the adapted ones of the layer.
-        parameters: for each member its tensors by name (``lora_A`` ...), whole, float32.
-        config: the adapter's.
-        batch: the model's.
+        members: the adapted layers in the fused layer.
+        parameters: each member's whole tensors by name (``lora_A`` ...), float32.
+        config: the adapter's configuration.
+        batch: the model's batch.
         dtype, device: of the served layer's activations.
-        group: the name of the process group over which x's D is divided; None: x is whole.
-        backend: ``"triton"`` or ``"torch"``; None: the best one for the device.
+        group: the name of the process group that x's D is divided over; None: x is whole.
+        backend: ``"triton"`` or ``"torch"``; None: ``"triton"`` on a GPU, ``"torch"`` elsewhere.
     """
 
     lora_A: Tensor
@@ -52,9 +52,9 @@ class ServedLayer(nn.Module):
     ):  # fmt: skip
         super().__init__()
         self.members, self.config, self.batch, self.group = list(members), config, batch, group
-        shares = [p["lora_A"][:, m.columns] for p, m in zip(parameters, members)]
-        self.register_buffer("lora_A", torch.cat(shares).to(device, dtype), persistent=False)  # [G * E, D]
-        # T needs the whole of D; the logits are summed over the processes, T is not.
+        parts = [p["lora_A"][:, m.columns] for p, m in zip(parameters, members)]
+        self.register_buffer("lora_A", torch.cat(parts).to(device, dtype), persistent=False)  # [G * E, D]
+        # T is computed from all of D in each process. Only the logits are summed over the processes.
         self.tables: list[Tensor | None] = []
         self.routers: list[Tensor] = []
         self.lora_B: list[Tensor] = []
@@ -69,16 +69,16 @@ class ServedLayer(nn.Module):
 
     @property
     def kept(self) -> list:
-        """Whatever keeps the requests' choices."""
+        """The objects that keep the requests' choices."""
         return [self.state] if self.rows is None else [self.state, self.rows]
 
     def reserve(self, blocks: int) -> None:
-        """Make room for so many KV blocks; what was kept is gone."""
+        """Allocate state for this number of KV blocks. Earlier state is dropped."""
         for kept in self.kept:
             kept.reserve(blocks)
 
     def write(self, blocks: Tensor, choice: Choice) -> None:
-        """Keep the choices [P, G, R] of P requests whose first blocks are given, [P] int64."""
+        """Store the choices [P, G, R] of P requests at their first KV blocks, [P] int64."""
         for kept in self.kept:
             kept.write(blocks, choice)
 
@@ -87,16 +87,16 @@ class ServedLayer(nn.Module):
 
 
 class AdaptedMethod:
-    """A linear layer's method in vLLM, with the adapter's update added to what it computes.
+    """vLLM's method of a linear layer, which also adds the adapter's update to the layer's output.
 
-    It comes before the sum over processes of a row-parallel layer, which therefore sums the update as well.
+    In a row-parallel layer it runs before the sum over processes, so that the update is summed too.
     """
 
-    def __init__(self, inner, name: str):
+    def __init__(self, inner: Any, name: str):
         self.inner, self.name = inner, name
 
-    def __getattr__(self, attribute: str):
-        if attribute == "inner":  # not set yet, as in a copy that is being made
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute == "inner":  # not set yet while a copy is being made
             raise AttributeError(attribute)
         return getattr(self.inner, attribute)
 

@@ -1,4 +1,4 @@
-"""MixLoRAModelLoader: load a model as vLLM would, and attach an adapter to it."""
+"""MixLoRAModelLoader: load a model as vLLM does, and attach an adapter to it."""
 
 import re
 from dataclasses import replace
@@ -22,19 +22,20 @@ from .runner import ATTRIBUTE, follow_first_runner, follow_second_runner
 from .saved import SavedAdapter, read_adapter
 from .scheduler import check_hook
 
-logger = init_logger(f"vllm.{__name__}")  # under vllm's own, whose handlers it needs to be seen
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, to use its handlers
 LAYER = re.compile(r".*\.\d+(?=\.)")
 
 
 class MixLoRAModelLoader(BaseModelLoader):
     """``load_format="mixlora"``.
 
-    ``model_loader_extra_config`` has ``"adapter"``, the folder that ``save_pretrained`` wrote; optionally
-    ``"load_format"``, how the frozen model is loaded (``"auto"``), and ``"backend"``, ``"torch"`` or ``"triton"``, that
-    of the adapter's update (the best one for the device); anything else is that loader's own.
+    ``model_loader_extra_config`` must have ``"adapter"``, the folder that ``save_pretrained`` wrote. It may have
+    ``"load_format"``, the load format of the frozen model (default ``"auto"``), and ``"backend"``, ``"torch"`` or
+    ``"triton"``, for the adapter's update (default: ``"triton"`` on a GPU). Other entries are passed to the loader of
+    the frozen model.
 
     Raises:
-        ValueError: what was asked for cannot be served exactly. All of it is listed, with the flags that mend it.
+        ValueError: the configuration cannot be served exactly. The message lists all reasons, with the flags to change.
     """
 
     def __init__(self, load_config: LoadConfig):
@@ -55,7 +56,7 @@ class MixLoRAModelLoader(BaseModelLoader):
             served.load_weights(iter(self.adapter.trained.items()))
 
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        # First, because the other checks read the configuration of a vLLM that is known.
+        # The version comes first: the other checks read the configuration, whose fields depend on it.
         refusals.refuse(refusals.of_version(vllm.__version__))
         self.adapter = read_adapter(self.folder)
         refusals.refuse(
@@ -74,10 +75,10 @@ class MixLoRAModelLoader(BaseModelLoader):
 
 
 def layer_of(attention: str) -> str:
-    """The path of the decoder's layer that an attention layer is in, such as ``model.layers.3``.
+    """The path of the decoder layer that contains an attention layer, such as ``model.layers.3``.
 
     Raises:
-        ValueError: the name has no number.
+        ValueError: the name contains no number.
     """
     found = LAYER.match(attention)
     if found is None:
@@ -85,7 +86,7 @@ def layer_of(attention: str) -> str:
     return found.group()
 
 
-def check_folder(folder) -> str:
+def check_folder(folder: Any) -> str:
     if not isinstance(folder, str):
         several = ": a server serves one adapter, start a server for each" if isinstance(folder, list) else ""
         raise ValueError(
@@ -95,7 +96,7 @@ def check_folder(folder) -> str:
     return folder
 
 
-def check_backend(backend) -> str | None:
+def check_backend(backend: Any) -> str | None:
     if backend not in (None, "torch", "triton"):
         raise ValueError(f"backend must be 'torch', 'triton' or left out, got {backend!r}")
     return backend
@@ -104,7 +105,7 @@ def check_backend(backend) -> str | None:
 def attach(
     model: nn.Module, adapter: SavedAdapter, vllm_config: VllmConfig, decoder_layers: set[str], backend: str | None
 ) -> None:
-    """Put an adapter's parameters beside the layers of a loaded model, and have them read each step.
+    """Add an adapter's parameters to the layers of a loaded model, and hook the model runner.
 
     Raises:
         ValueError: the adapter is for another model.

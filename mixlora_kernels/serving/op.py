@@ -1,14 +1,16 @@
 """The operation ``mixlora::serve``: the update of one fused layer, for every token of a step.
 
-    prompts that begin:  pooled = mean over the prompt's tokens of x → logits → choice → state[first block]
-    every token t:       u = x · lora_Aᵀ     (index_a, index_b, weight) = state[block of t]
+    each new prompt:     pooled = mean of x over the prompt's tokens → logits → choice → state[first block]
+    each token t:        u = x · lora_Aᵀ     (index_a, index_b, weight) = state[block of t]
                          s[index_b] = weight · u[index_a]          y += s · lora_B
 
 Alphabet: N tokens, P prompts, G members fused in the layer (q, k, v), E factors and R slots each, D in, O out.
 
-To a graph the operation is opaque: it writes y and reads x. All else it looks up by the layer's name in vLLM's forward
-context, as vLLM's own attention operation looks up its cache, when the graph runs and not when it is recorded.
+A graph sees an opaque operation that reads x and writes y. When the graph runs, the operation finds everything else by
+the layer's name in vLLM's forward context, as vLLM's attention operation finds its cache.
 """
+
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +20,18 @@ from torch.distributed import _functional_collectives as collectives
 from .batch import Batch, Prompt
 from .routing import Choice, choose, logits_of
 
+if TYPE_CHECKING:
+    from .layer import ServedLayer
+
 NAME = "mixlora::serve"
 
 
-def update_(y: Tensor, x: Tensor, layer, batch: Batch) -> None:
-    """Add the update of x [N, D] to y [N, O], O being all members' outputs side by side.
+def update_(y: Tensor, x: Tensor, layer: "ServedLayer", batch: Batch) -> None:
+    """Add the update of x [N, D] to y [N, O], in which the members' outputs are side by side.
 
     Args:
-        layer: a ``ServedLayer``; its state gets the choices of the prompts that begin.
-        batch: of the running step.
+        layer: the layer. The choices of new prompts are stored in its state.
+        batch: the running step.
     """
     if batch.prompts:
         route_(x, layer, batch.prompts, batch.prompt_blocks)
@@ -41,23 +46,23 @@ def update_(y: Tensor, x: Tensor, layer, batch: Batch) -> None:
         y_member.addmm_(s_member, lora_B, alpha=layer.state.alpha)
 
 
-def route_(x: Tensor, layer, prompts: list[Prompt], blocks: Tensor) -> None:
-    """Choose the factors of P prompts whose tokens are among x [N, D], and keep them in the layer's state by the first
+def route_(x: Tensor, layer: "ServedLayer", prompts: list[Prompt], blocks: Tensor) -> None:
+    """Choose the factors of P prompts from their tokens in x [N, D], and store them in the layer's state at the first
     KV blocks [P] of their requests."""
-    # One prompt at a time: the order of the sum, and so its bits, do not depend on the prompt's neighbours.
+    # Each prompt is summed alone, so that the bits of its sum do not depend on the other prompts.
     pooled = torch.stack(
         [x[p.start : p.start + p.length].sum(0, dtype=torch.float32) * (1.0 / p.length) for p in prompts]
     )  # [P, D]
     logits = [logits_of(pooled, routers, layer.config) for routers in layer.routers]
-    if layer.group is not None:  # each process has a share of D
+    if layer.group is not None:  # each process has a part of D
         logits = list(all_reduce(torch.cat(logits, 1), layer.group).chunk(len(logits), 1))
     choices = [choose(part, table, layer.config) for part, table in zip(logits, layer.tables)]
     layer.write(blocks, Choice(*(torch.stack(parts, 1) for parts in zip(*choices))))  # [P, G, R] each
 
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:
-    """The sum of a tensor over the processes of a group, by the group's name."""
-    summed = collectives.all_reduce(tensor.contiguous(), "sum", group)  # type: ignore[arg-type]  # a name will do
+    """Sum a tensor over the processes of a group, given by its name."""
+    summed = collectives.all_reduce(tensor.contiguous(), "sum", group)  # type: ignore[arg-type]  # a name is accepted
     return collectives.wait_tensor(summed)
 
 

@@ -1,4 +1,4 @@
-"""Where an adapter's layers are in the served model, which has other names and fuses layers that read one input."""
+"""Find an adapter's layers in the served model, which has other names and fuses layers that read the same input."""
 
 from collections.abc import Mapping
 
@@ -20,18 +20,18 @@ ALL = slice(None)
 def place(
     model: nn.Module, layers: Mapping[str, Mapping[str, Tensor]], decoder_layers: set[str]
 ) -> dict[str, list[Member]]:
-    """Find each adapted layer.
+    """Find the served layer of each adapted layer.
 
     Args:
         model: the served model.
-        layers: parameters of the adapted layers by their paths in the trained model.
-        decoder_layers: paths of the served decoder's layers, whose inputs are the requests' tokens.
+        layers: the parameters of each adapted layer, by its path in the trained model.
+        decoder_layers: the paths of the served decoder's layers. Only their inputs are the requests' tokens.
 
     Returns:
         The members of each fused layer, by its name in the served model.
 
     Raises:
-        ValueError: the adapter is for another model: a layer is not there, or has other sizes. All are named.
+        ValueError: the adapter is for another model: a layer is missing, or has other sizes. The message lists them.
     """
     modules = {name: module for name, module in model.named_modules() if isinstance(module, LinearBase)}
     found: dict[str, list[Member]] = {}
@@ -60,10 +60,11 @@ def place(
 
 
 def find(path: str, model: nn.Module, modules: Mapping[str, LinearBase]) -> tuple[str | None, int | None]:
-    """The served layer of a path, and its place among those fused there; (None, None) where there is none."""
+    """The name of the served layer for a path, and the index of the path's part in it; (None, None) if there is
+    none."""
     parent, _, leaf = path.rpartition(".")
     mapper = getattr(model, "hf_to_vllm_mapper", None)
-    # Only the parent's name is mapped: the mapper would fuse the leaf as well, and not say which part it is.
+    # Only the parent's name is mapped: for the whole name, the mapper would not say which part of a fused layer it is.
     mapped = f"{parent}." if mapper is None else mapper.map_name(f"{parent}.")
     if mapped is None:
         return None, None
@@ -76,15 +77,15 @@ def find(path: str, model: nn.Module, modules: Mapping[str, LinearBase]) -> tupl
 
 
 def member_of(module: LinearBase, index: int | None, path: str) -> tuple[Member, int]:
-    """One of the layers fused in a served layer, and its whole d_out.
+    """One of the layers fused in a served layer, and its d_out over all processes.
 
     Raises:
-        ValueError: a kind of layer that is not known here.
+        ValueError: the kind of the served layer is unknown.
     """
     rank, size = module.tp_rank, module.tp_size
     if isinstance(module, RowParallelLinear):
-        share = module.input_size // size
-        columns = slice(rank * share, (rank + 1) * share)
+        width = module.input_size // size
+        columns = slice(rank * width, (rank + 1) * width)
         return Member(path, 0, module.output_size, ALL, columns), module.output_size
     if isinstance(module, QKVParallelLinear) and index is not None:
         head = (module.head_size, module.head_size, module.v_head_size)[index]
@@ -106,6 +107,6 @@ def member_of(module: LinearBase, index: int | None, path: str) -> tuple[Member,
 
 
 def group_of(module: LinearBase) -> str | None:
-    """The name of the process group over which a layer's input is divided; None where it is whole."""
+    """The name of the process group that a layer's input is divided over; None if it is not divided."""
     divided = isinstance(module, RowParallelLinear) and module.tp_size > 1
     return get_tp_group().device_group.group_name if divided else None

@@ -1,4 +1,4 @@
-"""register: what vLLM calls in each of its processes."""
+"""register: the entry point that vLLM calls in each of its processes."""
 
 LOAD_FORMAT = "mixlora"
 

@@ -1,7 +1,7 @@
-"""What cannot be served exactly, found before a weight is loaded; each with the flag that mends it.
+"""Find what cannot be served exactly, before a weight is loaded. Each refusal names the flag to change.
 
-A request must be routed by its whole prompt in one step, by nothing else, and once. What cuts prompts, or leaves tokens
-of a prompt uncomputed, would answer wrongly without a word.
+A request must be routed once, in one step, by its whole prompt and nothing else. A setting that cuts prompts, or skips
+tokens of a prompt, would silently give wrong answers.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,7 +16,7 @@ class Refusal(NamedTuple):
     """Something that cannot be served.
 
     Attributes:
-        what: what was asked for, and why it cannot be.
+        what: the setting, and why it cannot be served.
         mend: what to do instead, with the flag.
     """
 
@@ -25,7 +25,7 @@ class Refusal(NamedTuple):
 
 
 def refuse(*refusals: Iterable[Refusal]) -> None:
-    """Raise a ValueError that lists them all; nothing where there are none."""
+    """Raise a ValueError that lists all refusals; do nothing if there are none."""
     found = list(chain(*refusals))
     if found:
         listed = "\n".join(f"- {refusal.what}. {refusal.mend}" for refusal in found)
@@ -33,14 +33,14 @@ def refuse(*refusals: Iterable[Refusal]) -> None:
 
 
 def of_version(version: str) -> Iterator[Refusal]:
-    """What is wrong with the installed vLLM."""
+    """Refuse a version of vLLM that was not tested."""
     problem = check_version(version)
     if problem is not None:
         yield Refusal(problem, "Install one of these: pip install 'mixlora_kernels[vllm]'")
 
 
 def of_adapter(config: MixLoRAConfig) -> Iterator[Refusal]:
-    """What an adapter's configuration asks for."""
+    """Refuse settings of an adapter's configuration."""
     if config.routing != "instance":
         yield Refusal(
             f"routing={config.routing!r}: a request brings its prompt, and nothing else that could be routed by",
@@ -53,8 +53,8 @@ def of_adapter(config: MixLoRAConfig) -> Iterator[Refusal]:
         )
 
 
-def of_scheduler(config) -> Iterator[Refusal]:
-    """What a VllmConfig says about how requests are computed."""
+def of_scheduler(config: Any) -> Iterator[Refusal]:
+    """Refuse settings of a VllmConfig that change how prompts are computed."""
     scheduler = config.scheduler_config
     if scheduler.enable_chunked_prefill:
         yield Refusal(
@@ -95,8 +95,8 @@ def of_scheduler(config) -> Iterator[Refusal]:
         )
 
 
-def of_model(config) -> Iterator[Refusal]:
-    """What a VllmConfig says about the model, beside its layers."""
+def of_model(config: Any) -> Iterator[Refusal]:
+    """Refuse settings of a VllmConfig for the model as a whole."""
     model = config.model_config
     if config.lora_config is not None:
         yield Refusal(
@@ -115,8 +115,8 @@ def of_model(config) -> Iterator[Refusal]:
         )
 
 
-def of_parallelism(config) -> Iterator[Refusal]:
-    """What a VllmConfig says about several processes. Tensor parallelism is served."""
+def of_parallelism(config: Any) -> Iterator[Refusal]:
+    """Refuse settings of a VllmConfig for several processes, except tensor parallelism."""
     parallel = config.parallel_config
     for name, more in (
         ("data_parallel_size", "; several servers behind a balancer take its place"),
@@ -131,8 +131,8 @@ def of_parallelism(config) -> Iterator[Refusal]:
         yield Refusal("dual batch overlap cuts a step in two, and prompts with it", "Leave out --enable-dbo")
 
 
-def of_images(config) -> Iterator[Refusal]:
-    """Whether images can cut a prompt."""
+def of_images(config: Any) -> Iterator[Refusal]:
+    """Refuse settings with which images can cut a prompt."""
     from vllm.utils.import_utils import resolve_obj_by_qualname
 
     from .scheduler import WholePrompts
@@ -158,8 +158,8 @@ def of_images(config) -> Iterator[Refusal]:
 
 
 def of_attention(specs: Mapping[str, Any]) -> Iterator[Refusal]:
-    """What the layers' KV caches say, by the layers' names: a request's state is kept by its first block, which must be
-    its own from the first step to the last."""
+    """Refuse layers whose KV caches, given by the layers' names, have no full attention. A request's state is kept at
+    its first KV block, which must belong to the request until it ends."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     others = {}

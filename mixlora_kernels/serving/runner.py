@@ -1,10 +1,10 @@
-"""How the batch learns of each step, from either of vLLM's model runners.
+"""Update the batch before each step, for either of vLLM's model runners.
 
-The first runner (``vllm.v1.worker.gpu_model_runner``, and its CPU form) calls the model in ``_model_forward``, which it
-names as the place for others to look at what is run. Nothing that it hands to the model tells a prompt's length, which
-a request that was preempted needs: its recomputation runs the prompt and what had been generated as one. So that method
-is replaced, for models that carry a ``Batch``. The second runner lets a model bring a ``ModelState`` of its own, which
-is told all there is.
+The first runner (``vllm.v1.worker.gpu_model_runner``, and its CPU form) calls the model in ``_model_forward``, which
+its documentation names as the place to inspect a step. The runner's arguments to the model do not tell the length of a
+prompt. It is needed for preempted requests, whose prompt and generated tokens are computed again together. Therefore
+this module replaces ``_model_forward`` for models with a ``Batch``. With the second runner, a model can have its own
+``ModelState``, which gets all that is needed.
 """
 
 import inspect
@@ -18,8 +18,8 @@ from vllm.logger import init_logger
 from .batch import Batch
 from .layer import ServedLayer
 
-logger = init_logger(f"vllm.{__name__}")  # under vllm's own, whose handlers it needs to be seen
-ATTRIBUTE = "mixlora_batch"  # of a served model
+logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, to use its handlers
+ATTRIBUTE = "mixlora_batch"  # the served model's attribute that holds its batch
 FORWARD = "_model_forward"
 STATE = "get_model_state_cls"
 STATE_METHODS = {
@@ -31,10 +31,10 @@ STATE_METHODS = {
 
 
 def follow_first_runner() -> None:
-    """Have vLLM's first model runner tell the batch of a served model about each step; once, however often called.
+    """Make vLLM's first model runner update the batch before each step. Further calls change nothing.
 
     Raises:
-        ImportError: the runner is not the one that is known here.
+        ImportError: vLLM's runner is not as expected.
     """
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -45,7 +45,7 @@ def follow_first_runner() -> None:
         raise ImportError(f"mixlora_kernels.serving does not know this vLLM: GPUModelRunner.{FORWARD} is not as it was")
 
     @wraps(forward)
-    def told(self, *args, **kwargs):
+    def told(self: Any, *args: Any, **kwargs: Any) -> Any:
         batch = getattr(self.get_model(), ATTRIBUTE, None)
         if batch is None:
             return forward(self, *args, **kwargs)
@@ -66,11 +66,11 @@ def follow_first_runner() -> None:
     setattr(GPUModelRunner, FORWARD, told)
 
 
-def follow_second_runner(model: nn.Module, vllm_config) -> None:
-    """Give a served model the ``ModelState`` that tells its batch about each step.
+def follow_second_runner(model: nn.Module, vllm_config: Any) -> None:
+    """Give a served model a ``ModelState`` that updates its batch before each step.
 
     Raises:
-        ImportError: the runner is not the one that is known here.
+        ImportError: vLLM's runner is not as expected.
     """
     from vllm.v1.worker.gpu.model_states import resolve_model_state_cls
 
@@ -79,18 +79,20 @@ def follow_second_runner(model: nn.Module, vllm_config) -> None:
     batch: Batch = getattr(model, ATTRIBUTE)
 
     class MixLoRAModelState(base):
-        block_tables = None  # of the step of requests that is being prepared
+        block_tables: Any = None  # of the step that is being prepared, if it has requests
 
-        def initialize_kv_cache(self, kv_cache_config, block_tables):
+        def initialize_kv_cache(self, kv_cache_config: Any, block_tables: Any) -> None:
             super().initialize_kv_cache(kv_cache_config, block_tables)
             reserve(model, batch, kv_cache_config.num_blocks)
 
-        def preprocess_state(self, input_batch, block_tables, kv_cache_config, num_computed_tokens):
-            # Called for steps of requests alone, before prepare_inputs, which vLLM's own profiling runs call as well.
+        def preprocess_state(
+            self, input_batch: Any, block_tables: Any, kv_cache_config: Any, num_computed_tokens: Any
+        ) -> Any:
+            # vLLM calls this method only for steps with requests, and prepare_inputs also in profiling runs.
             self.block_tables = block_tables
             return super().preprocess_state(input_batch, block_tables, kv_cache_config, num_computed_tokens)
 
-        def prepare_inputs(self, input_batch, req_states):
+        def prepare_inputs(self, input_batch: Any, req_states: Any) -> Any:
             batch.end()
             if self.block_tables is not None:
                 R = input_batch.num_reqs
@@ -103,7 +105,7 @@ def follow_second_runner(model: nn.Module, vllm_config) -> None:
                 self.block_tables = None
             return super().prepare_inputs(input_batch, req_states)
 
-        def prepare_dummy_inputs(self, num_reqs, num_tokens):
+        def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> Any:
             batch.end()
             return super().prepare_dummy_inputs(num_reqs, num_tokens)
 
@@ -111,7 +113,7 @@ def follow_second_runner(model: nn.Module, vllm_config) -> None:
 
 
 def check_second_runner(state: type) -> None:
-    """Raise an ImportError where a ``ModelState`` of vLLM is not told what one of a MixLoRA adapter has to know."""
+    """Raise an ImportError if vLLM's ``ModelState`` has other methods or parameters than MixLoRA's needs."""
     for name, parameters in STATE_METHODS.items():
         method = getattr(state, name, None)
         if method is None or list(inspect.signature(method).parameters)[1:] != parameters:
@@ -121,7 +123,7 @@ def check_second_runner(state: type) -> None:
 
 
 def reserve(model: nn.Module, batch: Batch, num_blocks: int) -> None:
-    """Make room for the state of so many KV blocks, when vLLM has made room for the blocks."""
+    """Allocate the state of ``num_blocks`` KV blocks, after vLLM has allocated the blocks."""
     if batch.num_blocks != num_blocks:
         for module in model.modules():
             if isinstance(module, ServedLayer):
@@ -131,6 +133,6 @@ def reserve(model: nn.Module, batch: Batch, num_blocks: int) -> None:
 
 
 def state_bytes(model: nn.Module) -> int:
-    """Bytes that the requests' choices take in this process, however many requests run."""
+    """The bytes that the requests' choices take in this process. They do not depend on the number of requests."""
     layers = (module for module in model.modules() if isinstance(module, ServedLayer))
     return sum(tensor.nbytes for layer in layers for kept in layer.kept for tensor in kept.tensors)

@@ -1,4 +1,4 @@
-"""An adapter's folder, as ``save_pretrained`` writes it."""
+"""Read an adapter's folder, which ``save_pretrained`` wrote."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +17,13 @@ MARK = f".{ConditionalMixLoRAModel.prefix}adapter."
 
 
 class SavedAdapter(NamedTuple):
-    """What a folder holds.
+    """The contents of an adapter's folder.
 
     Attributes:
         folder: its path.
-        config: what the adapter computes.
-        layers: by the path of an adapted layer in the trained model, its parameters by name, float32.
-        trained: weights of modules that were trained in full (``modules_to_save``), by their name in the model.
+        config: the adapter's configuration.
+        layers: the parameters of each adapted layer by name, float32, by the layer's path in the trained model.
+        trained: the weights of modules that were trained in full (``modules_to_save``), by their names in the model.
     """
 
     folder: Path
@@ -36,8 +36,8 @@ def read_adapter(folder: str) -> SavedAdapter:
     """Read an adapter's folder.
 
     Raises:
-        FileNotFoundError: it lacks the configuration or the weights.
-        ValueError: they are not of a MixLoRA adapter, or do not fit each other, or hold numbers that are not finite.
+        FileNotFoundError: the folder lacks the configuration or the weights.
+        ValueError: they do not belong to a MixLoRA adapter or do not fit each other, or a weight is not finite.
     """
     path = Path(folder)
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
@@ -70,11 +70,11 @@ def read_adapter(folder: str) -> SavedAdapter:
 
 
 def expected_of(given: Mapping[str, Given], config: ConditionalMixLoRAConfig) -> dict[str, Expected]:
-    """What a file has to hold: for each layer that it speaks of all parameters, of the shapes that the configuration
-    makes of its d_in and d_out; beside them weights of ``modules_to_save``."""
+    """The tensors that a file of weights has to hold: all parameters of each layer that it names, in the shapes that
+    follow from the configuration and the layer's d_in and d_out; and the weights of ``modules_to_save``."""
     expected = {}
     for layer in {key.rpartition(MARK)[0] for key in given if MARK in key}:
-        # Where one is missing or has no dimension, 1 serves: the comparison will name it.
+        # If lora_A or lora_B is missing or has no dimensions, use 1: the comparison will name it.
         d_in, d_out = (
             given[key].shape[-1] if (key := f"{layer}{MARK}{name}") in given and given[key].shape else 1
             for name in ("lora_A", "lora_B")

@@ -1,4 +1,7 @@
-"""Schedulers for models with images, given to vLLM as ``--scheduler-cls``: a prompt waits until all its images fit."""
+"""Schedulers for models with images, for vLLM's ``--scheduler-cls``. A prompt waits until a step has room for all its
+images."""
+
+from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
@@ -7,13 +10,13 @@ HOOK = "_try_schedule_encoder_inputs"
 
 
 class WholePrompts:
-    """Where the image encoder's budget of a step is spent, vLLM computes a prompt up to the image that does not fit. A
-    prompt that is routed as a whole waits for the next step instead."""
+    """If a step's budget for the image encoder is spent, vLLM's scheduler computes a prompt up to the first image that
+    does not fit. With this class the prompt waits for the next step instead, because it has to be routed as a whole."""
 
     def _try_schedule_encoder_inputs(
-        self, request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **rest
-    ):
-        found = super()._try_schedule_encoder_inputs(  # type: ignore[misc]  # of the scheduler that it stands before
+        self, request: Any, num_computed_tokens: int, num_new_tokens: int, encoder_compute_budget: int, **rest: Any
+    ) -> tuple:
+        found = super()._try_schedule_encoder_inputs(  # type: ignore[misc]  # of the scheduler class beside this one
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **rest
         )
         return found if found[1] == num_new_tokens else ([], 0, encoder_compute_budget, [], [])
@@ -28,6 +31,6 @@ class AsyncWholePromptScheduler(WholePrompts, AsyncScheduler):
 
 
 def check_hook() -> None:
-    """Raise an ImportError where vLLM's scheduler no longer asks for images by the method that is replaced."""
+    """Raise an ImportError if vLLM's scheduler lacks the method that ``WholePrompts`` overrides."""
     if not hasattr(Scheduler, HOOK):
         raise ImportError(f"mixlora_kernels.serving does not know this vLLM: Scheduler.{HOOK} is gone")

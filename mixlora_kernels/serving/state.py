@@ -1,7 +1,8 @@
-"""The state of a fused layer: what was chosen for each running request, by the request's first KV block.
+"""The state of a fused layer: the factors chosen for each running request, at the index of its first KV block.
 
-Alphabet: P prompts, N tokens, G members of the layer, E factors and R slots each. The columns of all members lie side
-by side, G * E of them.
+Alphabet: P prompts, N tokens, G members of the layer, E factors and R slots each. The members' columns are side by
+    side,
+G * E in all.
 """
 
 import torch
@@ -16,8 +17,8 @@ def state_of(members: int, config: MixLoRAConfig, device: torch.device) -> "Tied
 
 
 class Tied:
-    """Pairs that are chosen as one: nothing moves from one column to another, and a weight for each column says all, 0
-    where the factor was not chosen. ``alpha`` is what s is still to be multiplied with."""
+    """The choices of tied pairs. s has the columns of u, each times a weight that is 0 if the factor was not chosen.
+    s still has to be multiplied by ``alpha``."""
 
     def __init__(self, members: int, config: MixLoRAConfig, device: torch.device):
         self.factors, self.scale, self.alpha = config.num_factors, config.scaling, 1.0
@@ -28,29 +29,31 @@ class Tied:
         return (self.weight,)
 
     def reserve(self, blocks: int) -> None:
-        """Make room for so many KV blocks; what was kept is gone."""
+        """Allocate state for this number of KV blocks. Earlier state is dropped."""
         self.weight = self.weight.new_zeros(blocks, self.weight.shape[1])
 
     def write(self, blocks: Tensor, choice: Choice) -> None:
-        """Keep the choices [P, G, R] of P requests whose first blocks are given, [P] int64."""
+        """Store the choices [P, G, R] of P requests at their first KV blocks, [P] int64."""
         P, G, _ = choice.gate.shape
         weight = self.weight.new_zeros(P, G, self.factors).scatter_(2, choice.index_a, choice.gate * self.scale)
         self.weight[blocks] = weight.flatten(1)
 
     def place(self, u: Tensor, blocks: Tensor) -> Tensor:
-        """s [N, G * E] of u [N, G * E] for tokens whose requests' first blocks are given, [N] int64."""
-        # In the weight's precision, so that no rounding of the weight biases a whole request.
+        """Compute s [N, G * E] from u [N, G * E]. ``blocks`` [N] int64 has the first KV block of each token's
+        request."""
+        # In the weight's precision: a rounded weight would shift all tokens of a request in the same direction.
         return (u * self.weight.index_select(0, blocks)).to(u.dtype)
 
 
 class Pairs:
-    """Slot i of A goes to slot i of B: a permutation, kept as columns. ``alpha`` as in ``Tied``."""
+    """The choices of A and B, stored as columns of u and s: slot i of A goes to slot i of B. ``alpha`` as in
+    ``Tied``."""
 
     def __init__(self, members: int, config: MixLoRAConfig, device: torch.device):
         slots, self.scale = members * config.r, config.scaling
-        self.gated = config.gate not in ("straight_through", "binary")  # whose forward is 1
+        self.gated = config.gate not in ("straight_through", "binary")  # whose gate is 1 in the forward
         self.alpha = 1.0 if self.gated else self.scale
-        # Where a member's columns begin, [1, G, 1].
+        # The first column of each member, [1, G, 1].
         self.offsets = (torch.arange(members, device=device) * config.num_factors).view(1, members, 1)
         self.index = torch.zeros(0, 2 * slots, dtype=torch.int32, device=device)
         self.weight = torch.zeros(0, slots if self.gated else 0, device=device)

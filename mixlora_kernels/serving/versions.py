@@ -1,4 +1,5 @@
-"""The versions of vLLM that serving is tested with. Others are refused: not all that it rests on is public in vLLM."""
+"""The tested versions of vLLM. Other versions are refused, because serving also needs parts of vLLM that are not
+public."""
 
 from packaging.version import InvalidVersion, Version
 
@@ -6,7 +7,7 @@ from ..versions import TESTED
 
 
 def check_version(version: str) -> str | None:
-    """What is wrong with a version of vLLM, as a sentence; None where it was tested."""
+    """Return a sentence that refuses a version of vLLM, or None if it was tested."""
     oldest, newest = TESTED["vllm"]  # minor versions, with all their patches
     try:
         minor = Version(".".join(Version(version).base_version.split(".")[:2]))

@@ -35,7 +35,7 @@ def make_instances(B, L, packed, masked, device):
     mask = None if mask is None else mask.to(device)
     if packed:
         return Instances(B, None, cu_seqlens.to(device), segment.to(device), mask, share)
-    return Instances(B, L, mask=mask, shares=share if masked else None)
+    return Instances(B, L, mask=mask, mean_weights=share if masked else None)
 
 
 def make_group(

@@ -263,7 +263,7 @@ def test_the_default_falls_back_with_one_warning(monkeypatch, device):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         chosen = [backends.select(None, OnGPU) for _ in range(3)]
-    assert [str(w.message) for w in caught] == ["no Triton here; the torch backend serves instead"]
+    assert [str(w.message) for w in caught] == ["no Triton here; the torch backend is used instead"]
     assert {backend.name for backend in chosen} == {"torch"}
     with pytest.raises(ImportError, match="no Triton here"):
         backends.select("triton", x)

@@ -152,7 +152,7 @@ def run_stages_in_double(group, needs, dtype):
 def test_no_tokens(device):
     """A given routing and no token: nothing to add, and gradients of zero."""
     group = make_group(device, L=5, given=True)
-    group = group._replace(x=group.x[:0], instances=group.instances._replace(length=0, shares=None))
+    group = group._replace(x=group.x[:0], instances=group.instances._replace(length=0, mean_weights=None))
     _, found = run_stages(KERNELS, group, EVERYTHING._replace(routers=False))
     assert found["y0"].shape == (0, 37) and found["x"].shape == (0, 40)
     assert all((found[name] == 0).all() for name in ("gate", "lora_A0", "lora_B0"))

@@ -66,23 +66,23 @@ MUTATIONS = [
         "tests/test_functional.py::test_straight_through",
     ),
     Mutation(
-        "gates: a share's gradient as if its sum were constant", f"{_EAGER}/route.py",
-        "(dshare - (dshare * share).sum(-1, keepdim=True) / share.sum(-1, keepdim=True)) / total", "dshare / total",
+        "gates: a renormalised probability's gradient as if its sum were constant", f"{_EAGER}/route.py",
+        "(dp - (dp * p).sum(-1, keepdim=True) / p.sum(-1, keepdim=True)) / total", "dp / total",
         "tests/test_functional.py::test_gradcheck",
     ),
     Mutation(
         "gates: weighted is the normalized one", f"{_EAGER}/route.py",
-        'if gate == "normalized" else chosen.sum', 'if gate != "binary" else chosen.sum',
+        'if gate == "normalized" else p.sum', 'if gate != "binary" else p.sum',
         _EVERY_MODE,
     ),
     Mutation(
         "gates: that of a kept routing gets no gradient", _NODE,
-        "None, dgate, None, None, *given", "None, None, None, None, *given",
+        "None, dgate, None, None, *down", "None, None, None, None, *down",
         "tests/test_functional.py::test_kept_routing_repeats_the_choice_and_passes_the_gradient_to_its_gate",
     ),
     Mutation(
         "backward: the routers' share of x's gradient is left out", f"{_EAGER}/project.py",
-        "_mean_backward(dx, dread, instances)", "pass",
+        "_mean_backward(dx, routers.read, instances)", "pass",
         _EVERY_MODE,
     ),
     Mutation(

@@ -7,11 +7,11 @@ _PEFT = "mixlora_kernels/peft"
 MUTATIONS = [
     Mutation(
         "cache: the prompt's routing is not kept", f"{_PEFT}/side_information.py",
-        "setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward.routings))", "pass",
+        "setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward_pass.routings))", "pass",
         "tests/peft/test_exact_generation.py::test_one_routing_from_prefill_to_the_end",
     ),
     Mutation(
-        "cache: every step routes anew", f"{_PEFT}/forward.py",
+        "cache: every step routes anew", f"{_PEFT}/forward_pass.py",
         'if self.cached and config.decode == "prompt":', "if False:",
         "tests/peft/test_exact_generation.py::test_one_routing_from_prefill_to_the_end",
     ),
@@ -21,16 +21,16 @@ MUTATIONS = [
         "tests/peft/test_cache.py::test_caches_of_an_unknown_kind",
     ),
     Mutation(
-        "cache: a missing one is not noticed", f"{_PEFT}/forward.py", "raise unseen_cache_error(evidence)", "pass",
+        "cache: a missing one is not noticed", f"{_PEFT}/forward_pass.py", "raise unseen_cache_error(evidence)", "pass",
         "tests/peft/test_cache.py::test_a_step_without_a_cache",
     ),
     Mutation(
-        "cache: a prompt in chunks is let through", f"{_PEFT}/forward.py",
+        "cache: a prompt in chunks is let through", f"{_PEFT}/forward_pass.py",
         "if kept is not None and self.cached <= kept.length and not verifies:", "if False:",
         "tests/peft/test_refused_inputs.py",
     ),
     Mutation(
-        "prompt: the answer is pooled as well", f"{_PEFT}/forward.py", "mask = self._prompt(mask, starts)", "pass",
+        "prompt: the answer is pooled as well", f"{_PEFT}/forward_pass.py", "mask = self._prompt(mask, starts)", "pass",
         "tests/peft/test_exact_pooling.py::test_a_training_forward_with_labels",
     ),
     Mutation(
@@ -50,18 +50,18 @@ MUTATIONS = [
     ),
     Mutation(
         "checkpointing: a recomputation sees no forward", f"{_PEFT}/side_information.py",
-        "self.function(_InForward(self.side, self.side.forward, layer), *args, **kwargs)",
+        "self.function(_WithinPass(self.side, self.side.forward_pass, layer), *args, **kwargs)",
         "self.function(layer, *args, **kwargs)",
         "tests/peft/test_exact_checkpointing.py",
     ),
     Mutation(
         "siblings: x that has changed since is taken for the same", f"{_PEFT}/siblings.py",
-        "left.x is x and _is_unchanged(x, left.version) and", "left.x is x and",
+        "pending.x is x and _is_unchanged(x, pending.version) and", "pending.x is x and",
         "tests/peft/test_siblings.py::test_x_that_is_changed_between_the_calls",
     ),
     Mutation(
         "siblings: equal values are taken for the same x", f"{_PEFT}/siblings.py",
-        "left.x is x and _is_unchanged(x, left.version) and", "torch.equal(left.x, x) and",
+        "pending.x is x and _is_unchanged(x, pending.version) and", "torch.equal(pending.x, x) and",
         "tests/peft/test_siblings.py::test_equal_values_are_not_the_same_x",
     ),
     Mutation(
@@ -70,8 +70,8 @@ MUTATIONS = [
     ),
     Mutation(
         "siblings: results outlive the forward", f"{_PEFT}/siblings.py",
-        "idle = self._refused.union(self._left)\n        self._left.clear()\n",
-        "idle = self._refused.union(self._left)\n",
+        "idle = self._refused.union(self._pending)\n        self._pending.clear()\n",
+        "idle = self._refused.union(self._pending)\n",
         "tests/peft/test_siblings.py",
     ),
     Mutation(
@@ -86,7 +86,7 @@ MUTATIONS = [
     ),
     Mutation(
         "adapter_names: rows of the base are adapted", f"{_PEFT}/layer.py",
-        "if chosen == name]", "]", "tests/peft/test_method.py",
+        "if row_name == name]", "]", "tests/peft/test_method.py",
     ),
     Mutation(
         "loading: values that are not finite", f"{_PEFT}/files.py",

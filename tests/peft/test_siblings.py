@@ -33,7 +33,7 @@ def groups(monkeypatch):
 @pytest.fixture
 def alone(monkeypatch):
     """Call it to let every layer compute alone from then on."""
-    return lambda: monkeypatch.setattr(siblings.Sharing, "compute", lambda *_: None)
+    return lambda: monkeypatch.setattr(siblings.Siblings, "compute", lambda *_: None)
 
 
 def step(model, batch):

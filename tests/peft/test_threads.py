@@ -160,11 +160,11 @@ def test_a_copy_and_a_pickle_know_nothing_of_what_runs():
     ids = prompts(1)[0][None]
     expected = model(input_ids=ids).logits
     side = model.base_model.side
-    side.running.forward, side.running.task = object(), (torch.ones(1, 4), None)
+    side.running.forward_pass, side.running.task = object(), (torch.ones(1, 4), None)
     for other in (copy.deepcopy(side), pickle.loads(pickle.dumps(copy.copy(side)))):
-        assert other.forward is None and other.running.task == (None, None)
+        assert other.forward_pass is None and other.running.task == (None, None)
         assert other.decoder_paths == side.decoder_paths
-    side.running.forward, side.running.task = None, (None, None)
+    side.running.forward_pass, side.running.task = None, (None, None)
     assert torch.equal(copy.deepcopy(model)(input_ids=ids).logits, expected)
 
 
@@ -186,5 +186,5 @@ def test_compiled_in_one_thread_and_run_in_others():
         found = [together([lambda ids=ids: call(ids)])[0] for ids in batches]
     for a, b in zip(found, expected):
         assert relative(a, b) < 1e-5  # float32, in another order
-    assert model.base_model.side.forward is None
+    assert model.base_model.side.forward_pass is None
     torch.compiler.reset()

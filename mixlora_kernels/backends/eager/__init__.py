@@ -1,5 +1,6 @@
-"""The stages in plain torch: on any device, in any floating dtype, under any compiler."""
+"""The stages in plain torch, for any device and any floating dtype, and for torch.compile."""
 
+from ..base import Group
 from ..node import Staged
 from .decode import decode
 from .expand import expand, expand_backward
@@ -12,8 +13,8 @@ class Eager(Staged):
     name = "torch"
     writes_first = False
 
-    def decodes(self, group):
-        """``Backend.decodes``: any number of tokens."""
+    def decodes(self, group: Group) -> bool:
+        """``Backend.decodes``: always."""
         return True
 
     decode = staticmethod(decode)

@@ -1,5 +1,5 @@
-"""decode: a given routing and no gradient to come. project and expand in as few operations as it takes: a step of a few
-tokens lasts hardly longer than it takes to start them."""
+"""decode: the update for a given routing, without gradients, in as few torch operations as possible. For a step of a
+few tokens, starting the operations takes most of the time."""
 
 from collections.abc import Sequence
 
@@ -14,9 +14,11 @@ from ..base import FrozenLinear, Group
 def decode(group: Group) -> Sequence[Tensor]:
     """``Backend.decode``."""
     x, instances, dtype, scale = group.x, group.instances, group.options.dtype, group.options.scale
+    if group.given is None:
+        raise ValueError("decode needs a given routing, got none")
     index_a, index_b, gate = group.given[:3]
     u = torch.stack([F.linear(x, factors.lora_A.to(dtype)) for factors in group.factors])  # [G, N, E]
-    if instances.length != 1:  # each token takes its instance's
+    if instances.length != 1:  # repeated for each token
         index_a, index_b, gate = (t[:, instances.instance_of_token(x.device)] for t in (index_a, index_b, gate))
     s = torch.zeros_like(u).scatter_(-1, index_b, (u.gather(-1, index_a) * gate).to(dtype))
     ys = []

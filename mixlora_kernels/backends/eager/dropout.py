@@ -1,8 +1,9 @@
-"""Dropout of the input of lora_A without a stored mask and without an array of the size of x.
+"""Dropout of lora_A's input, without storing a mask and without an array of the size of x.
 
-The tokens go by in blocks that stay in the cache. A block's mask comes from torch's own generator, seeded by
-the call's seed and the block's number, so that the backward draws the forward's again. One 64-bit draw serves
-four elements with 16 bits each: p is therefore rounded to 1/65536, and the scale corrected to match.
+Tokens are processed in blocks that fit the CPU's cache. The mask of a block comes from torch's generator, seeded with
+the call's seed plus the block's number, so that the backward draws the same mask as the forward. A 64-bit random number
+decides over four elements, with 16 bits each. Therefore p is rounded to a multiple of 1/65536, and the scale 1 / (1 -
+p) uses the rounded p.
 """
 
 from collections.abc import Iterator
@@ -12,18 +13,18 @@ from torch import Tensor
 
 from ...dropout import LEVELS, dropped_levels
 
-BLOCK = 64  # tokens whose elements one mask covers
+BLOCK = 64  # tokens in a block
 
 
 def keep_blocks(seed: Tensor, x: Tensor, p: float) -> Iterator[tuple[slice, Tensor]]:
-    """For each block of tokens of x [N, D] its rows, and 1 for its elements that are kept and 0 for the others,
-    [rows, D] in x's dtype; valid until the next block."""
+    """Yield for each block of tokens of x [N, D] its rows and its mask [rows, D], in x's dtype: 1 for elements that are
+    kept, 0 for those that are dropped. The next block overwrites the mask."""
     N, D = x.shape
     start = int(seed)
     generator = torch.Generator(x.device)
     words = torch.empty(-(-BLOCK * D // 4), dtype=torch.int64, device=x.device)
     levels = words.view(torch.int16)[: BLOCK * D].view(BLOCK, D)
-    keep = x.new_empty(BLOCK, D)  # not bool: the products that follow are several times faster in one dtype
+    keep = x.new_empty(BLOCK, D)  # x's dtype, because a product with a bool mask is several times slower
     for number, first in enumerate(range(0, N, BLOCK)):
         rows = slice(first, min(first + BLOCK, N))
         words.random_(-(1 << 63), None, generator=generator.manual_seed(start + number))
@@ -38,7 +39,7 @@ def keep_mask(seed: Tensor, x: Tensor, p: float) -> Tensor:
 
 @torch.library.custom_op("mixlora_kernels::project_dropped", mutates_args=())
 def project_dropped(x: Tensor, lora_A: Tensor, seed: Tensor, p: float) -> Tensor:
-    """drop(x) · lora_Aᵀ before the scale 1 / (1 - p): [N, d_in], [E, d_in] -> [N, E]."""
+    """drop(x) · lora_Aᵀ without the scale 1 / (1 - p): [N, d_in], [E, d_in] -> [N, E]."""
     u = x.new_empty(x.shape[0], lora_A.shape[0])
     block = x.new_empty(BLOCK, x.shape[1])
     for rows, keep in keep_blocks(seed, x, p):
@@ -48,7 +49,7 @@ def project_dropped(x: Tensor, lora_A: Tensor, seed: Tensor, p: float) -> Tensor
 
 
 @project_dropped.register_fake
-def _(x, lora_A, seed, p):
+def _(x: Tensor, lora_A: Tensor, seed: Tensor, p: float) -> Tensor:
     return x.new_empty(x.shape[0], lora_A.shape[0])
 
 
@@ -56,7 +57,7 @@ def _(x, lora_A, seed, p):
 def project_dropped_backward(
     dx: Tensor | None, x: Tensor, du: Tensor, lora_A: Tensor, seed: Tensor, p: float
 ) -> Tensor:
-    """The gradient of lora_A [E, d_in], before the scale as well; that of x is added to dx."""
+    """Return the gradient of lora_A [E, d_in] without the scale, and add x's gradient to dx if it is given."""
     dlora_A = x.new_zeros(lora_A.shape, dtype=torch.promote_types(x.dtype, torch.float32))
     block = x.new_empty(BLOCK, x.shape[1])
     for rows, keep in keep_blocks(seed, x, p):
@@ -68,5 +69,5 @@ def project_dropped_backward(
 
 
 @project_dropped_backward.register_fake
-def _(dx, x, du, lora_A, seed, p):
+def _(dx: Tensor | None, x: Tensor, du: Tensor, lora_A: Tensor, seed: Tensor, p: float) -> Tensor:
     return x.new_empty(lora_A.shape, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -1,4 +1,4 @@
-"""expand: y += Σ_i c gate_i u_i · lora_B[index_b[i]] (Equations 1 and 9), and back."""
+"""expand: y += Σ_i c gate_i u_i · lora_B[index_b[i]] (Equations 1 and 9), and its backward."""
 
 from collections.abc import Sequence
 
@@ -6,16 +6,18 @@ import torch
 from torch import Tensor
 
 from ...routing import Routing
-from ..base import Group, Needs, Saved
+from ..base import DRouting, Group, Needs, Saved
 from .rank_r import Choice, add, choose, collect, products
 
 
 def expand(
-    group: Group, ys: Sequence[Tensor], fresh: Sequence[bool], routing: Routing, saved: Saved
+    group: Group, ys: Sequence[Tensor] | None, fresh: Sequence[bool], routing: Routing, saved: Saved
 ) -> tuple[Sequence[Tensor], Saved]:
-    """``Stages.expand``; ``saved`` is what ``project`` left, and goes on as it is."""
+    """``Stages.expand``. It returns ``saved``, the result of ``project``, unchanged."""
+    if ys is None:
+        raise ValueError("the torch backend adds to the frozen products, which therefore run first, got none")
     s = _weigh(saved[0], group, routing)
-    # A graph being compiled knows no operation in place, and torch 2.11 loses the gradient of what one has changed
+    # Not in place under torch.compile: torch 2.11 loses the gradient of a tensor that an operation changed in place
     # (pytorch/pytorch#180642).
     in_place = [own and not torch.compiler.is_compiling() for own in fresh]
     parts = s.chunk(len(ys), -1)
@@ -23,10 +25,10 @@ def expand(
 
 
 def expand_backward(
-    group: Group, dys: Sequence[Tensor], drouting, routing: Routing, saved: Saved, needs: Needs
+    group: Group, dys: Sequence[Tensor], drouting: DRouting, routing: Routing, saved: Saved, needs: Needs
 ) -> tuple[Sequence[Tensor | None], Tensor | None, Saved]:
-    """``Stages.expand_backward``; what it carries is du [N, G * R], and the gradients of the gate and of the
-    probabilities, the gate's with what comes from y."""
+    """``Stages.expand_backward``. For ``project_backward`` it returns du [N, G * R], the whole gradient of the gate,
+    and the gradients of the probabilities."""
     u, G = saved[0], len(dys)
     parts = _weigh(u, group, routing).chunk(G, -1) if needs.lora_B else ()
     dlora_B: list[Tensor | None] = [None] * G
@@ -47,8 +49,8 @@ def expand_backward(
 
 
 def _weigh(values: Tensor, group: Group, routing: Routing) -> Tensor:
-    """c · gate · values [N, G * R], the product in the gate's precision, so that no rounding of the gate biases a whole
-    instance."""
+    """c · gate · values [N, G * R]. The product is taken in the gate's precision: a rounded gate would shift all tokens
+    of an instance in the same direction."""
     G, B, R = routing.gate.shape
     weight = (routing.gate * group.options.scale).transpose(0, 1).reshape(B, G * R)
     weighed = (group.instances.by_token(values) * group.instances.expand(weight)).view(values.shape)

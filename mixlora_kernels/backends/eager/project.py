@@ -1,8 +1,11 @@
-"""project: choose the factors, then u = drop(x) · lora_Aᵀ for the chosen rows; and back.
+"""project: choose the factors, then compute u = drop(x) · lora_Aᵀ for the chosen rows; and its backward.
 
-The logits are the routers' product with the mean of an instance's pooled tokens (Equation 5). The mean comes first: to
-read x once more costs less than the routers' columns of the product, and it keeps float32 where x has less.
+The routers multiply the mean of an instance's tokens (Equation 5). This backend computes the mean first, and the logits
+from it. That reads x once more, which costs less than a product of all tokens with the routers, and the mean is float32
+even if x is not.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,20 +14,21 @@ from ...routing import Instances, Routing, can_look
 from ..base import Gradients, Group, Needs, Saved
 from .dropout import project_dropped, project_dropped_backward
 from .rank_r import add, choose, collect, pick, products
-from .route import route, route_backward
+from .route import required, route, route_backward
 
-BLOCK = 128  # tokens copied at a time where x cannot be summed as it lies
+BLOCK = 128  # tokens that are converted at a time, if x cannot be summed in its own dtype
 
 
 def project(group: Group) -> tuple[Routing, Saved]:
-    """The routing; and what later stages need: u [N, G * R] before the scale 1 / (1 - p), what the routers read
-    [B, d_route], and what ``route`` kept."""
+    """``Stages.project``. For later stages it returns u [N, G * R] without the scale 1 / (1 - p), the routers' input
+    [B, d_route], and what ``route`` saved."""
     x, instances, options = group.x, group.instances, group.options
-    routing, read, kept = group.given, group.read, ()
+    routing, read = group.given, group.read
+    kept: Saved = ()
     if routing is None:
-        if options.pools:
+        if options.reads_x:
             read = mean(x, instances, options.precise)
-        routing, kept = route(read, group.factors, options)
+        routing, kept = route(required(read, "read"), group.factors, options)
     us = []
     for g, factors in enumerate(group.factors):
         choice = choose([factors.lora_A], routing.index_a[g : g + 1], instances, x.dtype)
@@ -40,12 +44,13 @@ def project(group: Group) -> tuple[Routing, Saved]:
 def project_backward(
     group: Group, dx: Tensor | None, routing: Routing, saved: Saved, carried: Saved, needs: Needs
 ) -> Gradients:
-    """``Stages.project_backward``; ``carried`` is what ``expand_backward`` says."""
+    """``Stages.project_backward``."""
     x, instances, options, G = group.x, group.instances, group.options, len(group.factors)
-    (_, read, *kept), (du, *drouting) = saved, carried
+    read, kept, (du, dgate, dprobs_a, dprobs_b) = saved[1], saved[2:], carried
+    nothing: list[Tensor | None] = [None] * G
+    dlora_A: Sequence[Tensor] = ()
     pools = [factors.lora_A for factors in group.factors]
     choice = choose(pools, routing.index_a, instances, du.dtype)
-    dlora_A = [None] * G
     if group.seeds is not None:
         dx = torch.zeros_like(x) if needs.x and dx is None else dx
         parts = choice.pool.chunk(G), choice.place(du).chunk(G, -1), group.seeds.split(1)
@@ -57,43 +62,45 @@ def project_backward(
         if needs.x:
             dx = add(du.new_zeros(len(du), choice.pool.shape[1]) if dx is None else dx, du, choice)
         if needs.lora_A:
-            dlora_A = list(collect(du, x, choice).chunk(G))
+            dlora_A = collect(du, x, choice).chunk(G)
     if not needs.routers:
-        nothing = [None] * G
-        return Gradients(dx, dlora_A, nothing, nothing, nothing, None)
-    dread, table_A, *drouters = route_backward(drouting, read, group.factors, routing, kept, options)
-    if table_A is not None and needs.lora_A:
-        dlora_A = [d.to(table.dtype).add_(table) for d, table in zip(dlora_A, table_A)]
-    if options.pools and needs.x:
-        _mean_backward(dx, dread, instances)
-    return Gradients(dx, dlora_A, *drouters, None if options.pools else dread)
+        return Gradients(dx, dlora_A or nothing, nothing, nothing, nothing, None)
+    routers = route_backward((dgate, dprobs_a, dprobs_b), read, group.factors, routing, kept, options)
+    if routers.lora_A is not None and needs.lora_A:
+        dlora_A = [d.to(table.dtype).add_(table) for d, table in zip(dlora_A, routers.lora_A)]
+    if options.reads_x and dx is not None:
+        _mean_backward(dx, routers.read, instances)
+    return Gradients(
+        dx, dlora_A or nothing, routers.router_A, routers.router_B or nothing, routers.router_AB or nothing,
+        None if options.reads_x else routers.read,
+    )  # fmt: skip
 
 
 def mean(x: Tensor, instances: Instances, dtype: torch.dtype) -> Tensor:
-    """Equation 5, the mean of each instance's pooled tokens: x [N, D] -> [B, D] in ``dtype``."""
+    """Equation 5, the mean over each instance's tokens: x [N, D] -> [B, D] in ``dtype``."""
     N, mask, look = x.shape[0], instances.mask, can_look(x)
-    # Summed as it lies where that makes no copy of x: the CPU's sum first converts the whole of its input.
+    # Sum x directly if that makes no copy. On a CPU, a sum in another dtype first converts all of x.
     if mask is None and instances.length is not None and (x.dtype == dtype or not look):
-        return instances.by_token(x).sum(dim=1, dtype=dtype) * instances.token_share
-    block = BLOCK if look else max(N, 1)  # a compiled graph makes no copy and wants no loop
+        return instances.by_token(x).sum(dim=1, dtype=dtype) * instances.mean_weight
+    block = BLOCK if look else max(N, 1)  # a compiled graph needs no blocks: it makes no copy
     total = x.new_zeros(instances.count, x.shape[1], dtype=dtype)
     instance = instances.instance_of_token(x.device)
     for first in range(0, N, block):
         rows = slice(first, first + block)
         part = x[rows].to(dtype)
         if mask is not None and not (look and mask[rows].all()):
-            # Filled, not multiplied by 0: what stands in the padding may be infinite.
+            # Not multiplied by 0, because padding may hold infinite values.
             part = part.masked_fill(~mask[rows, None], 0)
         total.index_add_(0, instance[rows], part)
-    return total * instances.token_share
+    return total * instances.mean_weight
 
 
 def _mean_backward(dx: Tensor, dpooled: Tensor, instances: Instances) -> None:
-    """Give every pooled token its share of the gradient of its instance's mean, [B, D]: added to dx in place."""
-    dpooled = (dpooled * instances.token_share).to(dx.dtype)
+    """Add the gradient of each instance's mean, [B, D], to the gradients dx of the tokens it runs over, in place."""
+    dpooled = (dpooled * instances.mean_weight).to(dx.dtype)
     if instances.mask is None and instances.length is not None:
         instances.by_token(dx).add_(dpooled.unsqueeze(1))
-    else:  # as a product with the instances' indicators, which takes no copy of dpooled for each token
+    else:  # a product with a membership matrix, which makes no copy of dpooled for each token
         tokens = instances.instance_of_token(dx.device)
         member = tokens[:, None] == torch.arange(instances.count, device=dx.device)  # [N, B]
         if instances.mask is not None:

@@ -1,14 +1,16 @@
-"""The three products of an activation m [N, W] with the r rows of a pool that each instance chose.
+"""The three products of an activation m [N, W] with the r rows of a pool that were chosen for each instance.
 
     products    p[t, i] = m[t] · pool[index_i]             u = x · lora_Aᵀ,  v = dy · lora_Bᵀ
     add         m[t] += Σ_i s[t, i] pool[index_i]          y += s · lora_B,  dx += du · lora_A
     collect     dpool[e] = Σ_{t, i: index_i = e} s[t, i] m[t]
 
-There are two ways. Where an instance has tokens enough, its rows are gathered once and meet its tokens in batched
-products, [B, K, W]. Elsewhere m meets the whole pool, and an instance's choice picks columns of the result.
+There are two ways to compute them. For instances of many tokens, the chosen rows are gathered, [B, K, W], and
+multiplied with the instance's tokens in a batched product. Otherwise m is multiplied with the whole pool, and the
+chosen columns of the result are selected.
 
-In a backward, the pools of G siblings that read one m stand side by side: K = G · R columns in s. In a forward each has
-its own products, K = R, because a product's bits depend on the number of its columns.
+The backward multiplies m with the pools of all G siblings in one product, with K = G · R columns in s. The forward uses
+one product for each sibling, K = R: the bits of a product depend on the number of its columns, and each sibling has to
+have the bits of a single layer.
 """
 
 from collections.abc import Sequence
@@ -19,11 +21,11 @@ from torch import Tensor
 
 from ...routing import Instances
 
-TOKENS = 4  # for each chosen row, from which on to gather it costs less than the rest of the pool
+TOKENS = 4  # tokens for each chosen row, from which on gathering rows costs less than a product with the whole pool
 
 
 class Choice(NamedTuple):
-    """The rows that each instance chose of G pools."""
+    """The rows of G pools that were chosen for each instance."""
 
     pool: Tensor  # [G * E, W], the pools end to end
     columns: Tensor  # [B, K], rows of ``pool``
@@ -36,10 +38,10 @@ class Choice(NamedTuple):
 
     def batched(self, m: Tensor) -> Tensor:
         """[N, W] -> [B, L, W]"""
-        return m.view(self.instances.count, self.instances.length, m.shape[-1])
+        return self.instances.by_token(m)
 
     def place(self, s: Tensor) -> Tensor:
-        """s [N, K] in the columns of the whole pool, [N, G * E], zero elsewhere."""
+        """Scatter s [N, K] to the columns of the chosen rows: [N, G * E], zero elsewhere."""
         placed = s.new_zeros(s.shape[0], self.pool.shape[0])
         by_token = self.instances.by_token
         by_token(placed).scatter_(-1, self.instances.expand(self.columns), by_token(s))
@@ -47,7 +49,7 @@ class Choice(NamedTuple):
 
 
 def choose(pools: Sequence[Tensor], index: Tensor, instances: Instances, dtype: torch.dtype) -> Choice:
-    """The choice ``index`` [G, B, R] among the pools [E, W] of G siblings, for products in ``dtype``."""
+    """The rows ``index`` [G, B, R] of the pools [E, W] of G siblings, for products in ``dtype``."""
     G, B, R = index.shape
     if G == 1:
         pool, columns = pools[0], index[0]
@@ -55,7 +57,8 @@ def choose(pools: Sequence[Tensor], index: Tensor, instances: Instances, dtype: 
         pool = torch.cat(tuple(pools))
         first = torch.arange(0, pool.shape[0], pool.shape[0] // G, device=index.device)
         columns = (index + first[:, None, None]).transpose(0, 1).reshape(B, G * R)
-    # A GPU multiplies with the whole pool in the same time; a graph being compiled would be compiled for either way.
+    # On a GPU the product with the whole pool takes no longer. Under torch.compile, the choice would compile two
+    # graphs.
     gathers = (
         not torch.compiler.is_compiling()
         and index.device.type == "cpu"
@@ -73,7 +76,7 @@ def products(m: Tensor, choice: Choice) -> Tensor:
 
 
 def pick(p: Tensor, choice: Choice) -> Tensor:
-    """The chosen columns of products with the whole pool: [N, G * E] -> [N, K]"""
+    """Select the chosen columns of products with the whole pool: [N, G * E] -> [N, K]"""
     instances = choice.instances
     return instances.by_token(p).gather(-1, instances.expand(choice.columns)).view(len(p), choice.columns.shape[1])
 
@@ -90,7 +93,7 @@ def add(m: Tensor, s: Tensor, choice: Choice, in_place: bool = True) -> Tensor:
 
 
 def collect(s: Tensor, m: Tensor, choice: Choice) -> Tensor:
-    """[N, K], [N, W] -> [G * E, W]; a row that nobody chose is exactly zero."""
+    """[N, K], [N, W] -> [G * E, W]. A row that no instance chose is exactly zero."""
     if not choice.gathers:
         return choice.place(s).T @ m
     parts = torch.bmm(choice.batched(s).mT, choice.batched(m)).flatten(0, 1)  # [B * K, W]

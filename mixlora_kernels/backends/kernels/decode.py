@@ -18,14 +18,13 @@ from . import tuning
 from .launch import Launch, as_pools, as_rows, plan, register
 from .siblings import choose, count_pieces, find_piece
 
-FEW = (
-    64  # tokens × slots up to which this beats project and expand: every program reads r rows of lora_A for each token
-)
+# tokens × slots up to which this beats project and expand: every program reads r rows of lora_A for each token
+MOST_PAIRS = 64
 
 
 def decodes(group: Group) -> bool:
     """``Backend.decodes``."""
-    return len(group.x) * group.options.r <= FEW
+    return len(group.x) * group.options.r <= MOST_PAIRS
 
 
 def decode(group: Group) -> Sequence[Tensor]:

@@ -34,7 +34,7 @@ def project(group: Group) -> tuple[Routing, Saved]:
     router_A, router_B, router_AB = ([t for t in own if t is not None and routes] for own in routers)
     u, *routed = project_op(
         group.x, lora_A, router_A, router_B, router_AB, group.read, instances.cu_seqlens, instances.mask,
-        instances.shares, group.seeds, instances.count, instances.length or 0,
+        instances.mean_weights, group.seeds, instances.count, instances.length or 0,
         dropped_levels(options.p), options.r, options.gate,
         options.conditioning or "none", routes,
     )  # fmt: skip

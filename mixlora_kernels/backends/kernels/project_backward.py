@@ -33,16 +33,16 @@ def project_backward(
         dx = du.new_empty(du.shape[1], group.factors[0].lora_A.shape[1], dtype=options.dtype)
     lora_A, *routers = zip(*((own.lora_A, own.router_A, own.router_B, own.router_AB) for own in group.factors))
     routers = [[t for t in own if t is not None and needs.routers] for own in routers]
-    outs = [torch.empty_like(pooled)] if needs.routers and not options.pools else []
+    outs = [torch.empty_like(pooled)] if needs.routers and not options.reads_x else []
     for tensors in (lora_A if needs.lora_A else (), *routers):
         outs += [torch.empty_like(own) for own in as_pools(tensors)]
     project_backward_op(
         outs, dx if needs.x else None, x if needs.lora_A else None, du, lora_A, *routers, pooled, dlogits, dlooked,
-        routing.index_a, row_sums, instances.cu_seqlens, instances.mask, instances.shares, group.seeds,
-        instances.count, instances.length or 0, dropped_levels(options.p), options.pools, overwrite, needs.lora_A,
+        routing.index_a, row_sums, instances.cu_seqlens, instances.mask, instances.mean_weights, group.seeds,
+        instances.count, instances.length or 0, dropped_levels(options.p), options.reads_x, overwrite, needs.lora_A,
     )  # fmt: skip
     taken, nothing = iter(outs), [None] * G
-    dread = next(taken) if needs.routers and not options.pools else None
+    dread = next(taken) if needs.routers and not options.reads_x else None
     there = (needs.lora_A, *map(bool, routers))
     dlora_A, drouter_A, drouter_B, drouter_AB = ([next(taken) for _ in range(G)] if t else nothing for t in there)
     return Gradients(dx, dlora_A, drouter_A, drouter_B, drouter_AB, dread)

@@ -1,7 +1,8 @@
-"""Forward: what one forward of a decoder says about its batch, turned into each layer's RoutingContext."""
+"""ForwardPass: derive each layer's RoutingContext from the arguments of the decoder's forward."""
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,8 +10,9 @@ from torch import Tensor
 from ..config import MixLoRAConfig
 from ..routing import Instances, Routing, RoutingContext, find_instances
 from .cache import Past, unknown_cache_error, unseen_cache_error
+from .model_inputs import ModelInputs
 from .recorded import Recorded, join
-from .siblings import Sharing
+from .siblings import Siblings
 from .tokens import (
     IGNORED,
     check_undivided,
@@ -30,85 +32,75 @@ WITHOUT_LABELS = (
 )
 
 
-class ModelInputs:
-    """The arguments of a whole model's forward that decide the routing.
+class ForwardPass:
+    """One forward of a decoder, with B rows of L new tokens. B and L are 0 if the input's shape does not tell them.
 
-    Args:
-        labels: [B, L], the answers' tokens; other shapes (a classifier's) say nothing about tokens.
-        logits_to_keep: of how many last tokens the logits are wanted.
-        task, task_mask: a task embedding.
-        generates: whether the model is one that generates, so that labels are tokens to be predicted.
-    """
-
-    def __init__(self, labels=None, logits_to_keep=None, task=None, task_mask=None, generates=True):
-        self.labels = labels if generates and labels is not None and labels.dim() == 2 else None
-        self.logits_to_keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        self.task, self.task_mask, self.generates = task, task_mask, generates
-
-
-class Forward:
-    """One forward of a decoder: B rows of L new tokens; both None where the input's shape tells nothing.
-
-    Nothing is worked out before a layer asks, so that disabled adapters cost and refuse nothing.
+    Everything is computed when the first layer needs it, so that disabled adapters cost nothing and raise no errors.
 
     Args:
         shape: (B, L), or None.
         named: the decoder's arguments by name.
-        inputs: the whole model's.
-        training: whether the decoder trains.
-        past: what the decoder was handed of earlier tokens.
+        inputs: the whole model's arguments.
+        training: whether the decoder is in training mode.
+        past: what the arguments say about earlier tokens.
     """
 
-    def __init__(self, shape, named: dict, inputs: ModelInputs, training: bool, past: Past):
-        self.B, self.L = shape or (None, None)
+    def __init__(
+        self, shape: tuple[int, int] | None, named: dict[str, Any], inputs: ModelInputs, training: bool, past: Past
+    ):
+        self.shape = shape
+        self.B, self.L = shape or (0, 0)
         self._device = next((value.device for value in named.values() if isinstance(value, Tensor)), None)
         self.inputs, self.training, self.past, self.cached = inputs, training, past, past.length
         self.mask, self.position_ids = named.get("attention_mask"), named.get("position_ids")
         self.cache_position = named.get("cache_position")
         self.cu_seq_lens, self.seq_idx = named.get("cu_seq_lens_q"), named.get("seq_idx")
-        self.encoded, self.encoder_mask = named.get("encoder_hidden_states"), named.get("encoder_attention_mask")
+        self.encoded: Tensor | None = named.get("encoder_hidden_states")
+        self.encoder_mask = named.get("encoder_attention_mask")
         self.keep = 0 if past.cache is None else inputs.logits_to_keep
         self.routings: dict[tuple[str, str], Recorded] = {}
-        self.sharing = Sharing()
+        self.siblings = Siblings()
         self._contexts: dict[tuple[str, str, str], RoutingContext] = {}
         self._instances: dict[tuple, Instances] = {}
         self._tokens: tuple[Tensor | None, Tensor | None] | None = None
 
     def record(self, key: str, name: str, routing: Routing, g: int) -> None:
-        """Note what a layer chose: its group's routing, and its place there."""
+        """Record a layer's routing: that of its group, and the layer's index g in the group."""
         self.routings[key, name] = Recorded(routing, g)
 
-    def place(
+    def prepare(
         self, keys: Sequence[str], name: str, config: MixLoRAConfig, x: Tensor, rows: list[int] | None = None
     ) -> tuple[Tensor, RoutingContext]:
-        """The input of a layer, or of siblings, in the shape that its instances need, and their context.
+        """Return the input of a layer, or of siblings, in the shape that its instances need, and its context.
 
         Args:
-            keys, name: the layers and their adapter.
-            x: [B, L, d_in], or flattened [B * L, d_in]; in cross-attention what the encoder gave.
-            rows: those of x that have the adapter; None: all.
+            keys, name: the layers' names and the adapter's.
+            x: [B, L, d_in], or flattened [B * L, d_in]; in cross-attention the encoder's output.
+            rows: the rows of x that have the adapter; None: all.
 
         Raises:
-            ValueError: x does not belong to this forward's tokens, though they matter; or what the forward says
-                about them is contradictory, or missing.
+            ValueError: routing depends on the tokens, and x does not have the forward's tokens; or the forward's
+                arguments contradict one another, or one is missing.
         """
-        x, context = self._place(keys, name, config, x, rows)
+        x, context = self._prepare(keys, name, config, x, rows)
         if rows is not None:
             return x, context
-        pools = context.routing is None and config.routing == "instance"
-        place = (_kind(config), self._is_encoded(x), pools, x.shape[:-1], x.dtype, x.device)
+        reads_x = context.routing is None and config.routing == "instance"
+        place = (_kind(config), self._is_encoded(x), reads_x, x.shape[:-1], x.dtype, x.device)
         instances = self._instances.get(place)
         if instances is None:
-            instances = self._instances[place] = find_instances(x, context, pools)
+            instances = self._instances[place] = find_instances(x, context, reads_x)
         return x, context._replace(instances=instances)
 
-    def _place(self, keys, name, config, x, rows) -> tuple[Tensor, RoutingContext]:
+    def _prepare(
+        self, keys: Sequence[str], name: str, config: MixLoRAConfig, x: Tensor, rows: list[int] | None
+    ) -> tuple[Tensor, RoutingContext]:
         if self._is_encoded(x):
             context = self._context(config)._replace(mask=self._encoder_padding(config), cu_seqlens=None)
             return (x, context) if rows is None else (x[rows], _of_rows(context, rows))
         if rows is not None:
             x = x[rows]
-        if self.L is None:
+        if self.shape is None:
             context = self._context(config)
             return rows_as_instances(x), context if rows is None else _of_rows(context, rows)
         B, fits = self.B if rows is None else len(rows), True
@@ -134,18 +126,19 @@ class Forward:
         return x, context
 
     def _is_encoded(self, x: Tensor) -> bool:
-        """Whether a layer of the decoder sees what the encoder gave. A recomputation may see it under another name."""
+        """Whether x is the encoder's output. In a recomputation it may be another tensor object with the same
+        memory."""
         encoded = self.encoded
         return encoded is not None and (
             x is encoded or (x.shape == encoded.shape and x.data_ptr() == encoded.data_ptr() and x.numel() > 0)
         )
 
     def _encoder_padding(self, config: MixLoRAConfig) -> Tensor | None:
-        if self.encoder_mask is None or config.pool == "all":
+        if self.encoded is None or self.encoder_mask is None or config.pool == "all":
             return None
-        return padding_mask(self.encoder_mask, *self.encoded.shape[:2], 0)
+        return padding_mask(self.encoder_mask, self.encoded.shape[0], self.encoded.shape[1], 0)
 
-    # One context per kind of adapter, shared by all layers.
+    # All layers whose adapters are of one kind share one context.
 
     def _context(self, config: MixLoRAConfig) -> RoutingContext:
         kind = _kind(config)
@@ -165,7 +158,7 @@ class Forward:
                     "`with mixlora_kernels.peft.task_embedding(model, ...)`"
                 )
         self._check_past()
-        if self.L is None:
+        if self.shape is None:
             return RoutingContext(task=task, task_mask=task_mask)
         if self.cached and self.L > 1:
             self._check_chunks()
@@ -174,7 +167,7 @@ class Forward:
             mask = None
         if config.pool == "prompt" and config.routing == "instance" and not self.cached:
             mask = self._prompt(mask, starts)
-        drafted = self.keep - 1  # candidates of an assistant, behind the tokens that are there
+        drafted = self.keep - 1  # an assistant's candidate tokens, which follow the accepted ones
         if not self.cached and 0 < drafted < self.L:
             last = self._last(drafted)
             if config.decode == "prompt":
@@ -190,14 +183,14 @@ class Forward:
         return RoutingContext(mask=mask, cu_seqlens=cu_seqlens, task=task, task_mask=task_mask)
 
     def _last(self, count: int) -> Tensor:
-        """The last ``count`` new tokens, [L] bool."""
+        """A mask of the last ``count`` new tokens, [L] bool."""
         return torch.arange(self.L, device=self._device) >= self.L - count
 
     def _check_past(self) -> None:
-        """Refuse a forward that continues a sequence while no cache tells the routing of its prompt."""
+        """Refuse a forward that continues a sequence without a cache that holds the routing of its prompt."""
         if self.past.unknown is not None:
             raise unknown_cache_error(self.past.unknown)
-        if self.cached or self.L is None or not self.inputs.generates:
+        if self.cached or self.shape is None or not self.inputs.generates:
             return
         evidence = longer_mask(self.mask, self.L) if self.past.cache is None else None
         evidence = evidence or late_start(self.position_ids, self.cache_position, self.L)
@@ -205,7 +198,7 @@ class Forward:
             raise unseen_cache_error(evidence)
 
     def _find_tokens(self) -> tuple[Tensor | None, Tensor | None]:
-        """The new tokens that are not padding, and where packed instances begin, each [B, L] bool or None."""
+        """The new tokens that are not padding, and the first tokens of packed instances, each [B, L] bool or None."""
         if self._tokens is None:
             mask = padding_mask(self.mask, self.B, self.L, self.cached)
             starts = None
@@ -213,17 +206,17 @@ class Forward:
                 check_undivided(self.mask, self.L)
                 starts = segment_starts(self.position_ids, self.cu_seq_lens, self.seq_idx, mask, self.B, self.L)
             if mask is not None:
-                # A row of nothing but padding fills up a batch (generate() makes such masks where every token is the
-                # padding's). It is no instance, but its mean has to exist, so all its tokens count.
+                # A row of padding alone fills up a batch. generate() makes such a mask if all tokens are the padding
+                # token. The row is no instance, but needs a mean, so the mean runs over all its tokens.
                 mask = mask | ~mask.any(1, keepdim=True)
             self._tokens = mask, starts
         return self._tokens
 
     def _prompt(self, mask: Tensor | None, starts: Tensor | None) -> Tensor | None:
-        """The tokens of each instance's prompt [B, L] bool, as far as the forward tells it; else all that ``mask`` has.
+        """The tokens of each instance's prompt, [B, L] bool, if the forward's arguments tell it; else ``mask``.
 
         Raises:
-            ValueError: labels [B, tokens] of another number of tokens.
+            ValueError: the labels have another number of tokens than the input.
         """
         labels, answer = self.inputs.labels, self.inputs.logits_to_keep - 1
         if labels is not None:
@@ -234,8 +227,8 @@ class Forward:
             labels = labels.to(self._device)
             return prompt_mask(labels, mask, starts) if self.encoded is None else start_mask(labels, mask)
         if self.past.cache is None and starts is None and 0 < answer < self.L - 1:
-            # Without labels (TRL's GRPO before 1.15), the logits asked for are those of the answer, the last tokens,
-            # and of the one before them.
+            # Without labels (TRL's GRPO before 1.15): logits are computed for the answer's tokens, which come last, and
+            # for the token before them.
             labels = torch.where(self._last(answer), 0, IGNORED).expand(self.B, -1)
             return prompt_mask(labels, mask, starts)
         if self.training and self.inputs.generates and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -243,29 +236,30 @@ class Forward:
         return mask
 
     def _kept_routing(self, keys: Sequence[str], name: str, B: int) -> Routing:
-        """What the prefill chose for the G layers, [G, B, ...]."""
+        """The routing that the prefill found for the G layers, [G, B, ...]."""
         if self.L > 1:
             self._check_chunks()
-        kept = self.past.kept
-        found = [None if kept is None else kept.routings.get((key, name)) for key in keys]
-        if None in found:
+        routings = {} if self.past.kept is None else self.past.kept.routings
+        found = [routings[key, name] for key in keys if (key, name) in routings]
+        if len(found) < len(keys):
+            lacking = next(key for key in keys if (key, name) not in routings)
             raise ValueError(
                 f"the cache holds {self.cached} tokens, but no routing of adapter {name!r} for "
-                f"{keys[found.index(None)]}: it was filled without this adapter. Start with an empty cache, or use "
+                f"{lacking}: it was filled without this adapter. Start with an empty cache, or use "
                 "decode='token'"
             )
         routing = join(found)
         rows = routing.index_a.shape[-2]
-        if rows == 1 and B > 1:  # one instance, continued in several ways
+        if rows == 1 and B > 1:  # one instance with several continuations
             return Routing(*(tensor.expand(-1, B, -1) for tensor in routing))
         if rows != B:
             raise ValueError(f"the cache was filled for {rows} rows, the forward has {B}")
         return routing
 
     def _check_chunks(self) -> None:
-        """Refuse further prompt tokens behind a prompt of which nothing was decoded yet."""
+        """Refuse further tokens of a prompt after its first chunk, which shows in that nothing was decoded yet."""
         kept = self.past.kept
-        verifies = self.keep == self.L  # an assistant's candidates: every one of their logits is wanted
+        verifies = self.keep == self.L  # an assistant's candidates, all of whose logits are computed
         if kept is not None and self.cached <= kept.length and not verifies:
             raise ValueError(
                 f"{self.L} tokens follow {self.cached} cached ones, of which no token was decoded: a prompt prefilled "
@@ -274,23 +268,25 @@ class Forward:
 
 
 def _kind(config: MixLoRAConfig) -> tuple[str, str, str]:
-    """The settings of an adapter that decide its context."""
+    """The settings of an adapter that its context depends on."""
     return config.routing, config.pool, config.decode
 
 
 def rows_as_instances(x: Tensor) -> Tensor:
-    """An input without a known sequence: each row of [B, d_in] is an instance of one token."""
+    """Take each row of an input [B, d_in] as an instance of one token, because nothing tells how they form
+    sequences."""
     return x.unsqueeze(1) if x.dim() == 2 else x
 
 
 def _of_rows(context: RoutingContext, rows: list[int]) -> RoutingContext:
     if context.cu_seqlens is not None:
         raise ValueError("adapter_names chooses an adapter for each row, which packed instances do not have")
-    return RoutingContext(*(None if tensor is None else tensor[rows] for tensor in context[:4]))
+    task, task_mask = (None if tensor is None else tensor[rows] for tensor in (context.task, context.task_mask))
+    return RoutingContext(None if context.mask is None else context.mask[rows], task=task, task_mask=task_mask)
 
 
 def _expand_rows(tensor: Tensor | None, count: int) -> Tensor | None:
-    """Repeat each instance's entry as generate() repeats the rows of beams and returned sequences."""
+    """Repeat each instance's entry, as generate() repeats rows for beams and returned sequences."""
     if tensor is None or tensor.shape[0] == count or count % tensor.shape[0]:
         return tensor
     return tensor.repeat_interleave(count // tensor.shape[0], dim=0)
