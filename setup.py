@@ -25,6 +25,7 @@ TEST = [
     "bitsandbytes>=0.48",
     "torchao>=0.16",
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     "ruff>=0.14",
     "mypy>=1.18",

@@ -36,12 +36,12 @@ FULL = (
     Wave(("many",), ("lora_r16", "tied_normalized_prompt", "normalized", "tied"), (1, 2, 3)),
     Wave(("conflict8",), ("fixed", "lora_r62", "random"), (1, 2, 3)),
     Wave(("related",), HEADLINE, (1, 2, 3)),
-    Wave(("conflict8",), ("lora_r4_longer", "lora_r16_longer", "paper_longer", "tied_normalized_longer"), (1, 2, 3)),
     Wave(("conflict8", "many"), HEADLINE, (4, 5)),
+    Wave(("conflict8",), ("lora_r4", "tied_normalized"), (11, 12, 13, 14, 15)),  # a second time, to confirm the first
+    Wave(("conflict8",), ("lora_r4_longer", "lora_r16_longer", "paper_longer", "tied_normalized_longer"), (1, 2, 3)),
     Wave(("conflict8",), ("lora_r4_scaling8", "paper_scaling2", "unconditional", "released", "task"), (1, 2, 3)),
     Wave(("many",), ("fixed", "lora_r62", "random", "unconditional"), (1, 2, 3)),
     Wave(("conflict32",), HEADLINE, (1, 2, 3)),
-    Wave(("conflict8",), ("lora_r4", "tied_normalized"), (11, 12, 13, 14, 15)),  # a second time, to confirm the first
     Wave(("conflict8",), ("specialists_r4", "paper_prompt", "lora_r2", "lora_r8", "lora_r32"), (1, 2, 3)),
     Wave(("conflict8",), ("paper_e16_r2", "paper_e32_r2", "paper_e32_r4", "paper_e16_r8", "paper_e32_r8"), (1, 2, 3)),
     Wave(("many",), ("lora_r4_scaling8", "paper_scaling2", "released", "task", "paper_prompt"), (1, 2, 3)),
