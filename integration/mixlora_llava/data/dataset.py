@@ -208,7 +208,7 @@ class Conversations(Dataset):
 
 
 def describe_problems(problems: dict[str, list[str]]) -> str:
-    """How many records were left out for which reason, and the ids of the first ``NAMED`` of each."""
+    """For each reason, the number of records that were left out and the first ``NAMED`` ids, as text."""
     return "; ".join(f"{reason}: {len(names)} ({_some(names)})" for reason, names in problems.items())
 
 

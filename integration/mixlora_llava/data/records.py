@@ -26,8 +26,8 @@ class Record(NamedTuple):
 
 
 def read_entries(file: str | Path, limit: int | None = None) -> list[Any]:
-    """Yield the elements of a file's JSON list. An element that is nested too deeply to read, or has an integer with
-    too many digits, is yielded as a ``BadRecord``.
+    """The elements of a file's JSON list. An element that is nested too deeply to read, or has an integer with
+    too many digits, becomes a ``BadRecord``.
 
     Bytes that are not UTF-8 become halves of surrogate pairs, which ``read_record`` refuses in texts that are used.
 
