@@ -27,12 +27,21 @@ from cases.adapted import adapt_model, use_backend
 from harness import machine
 from launching.launches import Launch, Recorder, record
 from launching.projections import OneProjection, Projections
-from report.text import bar, judge, summary_table, write_json
+from report.text import BARS, bar, table, write_json
 
 import mixlora_kernels as mk
 
 NAMES = ("base", "peft_lora", "mixlora_single", "mixlora", "mixlora_tied_single", "mixlora_tied")
 BAR = 1.10
+COLUMNS = {
+    "implementation": ("implementation", str),
+    "dropout": ("dropout", str),
+    "bytes": ("GB", lambda value: f"{value / 1e9:.3f}"),
+    "bytes_beyond_frozen": ("beyond frozen", lambda value: f"{value / 1e9:.3f}"),
+    "triton_launches": ("Triton", str),
+    "torch_launches": ("torch", str),
+    "launches_beyond_frozen": ("launches beyond", str),
+}  # and the time relative to the frozen layer's, on each device
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu" / "bytes.json"
 
 
@@ -115,34 +124,27 @@ def main() -> None:
             recorder = training_step(name, shape._replace(dropout=dropout), arguments.backend)
             base = base or recorder
             rows.append(describe(name, dropout, recorder, base, devices))
-    show(rows, devices, arguments.launches)
+    print(table([row | row["ratio"] for row in rows], COLUMNS | {d.name: (d.name, "{:.3f}".format) for d in devices}))
+    if arguments.launches:
+        show_launches(rows)
     bars = [
-        judge(bar(f"{row['implementation']}, dropout {row['dropout']}: / frozen on an {name}", ratio, BAR))
+        bar(f"{row['implementation']}, dropout {row['dropout']}: / frozen on an {name}", ratio, BAR)
         for row in rows
         if row["implementation"] in ("mixlora", "mixlora_tied")
         for name, ratio in row["ratio"].items()
     ]
-    print(summary_table(bars))
+    print(table(bars, BARS))
     told = {name: value for name, value in vars(arguments).items() if name != "out"}
     write_json(arguments.out, machine.describe(torch.device("cpu")), told, bars, rows)
 
 
-def show(rows: Sequence[dict], devices: Sequence[Device], launches: bool) -> None:
-    """A line for each implementation; and, if asked for, each of its launches that moves something, most first."""
-    head = "".join(f"{f'/ frozen, {device.name}':>16}" for device in devices)
-    print(f"{'':20} dropout      GB  beyond frozen  Triton  torch  launches beyond{head}")
+def show_launches(rows: Sequence[dict]) -> None:
+    """Each launch that moves something, most first."""
     for row in rows:
-        ratios = "".join(f"{row['ratio'][device.name]:16.3f}" for device in devices)
-        print(
-            f"{row['implementation']:20} {row['dropout']:7} {row['bytes'] / 1e9:7.3f} "
-            f"{row['bytes_beyond_frozen'] / 1e9:14.3f} {row['triton_launches']:7} {row['torch_launches']:6} "
-            f"{row['launches_beyond_frozen']:16}{ratios}"
-        )
-        if launches:
-            for launch in sorted(row["launches"], key=lambda launch: -launch["bytes"]):
-                tensors = [f"{name} {count / 1e6:.1f} read" for name, count in launch["read"].items()]
-                tensors += [f"{name} {count / 1e6:.1f} written" for name, count in launch["written"].items()]
-                print(f"    {launch['bytes'] / 1e6:9.2f} MB  {launch['name']}: {', '.join(tensors)}")
+        print(f"{row['implementation']}, dropout {row['dropout']}")
+        for launch in sorted(row["launches"], key=lambda launch: -launch["bytes"]):
+            tensors = [f"{name} {n / 1e6:.1f} {how}" for how in ("read", "written") for name, n in launch[how].items()]
+            print(f"    {launch['bytes'] / 1e6:9.2f} MB  {launch['name']}: {', '.join(tensors)}")
 
 
 def parse_arguments() -> argparse.Namespace:

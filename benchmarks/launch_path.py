@@ -32,10 +32,26 @@ import torch
 from bytes_report import LLAVA_7B, training_step
 from harness import machine
 from launching.paths import STEP, TRAINING, UNITS, TimedPath, build_paths
-from report.text import bar, judge, summary_table, write_json
+from report.text import BARS, bar, table, write_json
 
 DROPOUTS = (0.0, 0.05)
 WARM_UP = 5  # rounds, by which everything is compiled and kept
+COLUMNS = {
+    "unit": ("unit", str),
+    "pass": ("pass", str),
+    "dropout": ("dropout", str),
+    "implementation": ("implementation", str),
+    "median_us": ("µs", "{:.0f}".format),
+    "p20_us": ("p20", "{:.0f}".format),
+    "p80_us": ("p80", "{:.0f}".format),
+    "beyond_frozen_us": ("beyond frozen", "{:.0f}".format),
+    "ratio_to_frozen": ("/ frozen", "{:.2f}".format),
+    "ratio_to_lora_beyond_frozen": ("beyond / LoRA's", "{:.2f}".format),
+    "crossings": ("crossings", str),
+    "triton_launches": ("Triton", str),
+    "torch_launches": ("torch", str),
+    "launches_beyond_frozen": ("launches beyond", str),
+}
 RESULTS = Path(__file__).resolve().parent / "results" / "cpu" / "launch_path.json"
 
 
@@ -58,8 +74,8 @@ def main() -> None:
             row |= count(row, arguments.backend)
     for row in rows:
         row |= compare(row, rows)
-    bars = list(map(judge, find_bars(rows)))
-    show(rows, bars)
+    bars = list(find_bars(rows))
+    print(table(rows, COLUMNS), table(bars, BARS), sep="\n\n")
     told = {"rounds": arguments.rounds, "backend": arguments.backend}
     write_json(arguments.out, machine.describe(torch.device("cpu")), told, bars, rows)
 
@@ -131,27 +147,6 @@ def find_bars(rows: Sequence[dict]) -> Iterator[dict]:
         elif row["unit"] == "decoder layer":
             yield bar(f"{what}: time beyond frozen / LoRA's", row["ratio_to_lora_beyond_frozen"], 1.3)
             yield bar(f"{what}: launches beyond frozen", row["launches_beyond_frozen"], 40, "{:d}")
-
-
-def show(rows: Sequence[dict], bars: Sequence[dict]) -> None:
-    columns = {
-        "median_us": ("µs", "{:.0f}"),
-        "p20_us": ("p20", "{:.0f}"),
-        "p80_us": ("p80", "{:.0f}"),
-        "beyond_frozen_us": ("beyond frozen", "{:.0f}"),
-        "ratio_to_frozen": ("/ frozen", "{:.2f}"),
-        "ratio_to_lora_beyond_frozen": ("beyond / LoRA's", "{:.2f}"),
-        "crossings": ("crossings", "{:d}"),
-        "triton_launches": ("Triton", "{:d}"),
-        "torch_launches": ("torch", "{:d}"),
-        "launches_beyond_frozen": ("launches beyond", "{:d}"),
-    }
-    print(f"{'':50}" + "".join(f"{head:>16}" for head, _ in columns.values()))
-    for row in rows:
-        what = f"{row['unit']}, {row['pass']}, {row['dropout']}, {row['implementation']}"
-        cells = ("–" if row[name] is None else form.format(row[name]) for name, (_, form) in columns.items())
-        print(f"{what:50}" + "".join(f"{cell:>16}" for cell in cells))
-    print(summary_table(bars))
 
 
 def parse_arguments() -> argparse.Namespace:

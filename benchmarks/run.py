@@ -64,9 +64,9 @@ def main() -> int:
 
     for suite in arguments.suite:
         own = [row for row in rows if row["suite"] == suite]
-        print("\n".join([f"\n{suite}", *text.notes(own), *([text.table(own)] if own else ["nothing measured"])]))
+        print("\n".join([f"\n{suite}", *text.notes(own), text.table(own) if own else "nothing measured"]))
     if bars:
-        print(f"\nsummary{' (quick: not judged)' if setting.quick else ''}\n{text.summary_table(bars)}")
+        print(f"\nsummary{' (quick: not judged)' if setting.quick else ''}\n{text.table(bars, text.BARS)}")
     print(f"\n{len(rows)} rows in {time.perf_counter() - began:.0f} s; results.json, results.md and plots in {out}")
     for line in left_out:
         print(f"left out {line}")

@@ -5,6 +5,7 @@
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -81,26 +82,34 @@ def mixlora_siblings(
     Raises:
         TypeError, ValueError: x, the bases or the context do not fit. Nothing was computed.
     """
-    context = context or RoutingContext()
     check_input(x, bases, factors, config)
+    context = context or RoutingContext()
+    scope: AbstractContextManager = nullcontext()
     if autocasts(x.device.type) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-        with torch.autocast(x.device.type, enabled=False):
-            return _mixlora(x, bases, factors, config, context, training, backend)
-    return _mixlora(x, bases, factors, config, context, training, backend)
+        x, scope = x.to(torch.get_autocast_dtype(x.device.type)), torch.autocast(x.device.type, enabled=False)
+    with scope:
+        group, implementation = _group(x, bases, factors, config, context, training), select(backend, x)
+        given = group.given
+        # Not in training: activation checkpointing runs a forward without gradients, whose recomputation, with
+        # gradients, has to give the same bits.
+        if given is not None and not training and implementation.decodes(group) and not _learns(group, given):
+            ys, routing = implementation.decode(group), given
+        else:
+            ys, routing = implementation.apply(group)
+    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], routing
 
 
-def _mixlora(
+def _group(
     x: Tensor, bases: Sequence[Tensor | FrozenLinear], factors: Sequence[Factors], config: MixLoRAConfig,
-    context: RoutingContext, training: bool, backend_name: str | None,
-) -> tuple[Sequence[Tensor], Routing]:  # fmt: skip
+    context: RoutingContext, training: bool,
+) -> Group:  # fmt: skip
+    """What the backend is given: the tokens one after another, the instances, and the routing that is not computed."""
     routes, G = context.routing is None and config.has_routers, len(bases)
     reads_x = routes and config.routing == "instance"
     instances = context.instances or find_instances(x, context, needs_mean=reads_x)
-    precise = torch.promote_types(x.dtype, torch.float32)
     read = None
     if routes and config.task_dim is not None:
-        read = find_task(context, instances.count, config.task_dim).to(precise)
+        read = find_task(context, instances.count, config.task_dim).to(torch.promote_types(x.dtype, torch.float32))
     p = config.dropout if training and dropped_levels(config.dropout) else 0.0
     given, seeds = context.routing, None
     if given is not None:
@@ -109,7 +118,7 @@ def _mixlora(
         given, seeds = _draw(G, instances.count, config, x, bool(p))
     if p and seeds is None:
         seeds = draw_seeds(G, x.device)
-    group = Group(
+    return Group(
         x=x.reshape(-1, x.shape[-1]),
         bases=[base if isinstance(base, FrozenLinear) else base.reshape(-1, base.shape[-1]) for base in bases],
         factors=factors,
@@ -128,14 +137,6 @@ def _mixlora(
             dtype=x.dtype,
         ),
     )
-    backend = select(backend_name, x)
-    # Not in training: activation checkpointing runs a forward without gradients, whose recomputation, with gradients,
-    # has to give the same bits.
-    if given is not None and not training and backend.decodes(group) and not _learns(group, given):
-        ys, routing = backend.decode(group), given
-    else:
-        ys, routing = backend.apply(group)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys], given or routing
 
 
 def _learns(group: Group, given: Routing) -> bool:

@@ -104,9 +104,8 @@ class Step(Candidate):
     captured = True
 
     def __init__(self, name: str, case: StepCase, layers: Sequence[Layer]):
-        self.name, self.case, self.layers = name, case, layers
-        self.every, self.calls = layers[0].every, len(layers)
-        self.phases = {"forward": self.forward}
+        super().__init__(name, case, {"forward": self.forward})
+        self.layers, self.every, self.calls = layers, layers[0].every, len(layers)
 
     def reset(self) -> None:
         for layer in self.layers:

@@ -43,8 +43,8 @@ class Generation(Candidate):
     """
 
     def __init__(self, name: str, case: ModelCase, model: nn.Module, prompts: dict[str, Tensor], exact: Callable):
-        self.name, self.case, self.model, self.prompts, self.exact = name, case, model, prompts, exact
-        self.phases = {"generation": lambda: self.generate(model, prompts)}
+        super().__init__(name, case, {"generation": lambda: self.generate(model, prompts)})
+        self.prompts, self.exact = prompts, exact
 
     @torch.no_grad()
     def generate(self, model: nn.Module, prompts: dict[str, Tensor]) -> Tensor:
@@ -83,8 +83,7 @@ def build_models(
     """The candidates: a training step and a generation under each implementation of that name."""
     processor = build_processor(case.pixels)
     conversations = read_conversations(processor, device)
-    torch.manual_seed(seed)
-    plain = build_model(processor, case.pixels, case.hidden, case.layers, device)
+    plain = build_model(processor, case.pixels, case.hidden, case.layers, device, seed)
     inputs, prompts = (feed(part, case.dtype) for part in conversations)
     candidates = []
     for name in names:

@@ -5,7 +5,7 @@ sums are not counted. What a stage computes is compared in the suite
 layer, as part of a layer of the same shape, and by itself in tests/backends.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from harness.measure import Candidate
@@ -36,48 +36,41 @@ def activation_bytes(stage: str, case: Case) -> int:
     return case.B * case.L * (of_in * case.d_in + of_out * case.d_out) * case.dtype.itemsize
 
 
-class Plain(Candidate):
-    """Something without gradients, under one name as implementation and pass."""
-
-    def __init__(self, name: str, case: Case, run: Callable[[], object]):
-        self.name, self.case, self.phases = name, case, {name: run}
-
-
-class Stage(Candidate):
-    """One stage of ``mixlora``, as a pass of that name, on each of several sets of inputs in turn."""
-
-    name = "mixlora"
-
-    def __init__(self, stage: str, case: Case, runs: list[Callable[[], object]]):
-        self.case, self.calls, self.bytes = case, len(runs), activation_bytes(stage, case)
-        self.runs, self.phases = runs, {stage: self.run}
-
-    def run(self) -> None:
-        for run in self.runs:
-            run()
-
-
-def copy(case: Case, device: torch.device, size: int) -> Plain:
+def copy(case: Case, device: torch.device, size: int) -> Candidate:
     """A copy of so many bytes, each of them read and written."""
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    candidate = Plain("copy", case, lambda: target.copy_(source))
+    candidate = Candidate("copy", case, {"copy": lambda: target.copy_(source)})
     candidate.bytes = 2 * size
     return candidate
 
 
-def product(case: Case, device: torch.device, n: int) -> Plain:
+def product(case: Case, device: torch.device, n: int) -> Candidate:
     """A product of two n × n matrices of random numbers."""
     a, b = (torch.randn(n, n, device=device, dtype=case.dtype) for _ in "ab")
-    candidate = Plain("product", case, lambda: a @ b)
+    candidate = Candidate("product", case, {"product": lambda: a @ b})
     candidate.operations = 2 * n**3
     return candidate
 
 
-def stages(case: Case, device: torch.device, sets: int) -> list[Stage]:
-    """The stages of a training step of the case, in their order."""
+def stages(case: Case, device: torch.device, sets: int) -> Iterator[Candidate]:
+    """The stages of a training step of ``mixlora`` in their order, each a pass of that name, on each of several sets of
+    inputs in turn."""
     prepared = [dict(calls_of(case, device)) for _ in range(sets)]
-    return [Stage(stage, case, [calls[stage] for calls in prepared]) for stage in TRAFFIC]
+    for stage in TRAFFIC:
+        candidate = Candidate("mixlora", case, {stage: in_turn([calls[stage] for calls in prepared])})
+        candidate.calls, candidate.bytes = sets, activation_bytes(stage, case)
+        yield candidate
+
+
+def in_turn(runs: Sequence[Callable[[], object]]) -> Callable[[], None]:
+    """All of them, none of whose results outlives its run."""
+
+    def run() -> None:
+        for one in runs:
+            one()
+
+    return run
 
 
 def calls_of(case: Case, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -31,13 +31,14 @@ class Candidate:
         bytes, operations: what one call moves at least and multiplies, where that is told.
     """
 
-    name: str
     every = 1
     calls = 1
     captured = False
     bytes: int | None = None
     operations: int | None = None
-    phases: Mapping[str, Callable[[], None]]
+
+    def __init__(self, name: str, case, phases: Mapping[str, Callable[[], object]]):
+        self.name, self.case, self.phases = name, case, phases
 
     def reset(self) -> None:
         """Drop results and gradients."""

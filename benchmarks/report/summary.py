@@ -9,7 +9,7 @@ from cases.problem import Shaped, dtype_name
 from cases.suites import BOTH, DECODE, DECODERS, PAPER_DROPOUT, POOLS, SMALL, Setting, step_case
 from harness.measure import paired_ratio
 
-from .text import bar, judge
+from .text import bar
 
 TRAINING = "forward+backward"
 
@@ -22,7 +22,7 @@ def summarise(rows: Sequence[dict], setting: Setting) -> list[dict]:
         bars = [*gpu_bars(rows, setting), *bars]
     if not setting.gpu:
         bars = [*layer_bars(rows, setting), *decoder_bars(rows), *bars]
-    return [judge(bar) | ({"met": None} if setting.quick else {}) for bar in bars]
+    return [bar | ({"met": None} if setting.quick else {}) for bar in bars]
 
 
 def find(rows: Sequence[dict], suite: str, case: Shaped, implementation: str, which: str) -> dict | None:
@@ -31,14 +31,19 @@ def find(rows: Sequence[dict], suite: str, case: Shaped, implementation: str, wh
     return next((row for row in rows if all(row[key] == value for key, value in wanted.items())), None)
 
 
+def ratio_bars(row: dict | None, claim: str, **limits: float) -> Iterator[dict]:
+    """The row's time relative to each of the others named, where it was measured."""
+    for other, limit in limits.items():
+        if row is not None and row[f"ratio_to_{other}"] is not None:
+            yield bar(f"{claim} / {other}", row[f"ratio_to_{other}"], limit)
+
+
 def gpu_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
     """What the kernels are for: bfloat16 (with ``quick`` on a CPU what is usual there) with the paper's dropout."""
     E, r = POOLS[0]
     case = replace(setting.shape(setting.square), dtype=setting.usual, E=E, r=r, dropout=PAPER_DROPOUT)
     row = find(rows, "layer", case, "mixlora", TRAINING)
-    for other, limit in (("base", 1.12), ("peft_lora", 0.85)):
-        if row is not None and row[f"ratio_to_{other}"] is not None:
-            yield bar(f"layer, {case.name}, {TRAINING}: time / {other}", row[f"ratio_to_{other}"], limit)
+    yield from ratio_bars(row, f"layer, {case.name}, {TRAINING}: time", base=1.12, peft_lora=0.85)
     yield from stage_bars(rows)
     yield from training_bars(rows)
     step = step_case(setting, setting.usual, DECODE.B, E, r)
@@ -65,27 +70,24 @@ def training_bars(rows: Sequence[dict]) -> Iterator[dict]:
     by_case = {(row["case"], row["implementation"]): row for row in steps}
     for case in dict.fromkeys(row["case"] for row in steps):
         ours, lora = (by_case.get((case, name)) for name in ("mixlora", "peft_lora"))
-        if ours is None or lora is None:
-            continue
-        if ours["ratio_to_peft_lora"] is not None:
-            yield bar(f"training, {case}: time / peft_lora", ours["ratio_to_peft_lora"], 0.9)
-        yield bar(f"training, {case}: peak / peft_lora", ours["peak_bytes"] / lora["peak_bytes"], 1.0)
+        if ours is not None and lora is not None:
+            yield from ratio_bars(ours, f"training, {case}: time", peft_lora=0.9)
+            yield bar(f"training, {case}: peak / peft_lora", ours["peak_bytes"] / lora["peak_bytes"], 1.0)
 
 
 def layer_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
     """Time of ``mixlora`` relative to others on a CPU."""
     square, small, step = (setting.shape(case) for case in (setting.square, SMALL, DECODE))
-    wanted = [("layer", replace(square, dtype=torch.float32), TRAINING, "base", 1.15)]
+    wanted = [("layer", replace(square, dtype=torch.float32), TRAINING, {"base": 1.15})]
     for dtype in BOTH:
         case = replace(square, dtype=dtype)
-        wanted += [("layer", case, TRAINING, "peft_lora", 0.95), ("layer", case, TRAINING, "published", 0.35)]
-        wanted.append(("layer", replace(case, dropout=PAPER_DROPOUT), TRAINING, "peft_lora", 0.95))
-    wanted.append(("layer", small, TRAINING, "peft_lora", 0.9))
-    wanted.append(("decode", step, "forward", "peft_lora", 1.05))
-    for suite, case, which, other, limit in wanted:
-        row = find(rows, suite, case, "mixlora", which)
-        if row is not None and row[f"ratio_to_{other}"] is not None:
-            yield bar(f"{suite}, {case.name}, {which}: time / {other}", row[f"ratio_to_{other}"], limit)
+        wanted.append(("layer", case, TRAINING, {"peft_lora": 0.95, "published": 0.35}))
+        wanted.append(("layer", replace(case, dropout=PAPER_DROPOUT), TRAINING, {"peft_lora": 0.95}))
+    wanted += [("layer", small, TRAINING, {"peft_lora": 0.9}), ("decode", step, "forward", {"peft_lora": 1.05})]
+    for suite, case, which, limits in wanted:
+        yield from ratio_bars(
+            find(rows, suite, case, "mixlora", which), f"{suite}, {case.name}, {which}: time", **limits
+        )
 
 
 def decoder_bars(rows: Sequence[dict]) -> Iterator[dict]:
@@ -94,10 +96,8 @@ def decoder_bars(rows: Sequence[dict]) -> Iterator[dict]:
     for row in rows:
         ours = row["suite"] == "decoder" and row["implementation"] in ("mixlora", "mixlora_tied")
         if ours and row["pass"] == TRAINING and row["dtype"] == "float32":
-            for other, limit in zip(("base", "peft_lora"), limits.get(row["hidden"], (1.06, 0.88))):
-                if row[f"ratio_to_{other}"] is not None:
-                    claim = f"{row['case']}, {TRAINING}: {row['implementation']} / {other}"
-                    yield bar(claim, row[f"ratio_to_{other}"], limit)
+            base, lora = limits.get(row["hidden"], (1.06, 0.88))
+            yield from ratio_bars(row, f"{row['case']}, {TRAINING}: {row['implementation']}", base=base, peft_lora=lora)
 
 
 def scaling_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
@@ -123,16 +123,12 @@ def scaling_bars(rows: Sequence[dict], setting: Setting) -> Iterator[dict]:
 
 def memory_bars(rows: Sequence[dict]) -> Iterator[dict]:
     """Peak memory of ``mixlora`` relative to ``peft_lora``, case by case."""
-    peaks = {
-        (row["case"], row["implementation"]): row["peak_bytes"]
-        for row in rows
-        if row["suite"] == "memory" and row["pass"] == TRAINING
-    }
-    for case in dict.fromkeys(case for case, _ in peaks):
-        if not peaks.keys() >= {(case, "mixlora"), (case, "peft_lora")}:
-            continue
-        ratio = peaks[case, "mixlora"] / peaks[case, "peft_lora"]
-        yield bar(f"memory, {case}, {TRAINING}: peak / peft_lora", ratio, 1.0)
+    rows = [row for row in rows if row["suite"] == "memory" and row["pass"] == TRAINING]
+    peaks = {(row["case"], row["implementation"]): row["peak_bytes"] for row in rows}
+    for case in dict.fromkeys(row["case"] for row in rows):
+        ours, lora = (peaks.get((case, name)) for name in ("mixlora", "peft_lora"))
+        if ours and lora:
+            yield bar(f"memory, {case}, {TRAINING}: peak / peft_lora", ours / lora, 1.0)
 
 
 def error_bars(rows: Sequence[dict]) -> Iterator[dict]:

@@ -1,7 +1,7 @@
 """What was measured, for people (tables, Markdown) and for programs (JSON)."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 
@@ -14,7 +14,9 @@ def tera(value: float) -> str:
     return f"{value / 1e12:.2f}"
 
 
-COLUMNS = {  # of a row: what stands above it, and how it is written
+Columns = Mapping[str, tuple[str, Callable]]  # of a row: what stands above it, and how it is written
+
+COLUMNS: Columns = {
     "case": ("case", str),
     "implementation": ("implementation", str),
     "pass": ("pass", str),
@@ -33,42 +35,24 @@ COLUMNS = {  # of a row: what stands above it, and how it is written
     "error": ("error", "{:.1e}".format),
     "rounds": ("rounds", str),
 }
-ALWAYS = ("case", "implementation", "pass", "median_ms", "p20_ms", "p80_ms", "rounds")
-WORDS = 3  # the first columns are words and begin on the left
+BARS: Columns = {
+    "claim": ("claim", str),
+    "measured_text": ("measured", str),
+    "bar_text": ("bar", str),
+    "met": ("met", {True: "yes", False: "no"}.get),
+}
 
 
-def columns(rows: Sequence[dict]) -> dict[str, str]:
-    """Those of which the rows tell something, with what stands above them."""
-    return {
-        name: head
-        for name, (head, _) in COLUMNS.items()
-        if name in ALWAYS or any(row[name] is not None for row in rows)
-    }
-
-
-def cells(row: dict, names: Iterable[str]) -> list[str]:
-    """One row's columns as text."""
-    return ["–" if row[name] is None else COLUMNS[name][1](row[name]) for name in names]
-
-
-def table(rows: Sequence[dict]) -> str:
-    """An aligned table; a case is named once."""
-    shown = columns(rows)
-    lines = [list(shown.values())]
-    for number, row in enumerate(rows):
-        line = cells(row, shown)
-        if number and rows[number - 1]["case"] == row["case"]:
-            line[0] = ""
-        lines.append(line)
-    return align(lines, words=WORDS)
-
-
-def align(lines: Sequence[Sequence[str]], words: int) -> str:
-    """Columns of one width, the first ``words`` of them from the left, the others from the right."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
+def table(rows: Sequence[dict], columns: Columns = COLUMNS) -> str:
+    """An aligned Markdown table of the columns of which the rows tell something; words begin on the left."""
+    columns = {name: column for name, column in columns.items() if any(row[name] is not None for row in rows)}
+    lines = [[head for head, _ in columns.values()]]
+    lines += [["–" if row[name] is None else write(row[name]) for name, (_, write) in columns.items()] for row in rows]
+    widths = [max(map(len, cells)) for cells in zip(*lines)]
+    sides = ["<" if any(isinstance(row[name], str) for row in rows) else ">" for name in columns]
+    lines.insert(1, ["-" * (width - 1) + ("-" if side == "<" else ":") for width, side in zip(widths, sides)])
     return "\n".join(
-        "  ".join(c.ljust(w) if n < words else c.rjust(w) for n, (c, w) in enumerate(zip(line, widths))).rstrip()
-        for line in lines
+        f"| {' | '.join(f'{cell:{side}{width}}' for cell, side, width in zip(line, sides, widths))} |" for line in lines
     )
 
 
@@ -78,34 +62,15 @@ def notes(rows: Sequence[dict]) -> list[str]:
     return [f"{case}: {note}." for note, case in found]
 
 
-BARS = ["claim", "measured", "bar", "met"]
-
-
-def told(bar: dict) -> list[str]:
-    met = {True: "yes", False: "no", None: "–"}[bar["met"]]
-    return [bar["claim"], bar["measured_text"], bar["bar_text"], met]
-
-
-def summary_table(bars: Iterable[dict]) -> str:
-    """The bars as aligned lines."""
-    return align([BARS, *map(told, bars)], words=len(BARS))
-
-
-def judge(bar: dict) -> dict:
-    """The bar with whether it is met, and its numbers as text."""
-    at_least, form = bar.pop("at_least"), bar.pop("form")
-    met = bar["measured"] >= bar["bar"] if at_least else bar["measured"] <= bar["bar"]
-    texts = {"measured_text": form.format(bar["measured"])}
-    texts["bar_text"] = ("≥ " if at_least else "≤ ") + form.format(bar["bar"])
-    return bar | {"met": bool(met)} | texts
-
-
 def bar(claim: str, measured: float, limit: float, form: str = "{:.3f}", at_least: bool = False) -> dict:
-    return {"claim": claim, "measured": measured, "bar": limit, "form": form, "at_least": at_least}
+    """A claim, and whether what was measured meets it; its numbers also as text."""
+    met = measured >= limit if at_least else measured <= limit
+    texts = {"measured_text": form.format(measured), "bar_text": ("≥ " if at_least else "≤ ") + form.format(limit)}
+    return {"claim": claim, "measured": measured, "bar": limit, "met": bool(met)} | texts
 
 
 def write_json(
-    path: Path, machine: dict, arguments: dict, bars: Sequence[dict], rows: Sequence[dict],
+    path: Path, machine: dict, arguments: dict, bars: Iterable[dict], rows: Iterable[dict],
     failures: Sequence[str] = (), left_out: Sequence[dict] = (),
 ) -> None:  # fmt: skip
     """All of it, a row a line."""
@@ -133,29 +98,19 @@ def write_markdown(
     """The same for a reader: conditions, bars, a table for each suite, the plots; ``abouts`` says of suites what their
     rows must be read with."""
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
-    lines = [
+    parts = [
         f"# Benchmark on {machine['device']}",
-        "",
         f"`{command}`, {machine['date']}, commit {machine['commit']}. {machine['cpu']}, {machine['cores']} cores, "
         f"{machine['threads']} threads; Python {machine['python']}, {versions}.",
-        "",
         GENERAL,
-        "",
     ]
     for what, items in (("Not measured, because it failed:", failures), ("Left out:", left_out)):
         if items:
-            lines += [what, "", *(f"- {item}" for item in items), ""]
+            parts += [what, "\n".join(f"- {item}" for item in items)]
     if bars:
-        lines += markdown_table(BARS, map(told, bars))
+        parts.append(table(bars, BARS))
     for suite in dict.fromkeys(row["suite"] for row in rows):
         own = [row for row in rows if row["suite"] == suite]
-        shown = columns(own)
-        lines += [f"## {suite}", ""]
-        lines += [f"{text}\n" for text in (abouts.get(suite), *notes(own)) if text]
-        lines += [f"![{plot.stem}]({plot.name})\n" for plot in plots if plot.stem == suite]
-        lines += markdown_table(list(shown.values()), [cells(row, shown) for row in own])
-    path.write_text("\n".join(lines), encoding="utf-8")
-
-
-def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *body)] + [""]
+        parts += [f"## {suite}", *filter(None, (abouts.get(suite), *notes(own)))]
+        parts += [f"![{plot.stem}]({plot.name})" for plot in plots if plot.stem == suite] + [table(own)]
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

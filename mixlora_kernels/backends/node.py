@@ -29,25 +29,26 @@ KEPT = 6  # those that the backward reads: all but y and the bias
 T = TypeVar("T")
 
 
-def apply(stages: Stages, group: Group) -> tuple[Sequence[Tensor], Routing]:
-    """``Backend.apply`` through the stages."""
-    own: list[Tensor | None] = []
-    for base, factors in zip(group.bases, group.factors):
-        own += (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
-        own += factors
-    given: tuple[Tensor | None, ...] = (None, None, None) if group.given is None else group.given[:3]
-    index_a, index_b, gate = given
-    outputs = Node.apply(
-        stages, group.instances, group.options, group.x, group.read, group.seeds,
-        gate, index_a, index_b, *own,
-    )  # fmt: skip
-    G = len(group.factors)
-    if group.given is not None:
-        return outputs if G > 1 else (outputs,), group.given
-    if not group.options.tied:
-        return outputs[:G], Routing(*outputs[G:])
-    index, gate, probs = outputs[G:]
-    return outputs[:G], Routing(index, index, gate, probs, probs)
+class Staged(Stages):
+    """A backend made of stages: what it calls ``apply`` is one autograd node around them."""
+
+    def apply(self, group: Group) -> tuple[Sequence[Tensor], Routing]:
+        """``Backend.apply``."""
+        own: list[Tensor | None] = []
+        for base, factors in zip(group.bases, group.factors):
+            own += (None, *base) if isinstance(base, FrozenLinear) else (base, None, None)
+            own += factors
+        given, G = group.given, len(group.factors)
+        gate, index_a, index_b = (None, None, None) if given is None else (given.gate, given.index_a, given.index_b)
+        outputs = Node.apply(
+            self, group.instances, group.options, group.x, group.read, group.seeds, gate, index_a, index_b, *own
+        )
+        if given is not None:
+            return outputs if G > 1 else (outputs,), given
+        if not group.options.tied:
+            return outputs[:G], Routing(*outputs[G:])
+        index, gate, probs = outputs[G:]
+        return outputs[:G], Routing(index, index, gate, probs, probs)
 
 
 class Node(torch.autograd.Function):
@@ -96,11 +97,7 @@ class Node(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if autocasts(ctx.device_type):  # if backward() is called under autocast
             with torch.autocast(ctx.device_type, enabled=False):
-                return Node.gradients(ctx, *grads)
-        return Node.gradients(ctx, *grads)
-
-    @staticmethod
-    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+                return Node.backward(ctx, *grads)
         options, stages, G = ctx.options, ctx.stages, len(ctx.shapes)
         x, read, seeds, *tensors = ctx.saved_tensors
         divided, routing, kept, saved = _cut(tensors, len(Instances._fields) - 2, len(Routing._fields), G * KEPT)

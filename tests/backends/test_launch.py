@@ -70,6 +70,7 @@ print("done")
 '''
 
 
+@pytest.mark.slow
 def test_a_kernel_is_looked_for_once(tmp_path):
     """Once for each combination of dtypes and absent tensors; every time where an address is not aligned."""
     script = tmp_path / "script.py"

@@ -243,7 +243,8 @@ MISSING = "import sys; sys.modules['triton'] = None", "float32", "ImportError", 
 OLD = "import triton; triton.__version__ = '3.1.0'", "float32", "ImportError", "1", "found 3.1.0: upgrade it"
 
 
-@pytest.mark.parametrize("case", mostly_slow([CPU, LATE, DOUBLE, MISSING, OLD], 0), ids=lambda case: case[-1])
+@pytest.mark.slow  # an interpreter each
+@pytest.mark.parametrize("case", [CPU, LATE, DOUBLE, MISSING, OLD], ids=lambda case: case[-1])
 def test_what_cannot_run_is_refused(case):
     before, dtype, error, interpret, message = case
     code = REFUSED.format(before=before, dtype=dtype, error=error)

@@ -42,7 +42,8 @@ def to(bases, adapters, device):
 
 
 @needs_triton
-@pytest.mark.parametrize("case", mostly_slow(GROUPS, 0))
+@pytest.mark.slow  # test_stages' adjoints are of siblings, too
+@pytest.mark.parametrize("case", GROUPS)
 def test_as_single_layers(case, device):
     mode, layout, dropout, dtype = case
     bases, adapters, config = make(dtype, **mode, dropout=dropout)

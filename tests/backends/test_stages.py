@@ -58,7 +58,8 @@ def test_as_plain_torch(case, device):
     assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("wanted", mostly_slow(range(5), 3))
+@pytest.mark.slow
+@pytest.mark.parametrize("wanted", range(5))
 def test_only_what_is_needed(wanted, device):
     """One kind of gradient at a time has the bits that it has among all; the gate's is that of a given routing."""
     needs = Needs(*(i == wanted for i in range(5)))
@@ -111,7 +112,7 @@ def test_adjoints(device):
         assert abs(other - value) <= CLOSE * size
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", mostly_slow([torch.bfloat16, torch.float16], 0))
 def test_half_precision_is_no_worse_than_eager(dtype, device):
     """The design's bound: 1.5 x plain torch's error in that dtype, against float64; root mean squares."""
     group = make_group(device, widths=(70, 33), D=70, given=True, dtype=dtype)

@@ -14,6 +14,7 @@ from mixlora_llava.analysis import interference, selection
 from mixlora_llava.analysis.interference import Group
 from mixlora_llava.model.patch import patch_llava
 
+from ..cases import mostly_slow
 from .tiny import WIDTH, tiny_llava
 
 CONFIGS = {
@@ -55,16 +56,20 @@ def build(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "group"),
-    [
-        ("mixlora", Group(0, "attention", "A")),
-        ("mixlora", Group(1, "mlp", "B")),
-        ("weighted", Group(1, "mlp", "A")),
-        ("lora", Group(0, "attention", "A")),
-    ],
+    "case",
+    mostly_slow(
+        [
+            ("mixlora", Group(0, "attention", "A")),
+            ("mixlora", Group(1, "mlp", "B")),
+            ("weighted", Group(1, "mlp", "A")),
+            ("lora", Group(0, "attention", "A")),
+        ],
+        0,
+    ),
 )
-def test_equation_2_equals_finite_differences_to_first_order(name, group):
+def test_equation_2_equals_finite_differences_to_first_order(case):
     """The losses themselves are evaluated at θ and at θ - λ g_j / |g_j|, as Equation 2's first line says."""
+    name, group = case
     model, batches = build(name)
     parameters = interference.factor_groups(model)[group]
     computed = interference.loss_changes(interference.task_gradients(model, batches)[group])
@@ -172,6 +177,7 @@ def test_multi_hot_and_usage_by_value():
         found.multi_hot(3, "attention", "A")
 
 
+@pytest.mark.slow
 def test_tasks_that_choose_apart_lie_apart(tmp_path):
     found = made_selections()
     assert found.multi_hot(0, "mlp", "B").shape == (48, 16) and (found.multi_hot(0, "mlp", "B").sum(1) == 4).all()

@@ -69,7 +69,7 @@ def test_settings_refused(tmp_path, change, message):
     ("text", "message"),
     [
         ("model: [", "cannot be read as YAML"),
-        ("model: " + "[" * 100_000, "cannot be read as YAML: maximum recursion depth"),
+        ("model: " + "[" * 2_000, "cannot be read as YAML: maximum recursion depth"),
         ("- model", "must hold fields and values, got list"),
         ("", "must hold fields and values, got NoneType"),
         ("model: x", "data: Field required; images: Field required; output: Field required$"),

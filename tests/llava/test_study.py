@@ -232,6 +232,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, capsys):
         work.go_on(tmp_path / "runs", tmp_path, TINY._replace(seed=1), waves, steps, **options)
 
 
+@pytest.mark.slow
 def test_the_report_comes_from_the_raw_results_alone(tmp_path, capsys):
     shutil.copytree(RAW / "runs", tmp_path / "runs")
     main(["study", "report", "--results", str(tmp_path)])
@@ -260,6 +261,7 @@ def test_the_report_comes_from_the_raw_results_alone(tmp_path, capsys):
     assert "| conflict8 | LoRA r 4 | 0.001: 19.5 · **0.002: 32.5** · 0.004: 15.5 |" in text
 
 
+@pytest.mark.slow
 def test_committed_results_are_the_reports(tmp_path):
     """The committed report is what the committed raw results give."""
     committed = Path(reports.__file__).with_name("results")

@@ -24,6 +24,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_no_more_than_pefts_own_lora_layer(monkeypatch):
     """Both on the same layers of the same model, taking turns; the operation itself takes no time here, and
     LoRA's, on 8 tokens, next to none beside its calls."""

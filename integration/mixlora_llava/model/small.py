@@ -33,6 +33,16 @@ def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )  # fmt: skip
 
 
+def make_processor(texts: list[str], *, image: int, patch: int) -> LlavaProcessor:
+    """A processor with the words of the texts, and for images of that side, which it resizes to; both in pixels."""
+    size = {"height": image, "width": image}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False),
+        tokenizer=word_tokenizer(texts), patch_size=patch, vision_feature_select_strategy="default",
+        image_token=IMAGE, num_additional_image_tokens=1,
+    )  # fmt: skip
+
+
 def make_llava(text: dict, vision: dict, *, seed: int | None = None, **settings) -> LlavaForConditionalGeneration:
     """Make a LLaVA of Llama and CLIP with random weights, for tests, benchmarks and the example.
 
@@ -60,7 +70,8 @@ def small_llava(
         layers: the number of the text decoder's layers.
         vision_width: the width of the vision tower's hidden states, by default two thirds of ``width``.
     """
-    tokenizer = word_tokenizer(texts)
+    processor = make_processor(texts, image=image, patch=patch)
+    tokenizer = processor.tokenizer
     vision_width = vision_width or width * 2 // 3
     vision = {
         "hidden_size": vision_width, "intermediate_size": 2 * vision_width, "num_hidden_layers": 2,
@@ -74,12 +85,6 @@ def small_llava(
     model = make_llava(
         text, vision, seed=seed, image_token_id=SPECIAL.index(IMAGE), pad_token_id=0, vision_feature_layer=-1
     )
-    size = {"height": image, "width": image}
-    images = CLIPImageProcessor(size=size, crop_size=size, do_center_crop=False)
-    processor = LlavaProcessor(
-        image_processor=images, tokenizer=tokenizer, patch_size=patch, vision_feature_select_strategy="default",
-        image_token=IMAGE, num_additional_image_tokens=1,
-    )  # fmt: skip
     return model, processor
 
 

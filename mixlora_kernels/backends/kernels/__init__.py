@@ -2,7 +2,7 @@
 
 import os
 
-from .. import node
+from ..node import Staged
 from .decode import decode, decodes
 from .expand import expand
 from .expand_backward import expand_backward
@@ -10,16 +10,12 @@ from .project import project
 from .project_backward import project_backward
 
 
-class Kernels:
+class Kernels(Staged):
     """The backend called ``"triton"``."""
 
     name = "triton"
     # Off until a GPU has shown that cuBLAS's product loses less by accumulating than the kernels gain.
     writes_first = os.environ.get("MIXLORA_WRITES_FIRST", "0") == "1"
-
-    def apply(self, group):
-        """``Backend.apply``."""
-        return node.apply(self, group)
 
     decodes = staticmethod(decodes)
     decode = staticmethod(decode)

@@ -43,6 +43,9 @@ class Launch:
         """Launch with these tensors on their device, which need not be the current one."""
         if 0 in self.grid:
             return
+        if device.type == "cuda" and device.index != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(device, **tensors)
         kinds, addresses = [device.index], 0
         for value in tensors.values():
             if value is None:
@@ -54,26 +57,13 @@ class Launch:
             else:
                 kinds.append(value.dtype)
                 addresses |= value.data_ptr()
-        key = tuple(kinds)
-        if not is_current(device):
-            with torch.cuda.device(device):
-                self._launch(key, addresses % 16 == 0, tensors)
-        else:
-            self._launch(key, addresses % 16 == 0, tensors)
-
-    def _launch(self, key: tuple, aligned: bool, tensors: dict) -> None:
+        arguments, key, aligned = {**self.arguments, **tensors}, tuple(kinds), addresses % 16 == 0
         run = self.kept.get(key) if aligned else None
         if run is not None:
-            run(*{**self.arguments, **tensors}.values())
-            return
-        compiled = self.kernel[self.grid](**self.arguments | tensors, **self.options)
+            return run(*arguments.values())
+        compiled = self.kernel[self.grid](**arguments, **self.options)
         if aligned and isinstance(compiled, triton.compiler.CompiledKernel):  # an interpreter compiles none
             self.kept[key] = compiled[self.grid]
-
-
-def is_current(device: torch.device) -> bool:
-    """Whether a launch without more ado is one on this device."""
-    return device.type != "cuda" or device.index == torch.cuda.current_device()
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -114,7 +104,9 @@ def register(name: str, fill: Callable, allocate: Callable, mutates: Sequence[st
     def call(*arguments):
         if torch.compiler.is_compiling() or is_traced(arguments):
             return registered(*arguments)
-        return op(*arguments)
+        outputs = allocate(*arguments)
+        fill(outputs, *arguments)
+        return outputs
 
     op.module = fill.__module__
     implementations[name] = op
