@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.output.exists() and any(options.output.iterdir()):
-        raise Refusal(f"{options.output} is not empty: what lies there would be gone on with; give another --output")
+        raise Refusal(
+            f"{options.output} is not empty, and the example would resume what is there: give another --output"
+        )
 
     from ..example.run import SIZES, run
     from ..example.threads import one_thread

@@ -34,7 +34,9 @@ class Encoder:
     def __init__(self, processor, template: str = "v1", max_length: int = 1792):
         self.processor, self.tokenizer = processor, processor.tokenizer
         if not self.tokenizer.is_fast:
-            raise Refusal(f"{type(self.tokenizer).__name__} does not say where its tokens lie: use a fast tokenizer")
+            raise Refusal(
+                f"{type(self.tokenizer).__name__} does not tell the positions of its tokens: use a fast tokenizer"
+            )
         if template not in TEMPLATES:
             raise Refusal(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
         self.template, self.max_length = TEMPLATES[template], max_length

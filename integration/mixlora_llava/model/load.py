@@ -85,8 +85,8 @@ def reading(what: str, source: str | Path) -> Iterator[None]:
         if Path(source).exists():
             raise Refusal(f"{source} holds no {what} that transformers can read ({why})") from error
         raise Missing(
-            f"missing: the {what} {source}, which is no folder here, and the hub gave nothing ({why}); fetch it where "
-            f"there is a connection with: hf download {source}, or give the folder of a copy"
+            f"missing: the {what} {source}, which is not a folder here, and the hub did not provide it ({why}); "
+            f"fetch it where there is a connection with: hf download {source}, or give the folder of a copy"
         ) from error
 
 

@@ -126,7 +126,8 @@ def _check_answers(output: Path, rows: list[dict], questions: list[dict], templa
         names = ", ".join(sorted({row["model_id"] for row in rows} - {""})) or "unnamed"
         whose = "an unknown model" if others == {None} else f"another model or adapter ({names}; digest {others.pop()})"
         raise Refusal(
-            f"{output} holds answers of {whose}, this one's digest is {digest}: give another output, or delete it"
+            f"{output} holds answers of {whose}, and the digest of this one is {digest}: give another output, or "
+            "delete it"
         )
 
 

@@ -115,7 +115,7 @@ def plan_text(folder: Path, seconds: float | None = None) -> str:
     if seconds is None:
         each = [400 * record.found["cpu_seconds"] / record.run.steps for record in done if "step_ms" in record.found]
         if not each:
-            raise Refusal("no run is done from which a time could be taken: give --seconds")
+            raise Refusal("there is no finished run whose time could be used: give --seconds")
         seconds = median(each)
     rows, runs, total = [], 0, 0.0
     for number, (wave, count) in enumerate(plan.least().items(), 1):

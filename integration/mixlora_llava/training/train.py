@@ -85,7 +85,7 @@ def train(settings: Settings, fresh: bool = False, callbacks: Sequence[TrainerCa
     output = Path(settings.output)
     resume = last_checkpoint(output)
     if resume and fresh:
-        raise Refusal(f"{output} holds a run already; without --fresh it goes on")
+        raise Refusal(f"{output} already holds a run: leave out --fresh to resume it")
     check_files(settings)
     remember(settings, output, resume is not None)
     arguments = training_arguments(settings)
