@@ -116,7 +116,7 @@ def test_layers_that_see_other_tokens():
     model = adapt(build(), target_modules=["lm_head"])
     mask = torch.ones(2, 6, dtype=torch.long)
     model(input_ids=IDS, attention_mask=mask)
-    with pytest.raises(ValueError, match="lm_head sees an input of shape"):
+    with pytest.raises(ValueError, match="lm_head gets an input of shape"):
         model(input_ids=IDS, attention_mask=mask, logits_to_keep=1)
 
 
@@ -129,7 +129,7 @@ def test_data_parallel():
 
 
 def test_a_report_before_a_forward():
-    with pytest.raises(ValueError, match="no forward yet"):
+    with pytest.raises(ValueError, match="has not run a forward yet"):
         adapt(build()).routing_report()
     with pytest.raises(ValueError, match="no MixLoRA layers"):
         routing_report(build())
