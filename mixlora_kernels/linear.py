@@ -121,5 +121,5 @@ class MixLoRALinear(nn.Module):
 def _size(linear: nn.Module, name: str, given: int | None) -> int:
     size = getattr(linear, name, None) if given is None else given
     if not isinstance(size, int):
-        raise ValueError(f"{type(linear).__name__} has no attribute {name}: give it to from_linear")
+        raise ValueError(f"{type(linear).__name__} has no attribute {name}: pass {name} to from_linear")
     return size

@@ -184,7 +184,7 @@ def find_task(context: RoutingContext, count: int, d_task: int) -> Tensor:
         )
     mask = _as_bool(mask, "task_mask")
     if can_look(mask) and not mask.any(dim=1).all():
-        raise ValueError("every instance needs a token of its task embedding, got a task_mask with a row of none")
+        raise ValueError("every instance needs a token of its task embedding, got a task_mask with a row without any")
     return task.masked_fill(~mask.unsqueeze(-1), 0).sum(dim=1) / mask.sum(dim=1, keepdim=True).clamp(min=1)
 
 

@@ -129,7 +129,7 @@ def test_task(case):
 def test_a_base_that_is_no_module_or_has_no_known_size():
     with pytest.raises(TypeError, match=r"linear must be a torch\.nn\.Module, got Tensor"):
         mk.MixLoRALinear.from_linear(torch.ones(3, 3))
-    with pytest.raises(ValueError, match="Identity has no attribute in_features: give it to from_linear"):
+    with pytest.raises(ValueError, match="Identity has no attribute in_features: pass in_features to from_linear"):
         mk.MixLoRALinear.from_linear(nn.Identity())
 
 

@@ -1,1 +1,1 @@
-"""The paper's system on LLaVA: train, evaluate, chat, convert, analyse. See README.md beside this file."""
+"""The paper's system on LLaVA: train, evaluate, chat, convert, analyse. README.md in this folder describes it."""

@@ -1,4 +1,4 @@
-"""``python -m mixlora_llava`` is the command ``mixlora``, also where a launcher starts it."""
+"""``python -m mixlora_llava`` runs the command ``mixlora``, for example from a launcher."""
 
 from .command.main import main
 

@@ -1,10 +1,10 @@
-"""Errors that the person who gave a command can mend."""
+"""Errors that the user of a command can fix."""
 
 
 class Refusal(ValueError):
-    """What was given cannot be used. The message says what it is, what is needed and what to do; the command prints it
+    """An input cannot be used. The message says what was given, what is needed and what to do. The command prints it
     without a traceback."""
 
 
 class Missing(Refusal, FileNotFoundError):
-    """A file, folder or model that was named is not there."""
+    """A file, folder or model does not exist."""

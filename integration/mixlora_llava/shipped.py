@@ -1,4 +1,4 @@
-"""The files that travel with the package and are found by name: configurations, and what other commands are given."""
+"""Find the files in the package by name: configurations, and files for other commands."""
 
 from pathlib import Path
 
@@ -8,17 +8,18 @@ HOME = Path(__file__).parent
 
 
 def names() -> dict[str, Path]:
-    """Every shipped file by name: configurations, Accelerate's, ms-swift's plug-in; lmms-eval's tasks are a folder."""
+    """All shipped files by name: training configurations, Accelerate's configurations, ms-swift's plug-in, and the
+    folder of lmms-eval's tasks."""
     files = sorted([*(HOME / "configs").glob("*.yaml"), *(HOME / "accelerate").glob("*.yaml")])
     plugin, tasks = HOME / "frameworks" / "ms_swift_plugin.py", HOME / "lmms" / "tasks"
     return {file.stem: file for file in [*files, plugin]} | {"lmms_tasks": tasks}
 
 
 def path(name: str) -> Path:
-    """Where a shipped file is.
+    """The path of a shipped file.
 
     Raises:
-        Missing: there is none of that name; the message lists those that exist.
+        Missing: no shipped file has this name. The message lists the names.
     """
     if name not in (known := names()):
         raise Missing(f"nothing called {name!r} comes with the package: it has {', '.join(known)}")
@@ -26,10 +27,10 @@ def path(name: str) -> Path:
 
 
 def configuration(name: str) -> Path:
-    """A training's settings: a file that exists, or a shipped configuration by name.
+    """The path of a training's settings, from a path or the name of a shipped configuration.
 
     Raises:
-        Missing: it is neither; the message lists the shipped ones.
+        Missing: ``name`` is neither. The message lists the shipped configurations.
     """
     if Path(name).is_file():
         return Path(name)

@@ -73,7 +73,7 @@ def find_past(named: Mapping[str, Any], new_tokens: int | None) -> Past:
 def unseen_cache_error(evidence: str) -> ValueError:
     """The error for a forward that continues a sequence, if the method does not find its cache."""
     return ValueError(
-        f"{evidence}, so the forward continues a sequence, but the decoder was handed no cache with tokens in it, and "
+        f"{evidence}, so the forward continues a sequence, but the decoder got no cache with tokens in it, and "
         f"MixLoRA cannot find the prompt's routing. transformers {transformers.__version__} may hand the cache over in "
         "a way that this version of mixlora_kernels does not know: install a version of transformers that it was "
         "tested with. In a loop of your own, pass the cache of the first forward on to the next"
@@ -83,7 +83,7 @@ def unseen_cache_error(evidence: str) -> ValueError:
 def unknown_cache_error(unknown: str) -> ValueError:
     """The error for a cache whose rows are not instances, such as the paged cache of continuous batching."""
     return ValueError(
-        f"the decoder was handed {unknown}, a kind of cache that does not tell which tokens belong to an instance, so "
+        f"the decoder got {unknown}, a kind of cache that does not tell which tokens belong to an instance, so "
         "that MixLoRA cannot keep a prompt's routing. generate_batch() and `transformers serve` use such a cache "
         f"(transformers {transformers.__version__}): use model.generate() with a padded batch instead"
     )

@@ -75,7 +75,7 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
                 f"expression {self.target_modules!r}; put the layers' indices into the expression"
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where layers_to_transform counts, which is not given")
+            raise ValueError("layers_pattern has an effect only with layers_to_transform, which is not given")
 
     def to_dict(self) -> dict[str, Any]:
         """As in peft. The result records the installed version of this package."""
@@ -101,7 +101,7 @@ def _check_expression(name: str, expression: str) -> None:
     try:
         re.compile(expression)
     except re.error as error:
-        raise ValueError(f"{name} is no regular expression ({error}), got {expression!r}") from error
+        raise ValueError(f"{name} is not a valid regular expression ({error}), got {expression!r}") from error
 
 
 def _warn_of_newer(version: str) -> None:
@@ -114,7 +114,7 @@ def _warn_of_newer(version: str) -> None:
     if newer:
         warnings.warn(
             f"this adapter was made by mixlora_kernels {version}, and {__version__} is installed: settings that only "
-            "the newer one knows are left out, so that the adapter may compute something else than it was trained to. "
+            "the newer version has are ignored, so that the adapter may compute something else than in its training. "
             "Install the newer version",
             stacklevel=2,
         )

@@ -69,8 +69,8 @@ def opened(file: Path) -> Iterator[dict[str, Given]]:
     """
     if not file.is_file():
         raise ValueError(
-            f"{file} is no file; nothing was loaded. (transformers' load_adapter reads a local adapter_model.bin with "
-            "use_safetensors=False)"
+            f"{file} is not a file; nothing was loaded. (transformers' load_adapter reads a local "
+            "adapter_model.bin with use_safetensors=False)"
         )
     if file.suffix != ".safetensors":
         yield describe(_mapped(file), f"{file}: ")

@@ -116,8 +116,8 @@ class ForwardPass:
             if context.mask is None and context.cu_seqlens is None:
                 return rows_as_instances(x), context if rows is None else _of_rows(context, rows)
             raise ValueError(
-                f"{keys[0]} sees an input of shape {tuple(x.shape)}, the forward's tokens are {(B, self.L)}: which of "
-                "them belong to an instance cannot be told, so leave this layer out of target_modules"
+                f"{keys[0]} gets an input of shape {tuple(x.shape)}, the forward's tokens are {(B, self.L)}: MixLoRA "
+                "cannot tell which of them belong to an instance, so leave this layer out of target_modules"
             )
         if rows is not None:
             context = _of_rows(context, rows)

@@ -53,7 +53,7 @@ def routing_report(model: nn.Module, near: float = NEAR) -> RoutingReport:
     """
     last = find_side_information(model).last
     if not last:
-        raise ValueError("nothing to report: the adapted model made no forward yet")
+        raise ValueError("nothing to report: the adapted model has not run a forward yet")
     report = RoutingReport()
     report.left_alone = left_alone(model.get_base_model() if isinstance(model, PeftModel) else model)
     for (key, adapter), routing in last.items():
@@ -74,8 +74,8 @@ def _warn_of_collapse(adapter: str, layers: dict[str, dict]) -> None:
         shown = ", ".join(collapsed[:3]) + (f" and {len(collapsed) - 3} more" if len(collapsed) > 3 else "")
         warnings.warn(
             f"the routing of adapter {adapter!r} has collapsed in {shown}: nearly all instances chose the same "
-            "factors, and there it is a plain LoRA of rank r. If the instances are of different tasks, train longer or "
-            "with a higher learning rate, and see whether LoRA is as good",
+            "factors, and the adapter is a plain LoRA of rank r there. If the instances are of different tasks, "
+            "train longer or with a higher learning rate, and see whether LoRA is as good",
             stacklevel=3,
         )
 

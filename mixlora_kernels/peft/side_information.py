@@ -127,7 +127,7 @@ class SideInformation:
         """
         if layer.training and torch.is_grad_enabled() and layer.key.startswith(self.decoder_paths or ("\0",)):
             raise RuntimeError(
-                f"{layer.key} runs outside of the decoder's forward, so that it cannot be known which tokens belong to "
+                f"{layer.key} runs outside the decoder's forward, so that MixLoRA cannot tell which tokens belong to "
                 "an instance. To checkpoint activations, use model.gradient_checkpointing_enable()"
             )
 

@@ -35,7 +35,7 @@ def choose_targets(model: nn.Module, config: ConditionalMixLoRAConfig) -> None:
         named = "; ".join(f"{name} ({count}): {what}" for (name, what), count in kinds.items())
         warnings.warn(
             f"{len(beside)} mixtures of experts and the routers that choose among their experts stay as they are, "
-            f"because an adapter cannot stand in for their experts ({named}); the other linear layers are adapted",
+            f"because MixLoRA cannot adapt experts ({named}); the other linear layers are adapted",
             stacklevel=2,
         )
 

@@ -57,7 +57,7 @@ def check_undivided(mask: Any, L: int) -> None:
     own, previous = sees.diagonal(0, 2, 3)[..., :L], sees.diagonal(-1, 2, 3)
     if bool((own[..., 1:] & own[..., :-1] & ~previous).any()):
         raise ValueError(
-            "attention_mask parts the tokens of a row, which then holds several instances: for packed instances give "
+            "attention_mask divides the tokens of a row into several instances: for packed instances give "
             "position_ids that start anew (or cu_seq_lens_q, or seq_idx) and no attention_mask"
         )
 

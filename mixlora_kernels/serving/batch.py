@@ -57,9 +57,9 @@ class Batch:
             if done or length < prompt:
                 raise RuntimeError(
                     f"a step computes the tokens {done} to {done + length} of a prompt of {prompt}: a MixLoRA adapter "
-                    "routes a prompt by the mean of all its tokens, which one step has to compute. What cut the prompt "
-                    "is not known to mixlora_kernels.serving.refusals, please report it; the engine stops here rather "
-                    "than answer wrongly"
+                    "routes a prompt by the mean of all its tokens, which one step has to compute. Please report "
+                    "what cut the prompt: mixlora_kernels.serving.refusals does not know it. The engine stops, "
+                    "because its answer would be wrong"
                 )
             self.prompts.append(Prompt(start, prompt))
         if self.prompts:

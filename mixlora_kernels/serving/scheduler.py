@@ -16,7 +16,7 @@ class WholePrompts:
     def _try_schedule_encoder_inputs(
         self, request: Any, num_computed_tokens: int, num_new_tokens: int, encoder_compute_budget: int, **rest: Any
     ) -> tuple:
-        found = super()._try_schedule_encoder_inputs(  # type: ignore[misc]  # of the scheduler class beside this one
+        found = super()._try_schedule_encoder_inputs(  # type: ignore[misc]  # of vLLM's class, the next base of the subclasses
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **rest
         )
         return found if found[1] == num_new_tokens else ([], 0, encoder_compute_budget, [], [])

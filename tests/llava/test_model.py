@@ -79,5 +79,5 @@ def test_sources_of_models():
         read_source("{language: a}")
     with pytest.raises(ValueError, match=r"parts are language, vision .* got language, tower"):
         read_source('{"language": "a", "tower": "b"}')
-    with pytest.raises(ValueError, match="model with its processor /nowhere, which is no folder here"):
+    with pytest.raises(ValueError, match="model with its processor /nowhere, which is not a folder here"):
         load_llava("/nowhere")

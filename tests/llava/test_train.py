@@ -163,7 +163,7 @@ def test_goes_on_only_with_the_same_settings(folder):
     train.train(settings(folder, "same"))
     with pytest.raises(ValueError, match="r: 2, now 3"):
         train.train(settings(folder, "same", r=3))
-    with pytest.raises(ValueError, match="holds a run already"):
+    with pytest.raises(ValueError, match="already holds a run"):
         train.train(settings(folder, "same"), fresh=True)
 
 

@@ -54,9 +54,9 @@ BLOCKS = torch.block_diag(*[torch.ones(3, 3).tril()] * 2).bool().expand(2, 1, 6,
         ({"position_ids": PACKED, "attention_mask": torch.ones(2, 6)}, "position_ids start anew.*attention_mask"),
         ({"seq_idx": torch.tensor([[0, 0, 0, 1, 1, 1]] * 2), "attention_mask": torch.ones(2, 6)}, "seq_idx says"),
         ({"cu_seq_lens_q": torch.tensor([0, 3, 6, 12]), "attention_mask": torch.ones(2, 6)}, "cu_seq_lens_q says"),
-        ({"attention_mask": BLOCKS}, "attention_mask parts the tokens"),
-        ({"attention_mask": BLOCKS, "position_ids": PACKED}, "attention_mask parts the tokens"),
-        ({"attention_mask": torch.where(BLOCKS, 0.0, -1e9)}, "attention_mask parts the tokens"),
+        ({"attention_mask": BLOCKS}, "attention_mask divides the tokens"),
+        ({"attention_mask": BLOCKS, "position_ids": PACKED}, "attention_mask divides the tokens"),
+        ({"attention_mask": torch.where(BLOCKS, 0.0, -1e9)}, "attention_mask divides the tokens"),
         ({"position_ids": PACKED, "seq_idx": torch.tensor([[0, 0, 1, 1, 1, 1]] * 2)}, "contradict one another"),
         ({"position_ids": PACKED, "cu_seq_lens_q": torch.tensor([0, 6, 12])}, "contradict one another"),
         ({"cu_seq_lens_q": torch.tensor([0, 4, 9])}, "from 0 to the 12 tokens"),
@@ -116,7 +116,7 @@ def test_layers_that_see_other_tokens():
     model = adapt(build(), target_modules=["lm_head"])
     mask = torch.ones(2, 6, dtype=torch.long)
     model(input_ids=IDS, attention_mask=mask)
-    with pytest.raises(ValueError, match="lm_head sees an input of shape"):
+    with pytest.raises(ValueError, match="lm_head gets an input of shape"):
         model(input_ids=IDS, attention_mask=mask, logits_to_keep=1)
 
 
@@ -129,7 +129,7 @@ def test_data_parallel():
 
 
 def test_a_report_before_a_forward():
-    with pytest.raises(ValueError, match="no forward yet"):
+    with pytest.raises(ValueError, match="has not run a forward yet"):
         adapt(build()).routing_report()
     with pytest.raises(ValueError, match="no MixLoRA layers"):
         routing_report(build())

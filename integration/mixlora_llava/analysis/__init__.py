@@ -1,1 +1,1 @@
-"""What an adapter has learnt: interference between tasks, and which factors inputs choose."""
+"""Analyse an adapter: interference between tasks, and which factors are chosen for which inputs."""

@@ -1,7 +1,7 @@
-"""How much a step for one task helps or harms another: Equations 2 and 3.
+"""Measure how much a training step for one task helps or harms another: Equations 2 and 3.
 
-Each adapter is measured at its own weights, on batches of the configuration's data; ``--adapter`` twice compares LoRA
-with MixLoRA. The numbers go to ``interference.json``, the heat maps beside them.
+Each adapter is measured at its own weights, on batches of the configuration's data. The numbers are written to
+``interference.json``, and the heat maps to the same folder.
 """
 
 import random
@@ -24,7 +24,7 @@ BLOCKS = {"self_attn": "attention", "mlp": "mlp"}
 
 
 class Group(NamedTuple):
-    """The parameters that one score is about: a layer's factors of one kind in one of its blocks."""
+    """The parameters of one score: the factors of one pool in one block of one layer."""
 
     layer: int
     block: str  # "attention" or "mlp"
@@ -32,10 +32,10 @@ class Group(NamedTuple):
 
 
 def factor_groups(model: nn.Module) -> dict[Group, list[nn.Parameter]]:
-    """The adapter's factors, of LoRA or MixLoRA, by group.
+    """The factors of a LoRA or MixLoRA adapter, by group.
 
     Raises:
-        ValueError: there are none.
+        ValueError: the model has no such factors.
     """
     groups = defaultdict(list)
     for name, parameter in model.named_parameters():
@@ -47,13 +47,14 @@ def factor_groups(model: nn.Module) -> dict[Group, list[nn.Parameter]]:
 
 
 def task_gradients(model: nn.Module, batches: dict[str, list[dict]]) -> dict[Group, Tensor]:
-    """The gradient of each batch's loss by group, [tasks, batches, parameters] float32 (float64 of a float64 model).
+    """Compute the gradient of each batch's loss by group, [tasks, batches, parameters] float32, or float64 of a float64
+    model.
 
-    It is the loss's own gradient, for the routing as it is: dropout is off, and the straight-through gate, whose
-    gradient is not the loss's, is taken as the constant 1 that it is in the forward.
+    It is the exact gradient of the loss for fixed routing: dropout is off, and a straight-through gate counts as the
+    constant 1, because its own gradient is not that of the loss.
 
     Args:
-        batches: as many of every task, each as the collator makes them.
+        batches: the batches of each task, as the collator makes them. Each task has the same number.
     """
     groups = factor_groups(model)
     parameters = [parameter for group in groups.values() for parameter in group]
@@ -85,7 +86,7 @@ def task_gradients(model: nn.Module, batches: dict[str, list[dict]]) -> dict[Gro
 
 @contextmanager
 def constant_gates(model: nn.Module):
-    """Take the straight-through gates of a model's MixLoRA adapters as the constants that they are in the forward."""
+    """Within the block, treat the straight-through gates of a model's MixLoRA adapters as constants."""
     configs = [config for config in model.peft_config.values() if getattr(config, "gate", None) == "straight_through"]
     for config in configs:
         config.gate = "binary"
@@ -97,14 +98,14 @@ def constant_gates(model: nn.Module):
 
 
 def loss_changes(gradients: Tensor, rate: float = 1.0) -> Tensor:
-    """Equation 2 to first order: what a step of length ``rate`` for task j takes off task i's loss.
+    """Equation 2 to first order: by how much a step of length ``rate`` for task j reduces task i's loss.
 
     Args:
         gradients: [T, K, P] of one group.
 
     Returns:
-        [T, K, T]: for task i, its batch k, and task j, the mean over the batches of j. It is nan for a task whose
-        gradient is zero, which has no direction.
+        [T, K, T]: for task i, its batch k and task j, the mean over the batches of j. It is nan for a task whose
+        gradient is zero, because a step for this task has no direction.
     """
     T, K, P = gradients.shape
     flat = gradients.reshape(T * K, P)
@@ -113,18 +114,18 @@ def loss_changes(gradients: Tensor, rate: float = 1.0) -> Tensor:
 
 
 def interference(gradients: Tensor) -> Tensor:
-    """Equation 3, [T, T]: the mean over the batches of i (row) of Δ_j L_i / Δ_i L_i; the diagonal is 1."""
+    """Equation 3, [T, T]: the mean of Δ_j L_i / Δ_i L_i over the batches of task i (the row). The diagonal is 1."""
     changes = loss_changes(gradients)
     own = changes.diagonal(dim1=0, dim2=2).T  # [T, K]
     return (changes / own.unsqueeze(-1)).mean(1)
 
 
 def measure(model: nn.Module, batches: dict[str, list[dict]]) -> dict:
-    """Interference scores of every group and their means.
+    """Compute the interference scores of all groups, and their means.
 
     Returns:
-        ``tasks``; ``groups``, [T, T] by "layer.block.pool"; ``mean``, over all layers and blocks, by pool (Figure 7);
-        and ``negative``, the mean of the negative scores off the diagonal by pool, 0 where there are none.
+        ``tasks``; ``groups``, the scores [T, T] by "layer.block.pool"; ``mean``, by pool, over all layers and blocks
+        (Figure 7); and ``negative``, by pool, the mean of the negative scores off the diagonal, or 0 without any.
     """
     gradients = task_gradients(model, batches)
     scores = {group: interference(values) for group, values in gradients.items()}
@@ -145,7 +146,7 @@ def measure(model: nn.Module, batches: dict[str, list[dict]]) -> dict:
 def sample_batches(
     data: Conversations, collator: Collator, tasks: list[str], count: int, size: int, seed: int = 0
 ) -> dict[str, list[dict]]:
-    """``count`` batches of ``size`` records of each task, drawn without repetition.
+    """Draw ``count`` batches of ``size`` records of each task, without repetition.
 
     Raises:
         ValueError: a task has too few records.
@@ -163,14 +164,14 @@ def sample_batches(
 
 
 def plot(results: dict[str, dict], file: str | Path, key: str | None = None) -> None:
-    """Heat maps as in Figures 2 and 7: task i in rows, task j in columns, blue where j harms i.
+    """Draw heat maps as in Figures 2 and 7: task i in rows, task j in columns, blue if j harms i.
 
-    All panels have one scale. It reaches to the 95th percentile of the scores off the diagonal, so that one outlier
-    does not wash out the rest; what is beyond has the scale's last colour.
+    All panels have the same scale. It ends at the 95th percentile of the scores off the diagonal, so that one outlier
+    does not hide the other scores. Larger scores have the scale's last colour.
 
     Args:
-        results: of ``measure``, by the name of the adapter.
-        key: "layer.block" for one layer's; None for the mean over all.
+        results: the results of ``measure``, by the adapter's name.
+        key: "layer.block" for one block of a layer; None for the mean over all.
     """
     scores = {
         (name, pool): torch.tensor(result["mean"][pool] if key is None else result["groups"][f"{key}.{pool}"])
@@ -196,7 +197,7 @@ def plot(results: dict[str, dict], file: str | Path, key: str | None = None) -> 
 
 
 def colour_limit(scores: list[Tensor]) -> float:
-    """Where the scale of several heat maps ends: the 95th percentile of the scores' sizes off the diagonals."""
+    """The end of the heat maps' scale: the 95th percentile of the absolute scores off the diagonals."""
     sizes = torch.cat([score[~torch.eye(len(score), dtype=torch.bool)].abs() for score in scores])
     sizes = sizes[sizes.isfinite()]  # a task without a gradient has no scores
     return max(torch.quantile(sizes, 0.95).item(), 1e-6) if len(sizes) else 1.0

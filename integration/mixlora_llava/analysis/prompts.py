@@ -1,4 +1,4 @@
-"""Questions run through a model as prompts alone, so that what they route to can be looked at."""
+"""Run questions through a model as prompts, without answers, to look at their routing."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -17,7 +17,8 @@ from ..refusal import Refusal
 
 
 def routing_side(model: nn.Module) -> SideInformation:
-    """What a model's MixLoRA layers share: its ``last`` has what each of them chose in the last forward.
+    """The side information that a model's MixLoRA layers share. Its ``last`` has each layer's routing in the last
+    forward.
 
     Raises:
         Refusal: the model has no MixLoRA layers.
@@ -33,15 +34,15 @@ def forward_prompts(
     model: nn.Module, processor, questions: dict[str, list[dict]], images: str | Path, *, template: str,
     batch_size: int, embeddings: dict[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, int, dict[str, Routing]]]:  # fmt: skip
-    """Run the questions of one task after the other, before any answer.
+    """Run the prompts of all questions, one task after the other.
 
     Args:
-        questions: by task; see ``scoring.predict.read_questions``.
+        questions: the questions of each task; see ``scoring.predict.read_questions``.
         images: the folder that their ``image_path`` is relative to.
-        embeddings: the tasks', for an adapter that routes by task.
+        embeddings: the embedding of each task, for an adapter with task routing.
 
     Yields:
-        For each batch its task, its number of questions, and what each layer chose, by the layer's name.
+        For each batch its task, its number of questions, and the routing of each layer, by the layer's name.
 
     Raises:
         ValueError: the model has no MixLoRA layers, or an image cannot be used.

@@ -1,4 +1,4 @@
-"""How an adapter routes given questions: the figures of ``routing_report``, added up over all of them."""
+"""Measure how an adapter routes questions: the figures of ``routing_report`` over all questions."""
 
 import warnings
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from mixlora_kernels.peft.report import COLLAPSED
 
 from .prompts import forward_prompts
 
-# Each batch's own collapse is not spoken of: what counts is all questions together.
+# Ignore ``routing_report``'s warning about each batch, because all questions count together.
 QUIET = "the routing of adapter .* has collapsed"
 
 
@@ -21,14 +21,14 @@ def measure(
     model: nn.Module, processor, questions: dict[str, list[dict]], images: str | Path, *, template: str = "v1",
     batch_size: int = 8, embeddings: dict[str, Tensor] | None = None,
 ) -> dict:  # fmt: skip
-    """Route each question's prompt, before any answer.
+    """Route the prompt of each question, without its answer.
 
     Returns:
-        ``questions``, their number by task; ``num_factors`` and ``r``; and ``layers``: by "layer's name.pool" the
-        ``usage`` [E], how many questions chose each factor; ``most_used``, the share of all choices that fell on the r
-        factors chosen most; ``unused``, the number of factors that no question chose; ``entropy``, of the router's
-        probabilities in nats, and ``near_ties``, both means over the questions, see ``routing_report``. Where B takes
-        A's choices throughout, pool A alone.
+        ``questions``, their number by task; ``num_factors`` and ``r``; and ``layers``. For each "layer's name.pool",
+        ``layers`` has ``usage`` [E], the number of questions that chose each factor; ``most_used``, the part of all
+        choices that fell on the r most used factors; ``unused``, the number of factors that no question chose;
+        ``entropy``, of the router's probabilities in nats, and ``near_ties``, both means over the questions, see
+        ``routing_report``. If pairs are tied, only pool A is listed.
 
     Raises:
         ValueError: the model has no MixLoRA layers.
@@ -58,7 +58,7 @@ def measure(
             "near_ties": found["near_ties"] / seen,
         }
         for key, found in total.items()
-        if not (tied and key.endswith(".B"))  # it would say the same again
+        if not (tied and key.endswith(".B"))  # tied pairs have the same figures in both pools
     }
     num_factors = len(next(iter(layers.values()))["usage"])
     counts = {task: len(rows) for task, rows in questions.items()}
@@ -66,7 +66,7 @@ def measure(
 
 
 def _figures(report: dict[str, dict[str, dict]]) -> Iterator[tuple[str, dict]]:
-    """By layer and pool, of the adapters that are at work."""
+    """The figures of the active adapters, by layer and pool."""
     for layers in report.values():
         for name, row in layers.items():
             for pool in "ab":
@@ -74,14 +74,14 @@ def _figures(report: dict[str, dict[str, dict]]) -> Iterator[tuple[str, dict]]:
 
 
 def collapsed(found: dict) -> list[str]:
-    """The layers and pools of ``measure`` whose choices nearly all fall on the same r factors, where r < E."""
+    """The layers and pools of ``measure`` with r < E in which nearly all choices fall on the same r factors."""
     if found["r"] == found["num_factors"]:
         return []
     return [key for key, row in found["layers"].items() if row["most_used"] >= COLLAPSED]
 
 
 def describe(found: dict) -> str:
-    """``measure``'s figures as a text for the terminal."""
+    """The figures of ``measure`` as text for the terminal."""
     E, r, layers = found["num_factors"], found["r"], found["layers"]
     width = max(map(len, layers))
     lines = [
@@ -103,7 +103,8 @@ def describe(found: dict) -> str:
 
 
 def plot(found: dict, file: str | Path) -> None:
-    """How often each factor was chosen, a row for every layer and pool, on one scale from 0 to every question."""
+    """Draw how often each factor was chosen, with a row for each layer and pool. The scale ends at the number of
+    questions."""
     from matplotlib.figure import Figure
 
     layers, total = found["layers"], sum(found["questions"].values())

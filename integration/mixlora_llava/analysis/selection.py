@@ -1,7 +1,7 @@
-"""Which factors each instance chose, and how instances of a task lie together.
+"""Record which factors were chosen for each instance, and plot whether instances of a task have similar choices.
 
-Writes the choices (``selection.npz``), how often each factor was chosen by task (``usage.json`` and a histogram), and
-t-SNE maps with the Jaccard metric as in Figures 5 and 6 (``tsne.json`` and a picture).
+It writes the choices (``selection.npz``), how often each factor was chosen for each task (``usage.json`` and a
+histogram), and t-SNE maps with the Jaccard metric as in Figures 5 and 6 (``tsne.json`` and a picture).
 """
 
 import json
@@ -24,11 +24,11 @@ BLOCKS = {"attention": "self_attn", "mlp": "mlp"}
 
 
 class Selections(NamedTuple):
-    """What was chosen for N instances.
+    """The factors chosen for N instances.
 
     Attributes:
-        tasks: of each instance, [N].
-        chosen: by layer's name and pool ("A" or "B"), [N, r] int64, most probable first.
+        tasks: the task of each instance, [N].
+        chosen: the chosen factors [N, r] int64, most probable first, by the layer's name and the pool ("A" or "B").
         num_factors: E.
     """
 
@@ -40,7 +40,7 @@ class Selections(NamedTuple):
         """[N, modules * E] bool: whether each factor of each linear layer of a block was chosen.
 
         Raises:
-            KeyError: there is no such layer or block.
+            KeyError: the model has no such layer or block.
         """
         names = [key for key in self.chosen if key[1] == pool and self._place(key[0]) == (layer, BLOCKS[block])]
         if not names:
@@ -52,17 +52,17 @@ class Selections(NamedTuple):
 
     @property
     def layers(self) -> list[int]:
-        """The decoder's layers that chose, in order."""
+        """The decoder's adapted layers, in order."""
         return sorted({self._place(name)[0] for name, _ in self.chosen})
 
     @property
     def pools(self) -> str:
-        """The pools worth a picture: "A" where B's choices are A's throughout, else "AB"."""
+        """The pools to plot: "A" if all of B's choices equal A's, else "AB"."""
         tied = all(np.array_equal(self.chosen[name, "B"], index) for (name, _), index in self.chosen.items())
         return "A" if tied else "AB"
 
     def usage(self) -> dict[str, dict[str, list[int]]]:
-        """By "layer's name.pool" and task, how many instances chose each factor, [E]."""
+        """The number of instances that chose each factor, [E], by "layer's name.pool" and task."""
         tasks = np.array(self.tasks)
         return {
             f"{name}.{pool}": {
@@ -82,7 +82,7 @@ def record(
     model: nn.Module, processor, questions: dict[str, list[dict]], images: str | Path, *, template: str = "v1",
     batch_size: int = 8, embeddings: dict[str, torch.Tensor] | None = None,
 ) -> Selections:  # fmt: skip
-    """Note what each question's prompt routes to, before any answer; see ``forward_prompts``."""
+    """Record the routing of each question's prompt, without its answer; see ``forward_prompts``."""
     tasks, parts, factors = [], {}, 0
     for task, count, routings in forward_prompts(
         model, processor, questions, images, template=template, batch_size=batch_size, embeddings=embeddings
@@ -99,11 +99,11 @@ def embed(selections: Selections, layer: int, block: str = "mlp", pool: str = "A
     """t-SNE of the choices in a layer with the Jaccard metric, perplexity 30 and learning rate 200.
 
     Returns:
-        ``points`` [N, 2]; ``silhouette``, how well the tasks are apart by the Jaccard distance itself, within -1 to 1
-        (None where all chose alike); ``layer``, ``block``, ``pool``.
+        ``points`` [N, 2]; ``silhouette``, from -1 to 1, how well the Jaccard distance separates the tasks (None if all
+        instances have the same choices); ``layer``, ``block``, ``pool``.
     """
     hot = selections.multi_hot(layer, block, pool)
-    perplexity = min(30, (len(hot) - 1) / 3)  # of fewer instances than about 90, t-SNE allows no more
+    perplexity = min(30, (len(hot) - 1) / 3)  # t-SNE allows at most this for fewer than about 90 instances
     tsne = TSNE(perplexity=perplexity, learning_rate=200, metric="jaccard", init="random", random_state=seed)
     apart = len(set(selections.tasks)) > 1 and (hot != hot[0]).any()
     score = float(silhouette_score(hot, selections.tasks, metric="jaccard")) if apart else None
@@ -112,7 +112,7 @@ def embed(selections: Selections, layer: int, block: str = "mlp", pool: str = "A
 
 
 def plot_maps(selections: Selections, maps: list[dict], file: str | Path) -> None:
-    """Scatter plots, a colour for each task."""
+    """Draw scatter plots, with a colour for each task."""
     figure = Figure(figsize=(3.6 * len(maps), 4.2), layout="constrained")
     tasks = list(dict.fromkeys(selections.tasks))
     colours = colormaps["tab10" if len(tasks) <= 10 else "tab20"]
@@ -129,7 +129,8 @@ def plot_maps(selections: Selections, maps: list[dict], file: str | Path) -> Non
 
 
 def plot_usage(selections: Selections, file: str | Path, module: str) -> None:
-    """Histograms of the factors chosen in one kind of linear layer, a row for each decoder layer, bars by task."""
+    """Draw histograms of the chosen factors in one kind of linear layer, with a row for each decoder layer and bars by
+    task."""
     layers, tasks, pools = selections.layers, list(dict.fromkeys(selections.tasks)), selections.pools
     figure = Figure(figsize=(4.5 * len(pools), 1.6 * len(layers) + 1), layout="constrained")
     panels = figure.subplots(len(layers), len(pools), squeeze=False, sharey=True)
@@ -151,10 +152,10 @@ def plot_usage(selections: Selections, file: str | Path, module: str) -> None:
 
 
 def write(selections: Selections, folder: str | Path, layers: list[int] | None = None, seed: int = 0) -> dict:
-    """Write numbers and pictures; returns the silhouettes by "layer.block.pool".
+    """Write numbers and pictures, and return the silhouettes by "layer.block.pool".
 
     Args:
-        layers: for the maps; by default the first, the middle and the last, as in the released code.
+        layers: the layers of the maps; by default the first, the middle and the last, as in the released code.
     """
     folder, all_layers = Path(folder), selections.layers
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""Weights in files of others: reading them safely, and the released MixLoRA checkpoints."""
+"""Read weights from files safely, and convert the released MixLoRA checkpoints."""

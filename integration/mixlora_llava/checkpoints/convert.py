@@ -1,7 +1,7 @@
-"""Released MixLoRA checkpoints to this package's adapter, and back.
+"""Convert released MixLoRA checkpoints to this package's adapters, and back.
 
-The released files hold the whole model. What becomes the adapter: the pools of factors, the routers, and the projector,
-which was trained with them. Everything else is frozen; its keys are named in the report.
+The released files hold the whole model. The adapter gets the pools of factors, the routers, and the projector, which
+was trained with them. Everything else is frozen; the report lists its keys.
 """
 
 import re
@@ -34,18 +34,19 @@ def to_adapter(released: str | Path, folder: str | Path, layout: str = "transfor
     """Write the adapter of a released checkpoint.
 
     Args:
-        released: its folder, with ``cmoa_args.bin``.
-        folder: where ``adapter_config.json`` and ``adapter_model.safetensors`` go.
-        layout: of the model that the adapter is for, ``"transformers"`` or ``"original"``. The released projector is
-            one linear map; for transformers' LLaVA, which has two, see ``model.linear_projector``.
+        released: the checkpoint's folder, which contains ``cmoa_args.bin``.
+        folder: the folder for ``adapter_config.json`` and ``adapter_model.safetensors``.
+        layout: the kind of model that the adapter is for, ``"transformers"`` or ``"original"``. The released projector
+            is one linear map; for transformers' LLaVA, which has two, see ``model.load.linear_projector``.
 
     Returns:
-        The report: ``layers``, the number of adapted linear layers; ``parameters``; ``config``; and ``unused``, every
-        key that did not become part of the adapter.
+        The report: ``layers``, the number of adapted linear layers; ``parameters``; ``config``; and ``unused``, all
+        keys that are not part of the adapter.
 
     Raises:
-        ValueError: the checkpoint uses a setting that MixLoRA as published does not have, lacks a factor or router,
-            or a shape does not fit its settings. FileNotFoundError: see ``reading``.
+        ValueError: the checkpoint has a setting that the published MixLoRA does not have, lacks a factor or a router,
+            or has a shape that does not fit its settings.
+        FileNotFoundError: see ``reading``.
     """
     layers_path, projector_path = LAYOUTS[layout]
     config = read_arguments(load(Path(released, ARGUMENTS)))
@@ -88,7 +89,7 @@ def read_arguments(arguments: types.SimpleNamespace) -> ConditionalMixLoRAConfig
     """The configuration that a released checkpoint was trained with.
 
     Raises:
-        ValueError: a setting that the paper's method does not have, by name.
+        ValueError: the paper's method does not have one of the settings. The message names it.
     """
     kind = arguments.cond_type
     refused = {
@@ -117,13 +118,13 @@ def read_arguments(arguments: types.SimpleNamespace) -> ConditionalMixLoRAConfig
 
 
 def assemble(name: str, found: dict, config: ConditionalMixLoRAConfig) -> dict[str, Tensor]:
-    """One layer's parameters in this package's layout, from the released ones.
+    """Convert one layer's released parameters to this package's layout.
 
     Args:
         found: ``A`` and ``B``, the factors [1, d] by number, and the routers; ``router_AB`` is [E, r * d_in].
 
     Raises:
-        ValueError: one is missing, superfluous or of a wrong shape.
+        ValueError: a parameter is missing or unknown, or has a wrong shape.
     """
     E, r = config.num_factors, config.r
     for pool in "AB":
@@ -151,14 +152,14 @@ def to_released(adapter: str | Path, folder: str | Path, base: str | Path | None
 
     Args:
         adapter: the adapter's folder.
-        base: a released checkpoint whose remaining tensors (the frozen model's) are copied. Without it the file holds
-            the adapter and the projector alone, and ``load_state_dict`` needs ``strict=False``.
+        base: a released checkpoint, from which the tensors of the frozen model are copied. Without it the file holds
+            only the adapter and the projector, and ``load_state_dict`` needs ``strict=False``.
 
     Returns:
         The report: ``layers``, ``copied`` (the number of tensors from ``base``), and ``unused`` keys of the adapter.
 
     Raises:
-        ValueError: the adapter is none of MixLoRA, or computes something that the released code does not.
+        ValueError: the adapter is not a MixLoRA adapter, or computes something that the released code does not.
     """
     config = PeftConfig.from_pretrained(adapter)
     if not isinstance(config, ConditionalMixLoRAConfig):
@@ -201,7 +202,7 @@ def to_released(adapter: str | Path, folder: str | Path, base: str | Path | None
 
 
 def disassemble(name: str, parameter: str, tensor: Tensor, config: ConditionalMixLoRAConfig) -> dict[str, Tensor]:
-    """The released keys of one parameter of a layer; ``name`` ends with a dot."""
+    """The released keys and tensors of one parameter of a layer. ``name`` ends with a dot."""
     if parameter.startswith("lora"):
         return {f"{name}{parameter}.default.{e}": row.clone() for e, row in enumerate(tensor.split(1))}
     conditional = config.has_conditioning

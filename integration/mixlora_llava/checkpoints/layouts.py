@@ -1,4 +1,4 @@
-"""Names in the released MixLoRA checkpoints, and where their parts are in a model."""
+"""The names in released MixLoRA checkpoints, and the names of the same parts in a model."""
 
 import re
 
@@ -13,7 +13,7 @@ ROUTERS = {
     "cmoa_loarB_extra_selector.loraA_param2loraB_selector.weight": "router_AB",
 }
 TASK_DIM = 4096  # Vicuna-7B's width, which encodes the task definitions
-# Where the decoder's layers and the projector are, in transformers' LLaVA and in the original one.
+# The names of the decoder's layers and of the projector, in transformers' LLaVA and in the original one.
 LAYOUTS = {
     "transformers": ("model.language_model.layers", "model.multi_modal_projector.linear_1"),
     "original": ("model.layers", "model.mm_projector"),

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint, one at a time, from whatever files hold them; nothing is unpickled but tensors."""
+"""Read the tensors of a checkpoint one at a time, from any of its file formats. Only tensors are unpickled."""
 
 import json
 import pickle
@@ -17,13 +17,13 @@ NAMES = ("pytorch_model.bin", "model.safetensors")
 
 
 def find_files(checkpoint: str | Path) -> list[Path]:
-    """The weight files of a checkpoint, whole or in shards.
+    """Find the weight files of a checkpoint: one file, or several shards.
 
     Args:
         checkpoint: a folder, or one file.
 
     Raises:
-        FileNotFoundError: there are none, or a shard that the index names is missing.
+        FileNotFoundError: there are no weight files, or a shard in the index is missing.
     """
     checkpoint = Path(checkpoint)
     if checkpoint.is_file():
@@ -42,11 +42,11 @@ def find_files(checkpoint: str | Path) -> list[Path]:
 
 
 def stream(checkpoint: str | Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a checkpoint with its key. The files are mapped, not read: only what is used gets into memory.
+    """Yield each tensor of a checkpoint with its key. Files are memory-mapped, so that only used tensors are read.
 
     Raises:
         FileNotFoundError: as ``find_files``.
-        ValueError: a file is truncated or corrupt, or a pickle that holds more than tensors; it is named.
+        ValueError: a file is truncated or corrupt, or is a pickle with other things than tensors. The message names it.
     """
     for file in find_files(checkpoint):
         if file.suffix == ".safetensors":
@@ -64,10 +64,10 @@ def stream(checkpoint: str | Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def load(file: str | Path):
-    """What torch saved into a file, where it holds nothing but tensors, plain values and a SimpleNamespace.
+    """Load a file that torch saved, if it holds only tensors, plain values and a SimpleNamespace.
 
     Raises:
-        ValueError: it holds anything else, or is truncated or corrupt.
+        ValueError: the file holds anything else, or is truncated or corrupt.
     """
     with Path(file).open("rb") as start:
         archive = start.read(2) == b"PK"

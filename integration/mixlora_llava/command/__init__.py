@@ -1,1 +1,1 @@
-"""The command ``mixlora``: a file for each subcommand, which imports what it needs when it runs."""
+"""The command ``mixlora``, with a file for each subcommand. A subcommand imports what it needs when it runs."""

@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> None:
                 raise Refusal(f"--task must be one of {', '.join(embeddings)}, got {options.task}")
             embedding = embeddings[options.task]
     if options.factors:
-        side = routing_side(model)  # refuses other adapters before the answer
+        side = routing_side(model)  # refuses an adapter of another method before the answer
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     text = build_prompt(options.prompt, options.template)
     answer(

@@ -1,4 +1,4 @@
-"""Turn released MixLoRA checkpoints into adapters, and back.
+"""Convert released MixLoRA checkpoints to adapters, and back.
 
 mixlora convert CHECKPOINT ADAPTER                        # released files to an adapter
 mixlora convert ADAPTER CHECKPOINT --back --base RELEASED

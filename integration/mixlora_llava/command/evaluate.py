@@ -4,9 +4,9 @@
     mixlora evaluate --mme DIR                        # score a results folder of MME's official tool
     mixlora evaluate --pope ANSWERS.jsonl LABELS.jsonl     # score files of POPE's official script
 
-Questions are JSONL files, one per task, with the fields unique_id, image_path, prompt and target. A run that was
-stopped goes on where it stopped. Every answer says which model and adapter gave it, and another's answers are not gone
-on with.
+Questions are JSONL files, one for each task, with the fields unique_id, image_path, prompt and target. A stopped run
+resumes where it stopped. Each answer records the model and the adapter that gave it. A run does not resume with answers
+of another model or adapter.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def score_files(options: argparse.Namespace) -> dict:
-    """The scores of answers that another program gave."""
+    """Score answers that another program generated."""
     from ..scoring import mme, pope
 
     if options.mme:
@@ -58,7 +58,7 @@ def score_files(options: argparse.Namespace) -> dict:
 
 
 def answer_and_score(options: argparse.Namespace) -> dict:
-    """Answer every file of questions into ``--output``, and score the folder."""
+    """Answer all files of questions, write the answers to ``--output``, and score them."""
     import logging
 
     from ..model.digest import model_digest

@@ -1,8 +1,8 @@
 """Run the whole system on real handwritten digits, in minutes on two cores and without a download.
 
-A small LLaVA learns to caption images of digits, and to answer questions about captions in words; that stands for the
-pretrained model. MixLoRA, with tied pairs, and LoRA then tune it on six tasks of visual instructions. Everything is
-evaluated, killed and resumed, and analysed; report.md in the output folder tells it.
+A small LLaVA learns to caption images of digits, and to answer questions about captions. It takes the role of the
+pretrained model. It is then tuned on six tasks of visual instructions, with MixLoRA (tied pairs) and with LoRA. The
+models are evaluated and analysed, and a training is killed and resumed. report.md in the output folder has the results.
 """
 
 import argparse
@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> None:
     if options.output.exists() and any(options.output.iterdir()):
-        raise Refusal(f"{options.output} is not empty: what lies there would be gone on with; give another --output")
+        raise Refusal(
+            f"{options.output} is not empty, and the example would resume what is there: give another --output"
+        )
 
     from ..example.run import SIZES, run
     from ..example.threads import one_thread

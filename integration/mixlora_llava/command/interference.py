@@ -1,7 +1,7 @@
-"""Measure how much tasks disturb one another: Equations 2 and 3, Figures 2 and 7.
+"""Measure how much tasks interfere with one another: Equations 2 and 3, Figures 2 and 7.
 
-Each adapter is measured at its own weights, on batches of the configuration's data; --adapter twice compares LoRA with
-MixLoRA. The numbers go to interference.json, the heat maps beside them.
+Each adapter is measured at its own weights, on batches of the configuration's data. Give --adapter twice to compare
+LoRA with MixLoRA. The numbers are written to interference.json, and the heat maps to the same folder.
 """
 
 import argparse

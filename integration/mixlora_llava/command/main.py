@@ -1,7 +1,7 @@
 """The command ``mixlora``.
 
-What a subcommand does is in the module of its name beside this file: ``add_arguments`` says what it takes, ``run`` does
-it. These modules import nothing heavy before ``run``, so that help and completion need neither torch nor transformers.
+Each subcommand is the module of its name in this folder: ``add_arguments`` adds its arguments, and ``run`` executes it.
+The modules import torch and transformers only in ``run``, so that help and completion do not need them.
 """
 
 import argparse
@@ -14,15 +14,15 @@ from pathlib import Path
 from .. import shipped
 from ..refusal import Refusal
 
-# Every subcommand, in the order of the help, with its line there.
+# The subcommands in the order of the help, each with its description.
 COMMANDS = {
     "train": "tune a LLaVA with MixLoRA or LoRA",
     "evaluate": "answer questions about images, and score the answers",
     "chat": "ask one question about one image",
-    "report": "say how a trained adapter routes: which factors it uses, and where it collapsed",
-    "interference": "measure how much tasks disturb one another (Figures 2 and 7)",
-    "selection": "map which factors inputs choose (Figures 5 and 6)",
-    "convert": "turn released MixLoRA checkpoints into adapters, and back",
+    "report": "show how a trained adapter routes: which factors it uses, and where routing collapsed",
+    "interference": "measure how much tasks interfere with one another (Figures 2 and 7)",
+    "selection": "plot which factors are chosen for which inputs (Figures 5 and 6)",
+    "convert": "convert released MixLoRA checkpoints to adapters, and back",
     "study": "repeat the study that compares MixLoRA with LoRA",
     "example": "run the whole system on handwritten digits, in minutes and without a download",
 }
@@ -31,7 +31,7 @@ OWN = ("mixlora_kernels", "mixlora_llava")
 
 
 class Version(argparse.Action):
-    """Prints the version, which is read without importing the package and, with it, torch."""
+    """Prints the version. It reads the version without importing the package, which would import torch."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         spec = find_spec("mixlora_kernels")
@@ -42,7 +42,7 @@ class Version(argparse.Action):
 
 
 class ShippedPath(argparse.Action):
-    """Prints where a shipped file lies."""
+    """Prints the path of a shipped file."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         try:
@@ -53,7 +53,7 @@ class ShippedPath(argparse.Action):
 
 
 class Completion(argparse.Action):
-    """Prints what makes a shell complete the command."""
+    """Prints the script with which a shell completes the command."""
 
     def __call__(self, parser, namespace, values, option_string=None) -> None:
         try:
@@ -69,7 +69,7 @@ class Completion(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command's parser, with every subcommand's."""
+    """The parser of the command and its subcommands."""
     parser = argparse.ArgumentParser(
         prog="mixlora", description="Conditional Mixture-of-LoRA on LLaVA.", allow_abbrev=False
     )
@@ -99,15 +99,15 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 
 
 def refuse(parser: argparse.ArgumentParser, message: object) -> None:
-    """Print what is wrong in one sentence and leave; the status is the one of wrong arguments."""
+    """Print the error in one sentence, and exit with the status of wrong arguments."""
     parser.exit(2, f"{parser.prog}: error: {message}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Carry out a command line; see ``mixlora --help``.
+    """Run a command line; see ``mixlora --help``.
 
     Raises:
-        SystemExit: with 2, where what was given cannot be used.
+        SystemExit: with status 2, if an input cannot be used.
     """
     parser = build_parser()
     options = parser.parse_args(arguments)

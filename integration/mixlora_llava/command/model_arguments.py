@@ -7,7 +7,7 @@ from ..data.conversation import TEMPLATES
 
 
 def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """``--model`` and ``--template``."""
+    """Add ``--model`` and ``--template``."""
     parser.add_argument(
         "--model", required=required, help="folder or hub name of a LLaVA, or its parts as JSON: "
         '{"language": ..., "vision": ..., "projector": ...}',
@@ -16,7 +16,8 @@ def add_model(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def add_routed_questions(parser: argparse.ArgumentParser) -> None:
-    """``--adapter``, and the questions whose routing is looked at: ``--questions``, ``--images``, ``--per-task``."""
+    """Add ``--adapter``, and the arguments for the questions to route: ``--questions``, ``--images``,
+    ``--per-task``."""
     parser.add_argument("--adapter", type=Path, required=True)
     parser.add_argument("--questions", type=Path, required=True, help="folder of JSONL files, one per task, or one")
     parser.add_argument("--images", type=Path, required=True)

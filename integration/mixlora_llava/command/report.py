@@ -1,8 +1,9 @@
-"""Say how a trained adapter routes questions: which factors it uses, and where it collapsed.
+"""Show how a trained adapter routes questions: which factors it uses, and where routing collapsed.
 
-For every layer and pool: the share of choices that fell on the r factors chosen most (1 where every question chose the
-same; r / E where all factors serve alike), how many factors were never chosen, the mean entropy of the routers'
-probabilities, and the share of near-ties, choices so narrow that bfloat16 may decide them otherwise.
+For each layer and pool it prints: the part of all choices that fell on the r most used factors (1 if all questions
+    chose
+the same factors, r / E if all factors are used equally), the number of factors that were never chosen, the mean entropy
+of the routers' probabilities, and the part of near-ties, which are choices so close that bfloat16 may change them.
 """
 
 import argparse

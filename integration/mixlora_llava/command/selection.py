@@ -1,7 +1,7 @@
-"""Map which factors inputs choose, as in Figures 5 and 6.
+"""Plot which factors are chosen for which inputs, as in Figures 5 and 6.
 
-Writes the choices (selection.npz), how often each factor was chosen by task (usage.json and a histogram), and t-SNE
-maps with the Jaccard metric (tsne.json and a picture).
+It writes the choices (selection.npz), how often each factor was chosen for each task (usage.json and a histogram), and
+t-SNE maps with the Jaccard metric (tsne.json and a picture).
 """
 
 import argparse

@@ -1,17 +1,17 @@
 """Repeat the study that compares MixLoRA with LoRA.
 
-    mixlora study run [--quick]      # make the base, carry out what is missing, write the report
-    mixlora study report             # draw everything again from the raw results alone
-    mixlora study time               # measure what steps take when nothing else runs
-    mixlora study plan               # say which runs there are, and what they take
+    mixlora study run [--quick]      # train the base model, do the missing runs, write the report
+    mixlora study report             # write the report again from the raw results
+    mixlora study time               # measure the time of training steps while nothing else runs
+    mixlora study plan               # list the runs and the time that they take
 
-A run of the study that was stopped goes on where it stopped.
+A study that was stopped resumes where it stopped.
 """
 
 import argparse
 from pathlib import Path
 
-CHECKOUT = Path(__file__).parents[1] / "study" / "results"  # an installed package has none
+CHECKOUT = Path(__file__).parents[1] / "study" / "results"  # only a checkout has this folder
 RESULTS = CHECKOUT if CHECKOUT.is_dir() else Path("llava_study")
 QUICK_RESULTS = Path("llava_study_quick")
 

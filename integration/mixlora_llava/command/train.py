@@ -1,7 +1,7 @@
 """Tune a LLaVA with MixLoRA or LoRA.
 
-A run that was stopped, however rudely, goes on from its last whole checkpoint when the same command is given again, and
-ends with the same weights. On several GPUs:
+If a run was stopped or killed, the same command resumes it from its last complete checkpoint, and it ends with the same
+weights. On several GPUs:
 
     accelerate launch --config_file "$(mixlora --path zero3)" -m mixlora_llava train --config vision_flan_7b
 """

@@ -1,1 +1,1 @@
-"""What is trained on: records, conversations and images, checked before they are used."""
+"""The training data: records, conversations and images, which are checked before they are used."""

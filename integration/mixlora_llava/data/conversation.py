@@ -1,15 +1,15 @@
-"""The text of a conversation, and where in it the answers are."""
+"""Write the text of a conversation, and find the answers in it."""
 
 from typing import NamedTuple
 
 from .text import is_text, shown
 
 IMAGE = "<image>"
-MAX_TEXT = 1_000_000  # characters of a conversation; the longest context of a model holds fewer
+MAX_TEXT = 1_000_000  # characters of a conversation, more than the longest context of a model holds
 
 
 class BadRecord(ValueError):
-    """A record that cannot be trained on; the message says why, without its id."""
+    """A record cannot be used for training. The message gives the reason, without the record's id."""
 
 
 class Template(NamedTuple):
@@ -26,12 +26,12 @@ class Turn(NamedTuple):
 
 
 TEMPLATES = {
-    # What the released MixLoRA, and LLaVA from 1.5 on, were trained with.
+    # The template of the training of the released MixLoRA, and of LLaVA from 1.5 on.
     "v1": Template(
         "A chat between a curious user and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     ),
-    # What the released evaluation uses by default, although it is not what the models were trained with.
+    # The default template of the released evaluation, although the models were not trained with it.
     "llava_v1": Template(
         "A chat between a curious human and an artificial intelligence assistant. "
         "The assistant gives helpful, detailed, and polite answers to the human's questions."
@@ -42,7 +42,7 @@ TEMPLATES = {
 
 
 def prompt(question: str, template: Template, image: bool = True) -> str:
-    """What a model continues with its answer; the image, if any, comes before the question."""
+    """The prompt for a question. If there is an image, it comes before the question."""
     head = f"{template.system} " if template.system else ""
     question = place_image(question) if image else question
     return f"{head}{template.user}: {question} {template.assistant}:"
@@ -53,10 +53,10 @@ def render(turns: list[Turn], template: Template, end: str) -> tuple[str, list[t
 
     Args:
         turns: questions and answers.
-        end: what ends an answer, the tokenizer's end-of-sequence token.
+        end: the end of an answer, which is the tokenizer's end-of-sequence token.
 
     Returns:
-        The text, and for each answer where it begins and ends in it, its end token included.
+        The text, and the start and end of each answer in it, with its end token.
     """
     text, spans = f"{template.system} " if template.system else "", []
     for question, answer in turns:
@@ -73,9 +73,9 @@ def read_turns(conversations: object, has_image: bool) -> list[Turn]:
     or before the first.
 
     Raises:
-        BadRecord: it is not a list of messages; an unknown speaker, speakers that do not take turns, an empty or
-            missing answer, texts of more than ``MAX_TEXT`` characters, or a mention of an image in an answer, more than
-            once, or without an image.
+        BadRecord: it is not a list of messages; a speaker is unknown; the speakers do not take turns; an answer is
+            empty or missing; the texts have more than ``MAX_TEXT`` characters; an image is mentioned in an answer, more
+            than once, or although there is none.
     """
     messages = _messages(conversations)
     if messages[0]["from"] == "gpt":
@@ -97,13 +97,13 @@ def read_turns(conversations: object, has_image: bool) -> list[Turn]:
     if has_image:
         place = mentions.index(1) if sum(mentions) else 0
         turns[place] = Turn(place_image(turns[place].question), turns[place].answer)
-        if turns[place].question.count(IMAGE) > 1:  # what stood around the one that was taken out
+        if turns[place].question.count(IMAGE) > 1:  # another mention, whose parts surrounded the removed one
             raise BadRecord(f"{IMAGE} in an answer or more than once")
     return turns
 
 
 def _messages(conversations: object) -> list[dict[str, str]]:
-    """The conversation, once it is known to be a list of messages, each with a speaker and a text."""
+    """Return the conversation if it is a list of messages, each with a speaker and a text; else raise BadRecord."""
     if not isinstance(conversations, list) or not conversations:
         raise BadRecord("no conversation")
     characters = 0
@@ -124,5 +124,5 @@ def _messages(conversations: object) -> list[dict[str, str]]:
 
 
 def place_image(question: str) -> str:
-    """The question after the image."""
+    """Put the image before the question."""
     return f"{IMAGE}\n{question.replace(IMAGE, '').strip()}".strip()

@@ -1,4 +1,4 @@
-"""LLaVA's JSON and image folder as a data set: records are checked once, and read when they are trained on."""
+"""A data set from LLaVA's JSON file and image folder. Records are checked first, and images are read when needed."""
 
 import logging
 from collections import Counter, defaultdict
@@ -16,25 +16,27 @@ from .images import BadImage, load_image
 from .records import Record, name_of, read_entries, read_record
 
 IGNORED = -100
-NAMED = 20  # ids that a message names for each reason; all of them are in ``Conversations.problems``
-IN_A_ROW = 100  # records that go bad one after the other during the training, before it is taken for an accident
+NAMED = 20  # the most ids that a message lists for each reason; ``Conversations.problems`` has all
+IN_A_ROW = 100  # consecutive records with unreadable images that stop a training
 logger = logging.getLogger(__name__)
 
 
 class Encoder:
-    """Turns records into what the model is trained on.
+    """Encodes records for the training.
 
     Args:
-        processor: transformers' processor of the model; its tokenizer must be a fast one, which knows where in the
-            text each token lies.
-        template: name of the conversation template.
-        max_length: tokens of text after which a conversation is cut, the image counted as one.
+        processor: transformers' processor of the model. Its tokenizer must be a fast one, which tells the position of
+            each token in the text.
+        template: the name of the conversation template.
+        max_length: the longest text in tokens, with the image counted as one. Longer conversations are cut.
     """
 
     def __init__(self, processor, template: str = "v1", max_length: int = 1792):
         self.processor, self.tokenizer = processor, processor.tokenizer
         if not self.tokenizer.is_fast:
-            raise Refusal(f"{type(self.tokenizer).__name__} does not say where its tokens lie: use a fast tokenizer")
+            raise Refusal(
+                f"{type(self.tokenizer).__name__} does not tell the positions of its tokens: use a fast tokenizer"
+            )
         if template not in TEMPLATES:
             raise Refusal(f"template must be one of {', '.join(TEMPLATES)}, got {template!r}")
         self.template, self.max_length = TEMPLATES[template], max_length
@@ -43,10 +45,10 @@ class Encoder:
         self._image_tokens: dict[tuple[int, int], int] = {}
 
     def text(self, turns: list[Turn]) -> tuple[list[int], list[int]]:
-        """Token ids and labels of a conversation, the image as one token; labels are -100 but for the answers.
+        """The token ids and labels of a conversation, with the image as one token. Labels outside answers are -100.
 
         Raises:
-            BadRecord: after ``max_length`` tokens, no answer or no image is left.
+            BadRecord: the first ``max_length`` tokens contain no answer, or not the image.
         """
         text, spans = render(turns, self.template, self.tokenizer.eos_token)
         encoded = self.tokenizer(text, return_offsets_mapping=True, truncation=True, max_length=self.max_length)
@@ -68,7 +70,7 @@ class Encoder:
         return ids, labels
 
     def length(self, record: Record, size: tuple[int, int] | None) -> int:
-        """Tokens of a record, from its image's width and height.
+        """The number of tokens of a record, from its image's width and height.
 
         Raises:
             BadRecord: as ``text``.
@@ -87,7 +89,7 @@ class Encoder:
         return count, {key: out[key] for key in ("pixel_values", "image_sizes") if key in out}
 
     def blank(self) -> dict:
-        """An image that shows nothing: its tensors, and its tokens as ``input_ids``."""
+        """A blank image: its tensors, and its tokens as ``input_ids``."""
         count, item = self._image(Image.new("RGB", (32, 32)))
         return item | {"input_ids": torch.full((count,), self.image_id)}
 
@@ -104,14 +106,14 @@ class Encoder:
 
 
 class Conversations(Dataset):
-    """The records of a file that can be trained on.
+    """The usable records of a file.
 
-    A record whose image goes bad later is replaced by the next one that can be used, so that a run goes on; its id is
-    logged, and counted in ``problems`` of the process that met it.
+    If an image becomes unreadable during the training, the next usable record replaces its record, and the run goes on.
+    The record's id is logged, and added to ``problems`` in the process that read it.
 
     Attributes:
-        records, lengths: the good ones, and their tokens.
-        problems: ids of the bad ones by reason.
+        records, lengths: the usable records, and their numbers of tokens.
+        problems: the ids of the other records, by reason.
     """
 
     def __init__(
@@ -141,14 +143,14 @@ class Conversations(Dataset):
         """Read and check a file of records, ``[{id, image, task_name, conversations}, ...]``.
 
         Args:
-            images: the folder that the records' images lie in.
+            images: the folder of the records' images.
             strict: whether a bad record is an error.
-            decode: whether every image's pixels are read now. Otherwise its header only, and a truncated image is met
-                in the training.
-            limit: read no more records than that.
+            decode: whether to read the pixels of each image now. Otherwise only its header is read, and a truncated
+                image is found in the training.
+            limit: the most records to read.
 
         Raises:
-            ValueError: the file is not a list of records; none is left; or, with ``strict``, there are bad ones.
+            ValueError: the file is not a list of records; no record is usable; or ``strict``, and a record is bad.
         """
         entries = read_entries(file, limit)
 
@@ -185,10 +187,10 @@ class Conversations(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict:
-        """The record's item; or, where its image has gone bad, the next one's.
+        """The item of a record, or of the next usable one if the record's image is unreadable.
 
         Raises:
-            ValueError: with ``strict``, its image has gone bad; or so have those of ``IN_A_ROW`` records.
+            ValueError: the image is unreadable, and ``strict``; or the images of ``IN_A_ROW`` records are.
         """
         for step in range(min(IN_A_ROW, len(self))):
             record = self.records[(index + step) % len(self)]
@@ -208,7 +210,7 @@ class Conversations(Dataset):
 
 
 def describe_problems(problems: dict[str, list[str]]) -> str:
-    """How many records were left out for which reason, and the ids of the first ``NAMED`` of each."""
+    """For each reason, the number of records that were left out and the first ``NAMED`` ids, as text."""
     return "; ".join(f"{reason}: {len(names)} ({_some(names)})" for reason, names in problems.items())
 
 
@@ -222,15 +224,15 @@ def _why(error: Exception) -> str:
 
 
 class Collator:
-    """Items to a batch, padded on the right.
+    """Makes a batch of items, padded on the right.
 
     Args:
-        pad_id: the token that pads.
-        task_embeddings: [tasks, d_task], for ``routing="task"``; each row of the batch gets its task's.
-        blank: of ``Encoder.blank``. Where the projector is trained by several processes, each of them must run it in
-            every step, or they wait for one another's gradients for ever. A batch without images gets this one in the
-            padding of its first row, where nothing attends to it: the projector's gradient is zero, and no other
-            changes.
+        pad_id: the padding token.
+        task_embeddings: [tasks, d_task], for ``routing="task"``. Each row of the batch gets its task's embedding.
+        blank: the result of ``Encoder.blank``. If several processes train the projector, each must run it in each step;
+            otherwise they wait for each other's gradients for ever. A batch without images therefore gets the blank
+            image in the padding of its first row, to which no token attends. The projector's gradient is then zero, and
+            no other gradient changes.
     """
 
     def __init__(self, pad_id: int, task_embeddings: Tensor | None = None, blank: dict | None = None):
@@ -256,7 +258,7 @@ class Collator:
 
 
 def stack_images(items: list[dict]) -> dict[str, Tensor]:
-    """Image tensors of several items: [images, 3, H, W], or for LLaVA-Next [images, most patches, 3, H, W]."""
+    """The image tensors of several items: [images, 3, H, W], or [images, most patches, 3, H, W] for LLaVA-Next."""
     if not items:
         return {}
     pixels = [item["pixel_values"] for item in items]

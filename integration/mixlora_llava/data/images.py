@@ -1,4 +1,4 @@
-"""Images from files: every kind that PIL reads becomes RGB, everything else is refused by name."""
+"""Read images from files as RGB, in any raster format that PIL reads. Other files are refused, with the reason."""
 
 import os
 from collections.abc import Callable
@@ -11,20 +11,20 @@ from PIL import Image
 from ..refusal import Refusal
 from .text import is_text, shown
 
-# Raster formats only: PIL also knows formats that it hands to other programs.
+# Raster formats only: for some other formats PIL runs other programs.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-MAX_PIXELS = 89_000_000  # 267 MB as RGB, and just below where PIL warns of a bomb; photographs are far below
-# A processor that makes the short side 336 pixels makes the long one 67,200 of them at most; without a limit, a file of
-# a few hundred bytes asks for terabytes. Qwen2-VL's processor draws the line at the same ratio.
+MAX_PIXELS = 89_000_000  # 267 MB as RGB, just below PIL's limit for a warning; photographs are far smaller
+# If a processor scales the short side to 336 pixels, the long side then has at most 67,200. Without a limit, a file of
+# a few hundred bytes could need terabytes. Qwen2-VL's processor has the same limit.
 MAX_RATIO = 200
 T = TypeVar("T")
 
 
 class BadImage(Refusal):
-    """An image that cannot be used.
+    """An image cannot be used.
 
     Attributes:
-        why: the reason, the same text for every image that it holds for.
+        why: the reason, as a text that is the same for all images with this reason.
     """
 
     def __init__(self, file: str | Path, why: str, detail: object = None):
@@ -35,10 +35,10 @@ class BadImage(Refusal):
 
 
 def find_image(folder: str | Path, name: str) -> Path:
-    """The file of an image inside its folder, with no symbolic link left in its path.
+    """The path of an image in its folder, with symbolic links resolved.
 
     Raises:
-        BadImage: the name is not text that a file can have, leads out of the folder, or leads to no file.
+        BadImage: the name is not a valid file name, leads out of the folder, or there is no such file.
     """
     if not is_text(name) or "\0" in name:
         raise BadImage(name, "an image's name must be text in Unicode")
@@ -48,7 +48,7 @@ def find_image(folder: str | Path, name: str) -> Path:
     try:
         home = os.path.realpath(folder, strict=True)
         file = Path(os.path.realpath(Path(home, parts), strict=True))
-    except OSError as error:  # missing, too long, a link to itself, a folder that may not be read
+    except OSError as error:  # for example a name that is too long, a link to itself, or a folder without permission
         raise BadImage(Path(folder, parts), "no such image", error.strerror) from error
     if not file.is_relative_to(home):
         raise BadImage(Path(folder, parts), "a symbolic link leads out of the image folder")
@@ -58,22 +58,22 @@ def find_image(folder: str | Path, name: str) -> Path:
 
 
 def load_image(file: str | Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an image as RGB. Of an animation, the first frame; CMYK, palettes, alpha and 16 bits are converted.
+    """Read an image as RGB. An animation gives its first frame. CMYK, palettes, alpha and 16 bits are converted.
 
     Raises:
-        BadImage: it is missing, truncated, no image, empty, larger than ``max_pixels``, more than ``MAX_RATIO`` times
-            as long as wide, or has floating-point pixels.
+        BadImage: the file is missing, truncated, not an image, or empty; the image has more than ``max_pixels`` pixels,
+            is more than ``MAX_RATIO`` times as long as wide, or has floating-point pixels.
     """
     with _open(file, max_pixels) as image:
         return _decode(file, lambda: _to_rgb(image))
 
 
 def check_image(file: str | Path, decode: bool = True, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Width and height of an image that can be used.
+    """Check an image, and return its width and height.
 
     Args:
-        decode: whether to read the pixels as well, which finds truncated files. JPEGs are decoded at an eighth of their
-            size, which reads all of the file and takes a fraction of the time.
+        decode: whether to read the pixels too, which finds truncated files. JPEGs are decoded at an eighth of their
+            size, which reads the whole file in a fraction of the time.
 
     Raises:
         BadImage: as ``load_image``.
@@ -92,7 +92,7 @@ def _open(file: str | Path, max_pixels: int) -> Image.Image:
         raise BadImage(file, "no such image") from error
     except Image.DecompressionBombError as error:
         raise BadImage(file, f"more than {max_pixels} pixels", error) from error
-    except Exception as error:  # PIL documents no list of what its decoders raise at a file of hostile bytes
+    except Exception as error:  # PIL does not document which errors its decoders raise
         raise BadImage(file, "not an image that can be read", error) from error
     why = _unusable(image, max_pixels)
     if why is not None:

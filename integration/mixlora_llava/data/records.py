@@ -1,4 +1,4 @@
-"""A file of LLaVA's records, read one by one, so that a record that nothing can be made of costs only itself."""
+"""Read the records of LLaVA's JSON files one by one, so that an unreadable record does not affect the others."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from .conversation import BadRecord, Turn, read_turns
 from .images import check_image, find_image
 from .text import is_text, shown
 
-LONGEST_NAME = 1000  # characters of a task's name, which becomes a key in the adapter's files and a label in plots
+LONGEST_NAME = 1000  # characters of a task's name, which is used as a key in files and as a label in plots
 _SPACE = re.compile(r"[ \t\n\r]*")
 _STEP = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{},]', re.DOTALL)
 
@@ -26,17 +26,16 @@ class Record(NamedTuple):
 
 
 def read_entries(file: str | Path, limit: int | None = None) -> list[Any]:
-    """The elements of a file's JSON list; a ``BadRecord`` in the place of one that is nested too deeply to read, or
-    holds an integer of too many digits.
+    """The elements of a file's JSON list. An element that is nested too deeply to read, or has an integer with
+    too many digits, becomes a ``BadRecord``.
 
-    Bytes that are not UTF-8 become halves of surrogate pairs, which ``read_record`` refuses where they stand in a text
-    that is used.
+    Bytes that are not UTF-8 become halves of surrogate pairs, which ``read_record`` refuses in texts that are used.
 
     Args:
-        limit: read no more elements than that, and nothing after them.
+        limit: stop after this number of elements, and do not read further.
 
     Raises:
-        ValueError: the file is not a JSON list; the message says where.
+        ValueError: the file is not a JSON list. The message gives the position of the error.
     """
     text = Path(file).read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
     start = _after_space(text, 0)
@@ -54,7 +53,7 @@ def read_entries(file: str | Path, limit: int | None = None) -> list[Any]:
 
 
 def _elements(text: str, at: int) -> Iterator[Any]:
-    """The elements of the list that begins before ``at``, up to its end and the text's."""
+    """Yield the elements of the list that begins before ``at``, and check that the text ends after the list."""
     decoder = json.JSONDecoder()
     at = _after_space(text, at)
     while text[at : at + 1] != "]":
@@ -64,7 +63,7 @@ def _elements(text: str, at: int) -> Iterator[Any]:
             raise
         except RecursionError:
             entry, at = BadRecord("nested too deeply"), _end_of_element(text, at)
-        except ValueError:  # Python's limit to the digits of an integer
+        except ValueError:  # an integer has more digits than Python reads
             entry, at = BadRecord("an integer of too many digits"), _end_of_element(text, at)
         yield entry
         at = _after_space(text, at)
@@ -86,7 +85,7 @@ def _after_space(text: str, at: int) -> int:
 
 
 def _end_of_element(text: str, at: int) -> int:
-    """Where an element that the decoder cannot read ends, by its brackets alone."""
+    """Find the end of an element that the decoder cannot read, by counting brackets."""
     depth = 0
     for step in _STEP.finditer(text, at):
         token = step.group()
@@ -97,16 +96,16 @@ def _end_of_element(text: str, at: int) -> int:
 
 
 def name_of(number: int, entry: object) -> str:
-    """How reports name a record: its id, made fit to print; its place in the file where it has none."""
+    """The name of a record in reports: its id as printable text, or its position in the file if it has no id."""
     given = entry.get("id") if isinstance(entry, dict) else None
     return shown(str(given)) if _is_id(given) else f"#{number}"
 
 
 def read_record(number: int, entry: object, images: str | Path, decode: bool) -> tuple[Record, tuple[int, int] | None]:
-    """A record, and its image's width and height.
+    """Read a record, and its image's width and height.
 
     Raises:
-        BadRecord, BadImage: it cannot be used.
+        BadRecord, BadImage: the record cannot be used.
     """
     if isinstance(entry, BadRecord):
         raise entry

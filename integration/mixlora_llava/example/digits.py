@@ -1,8 +1,8 @@
 """A multi-task visual instruction set from scikit-learn's handwritten digits, in Vision-Flan's format.
 
-Every image is a real digit, eight by eight pixels with seventeen grey levels, written in one of four inks in one
-quarter of a dark field. The digits of the two splits were written by different hands or at least apart:
-the training split takes the first 1,400, the other the rest.
+Each image shows a real digit, eight by eight pixels with seventeen grey levels, in one of four inks, in one quarter of
+a dark field. The training split has the first 1,400 digits of the data set, the test split has the rest. The
+two parts were written by different people, or at least separately.
 """
 
 import json
@@ -22,16 +22,16 @@ SPLIT = 1400
 
 
 class Picture(NamedTuple):
-    """What an image shows."""
+    """The contents of an image."""
 
     digit: int
     ink: str
     side: str
-    row: int = 0  # 0 above, 1 below; nothing asks for it
+    row: int = 0  # 0 above, 1 below; no question asks for it
 
 
 class Task(NamedTuple):
-    """A question, what it asks for, and the definition that task routing reads."""
+    """A question, the property that it asks for, and the task's definition for task routing."""
 
     question: str
     answer: Callable[[Picture], str]
@@ -42,7 +42,7 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-# The questions name their options, as Vision-Flan's do.
+# The questions list their options, as in Vision-Flan.
 TASKS = {
     "digit_name": Task(
         "Which digit is written? Answer with its name.",
@@ -80,11 +80,11 @@ CAPTION = Task(
     lambda p: f"a {p.ink} {NAMES[p.digit]} on the {p.side}",
     "Describe the image: ink, digit and side.",
 )
-PRESENCE = "Is there a {name} in the image?"  # POPE's kind of question, half of them true
+PRESENCE = "Is there a {name} in the image?"  # a question as in POPE; the answer is yes for half of them
 
 
 def draw(pixels: np.ndarray, picture: Picture) -> Image.Image:
-    """Digits' pixels [8, 8] within 0 to 16, as an image of 16 by 16."""
+    """Draw a digit's pixels [8, 8], from 0 to 16, as an image of 16 by 16 pixels."""
     field = np.full((16, 16, 3), 16, np.float32)
     quarter = field[8 * picture.row :][:8, 8 * SIDES.index(picture.side) :][:, :8]
     quarter += (pixels / 16)[..., None] * (np.array(INKS[picture.ink], np.float32) - 16)
@@ -92,14 +92,14 @@ def draw(pixels: np.ndarray, picture: Picture) -> Image.Image:
 
 
 def texts() -> list[str]:
-    """Everything that is asked and answered, for a tokenizer."""
+    """All questions and answers, for a tokenizer."""
     said = [*NAMES, *INKS, *SIDES, "odd even yes no a on the . USER: ASSISTANT:"]
     asked = [task.question for task in [*TASKS.values(), CAPTION]] + [task.definition for task in TASKS.values()]
     return [*said, *asked, PRESENCE.format(name="zero"), CAPTION.definition]
 
 
 def questions_in_words() -> list[tuple[str, str]]:
-    """Every question about every picture there can be, each told in words, with its answer."""
+    """All questions about all possible pictures, described in words, with their answers."""
     pictures = [Picture(digit, ink, side) for digit in range(10) for ink in INKS for side in SIDES]
     found = []
     for picture in pictures:
@@ -111,7 +111,7 @@ def questions_in_words() -> list[tuple[str, str]]:
 
 
 def write_images(folder: Path, seed: int, copies: int) -> dict[str, list[tuple[str, Picture]]]:
-    """Draw every digit ``copies`` times in a random ink and place; returns the files' names by split."""
+    """Draw each digit ``copies`` times, with a random ink and place. Return the file names by split."""
     digits, random_source = load_digits(), random.Random(seed)
     splits: dict[str, list[tuple[str, Picture]]] = {"train": [], "test": []}
     for number, (pixels, digit) in enumerate(zip(digits.images, digits.target)):
@@ -135,10 +135,10 @@ def record(name: str, image: str, task: str, question: str, answer: str) -> dict
 def write(folder: str | Path, *, seed: int = 0, per_task: int = 1000, held_out: int = 100, copies: int = 2) -> None:
     """Write the data set.
 
-    ``images/``; ``pretraining.json``, a caption for every image of the training split, and the tasks' questions about
-    captions in words, without images, so that the model can read before it is tuned; ``train.json`` with ``per_task``
-    records for each task; ``eval/TASK.jsonl`` with ``held_out`` questions each on images of the test split, and
-    ``eval/pope_pop.jsonl``; and ``definitions.json``.
+    It consists of ``images/``; ``pretraining.json``, with a caption for each image of the training split, and with the
+    tasks' questions about captions, without images, so that the model can read before it is tuned; ``train.json``, with
+    ``per_task`` records of each task; ``eval/TASK.jsonl``, with ``held_out`` questions of each task about images of the
+    test split; ``eval/pope_pop.jsonl``; and ``definitions.json``.
     """
     folder, random_source = Path(folder), random.Random(seed)
     splits = write_images(folder / "images", seed, copies)

@@ -1,4 +1,4 @@
-"""The pretrained model that the example tunes, made from nothing: it stands for LLaVA after stage one."""
+"""Train the model that the example tunes, from scratch. It takes the role of LLaVA after stage one."""
 
 from pathlib import Path
 
@@ -12,7 +12,8 @@ from . import digits
 
 
 def pretrain(folder: Path, steps: int, template: str) -> None:
-    """Make the model that is to be tuned: the tower first, then, frozen, with the rest on captions and on reading."""
+    """Train the base model: first the vision tower; then, with the tower frozen, the rest on captions and on
+    reading."""
     model, processor = small.small_llava(digits.texts())
     data = Conversations.read(folder / "data/pretraining.json", folder / "data/images", Encoder(processor, template))
     set_seed(0)
@@ -29,7 +30,7 @@ def pretrain(folder: Path, steps: int, template: str) -> None:
 
 
 def pretrain_tower(tower: torch.nn.Module, data: Conversations, steps: int) -> None:
-    """Teach the vision tower which words an image's caption has; it stands for CLIP's pretraining."""
+    """Train the vision tower to predict the words of an image's caption. This takes the role of CLIP's pretraining."""
     items = [data[index] for index, record in enumerate(data.records) if record.image is not None]
     pixels = torch.cat([item["pixel_values"] for item in items])  # [N, 3, 16, 16]
     words = torch.zeros(len(items), len(data.encoder.tokenizer))

@@ -1,4 +1,4 @@
-"""The report of ``example``: its pictures, and its text in Markdown."""
+"""Write the report of ``example``: its pictures, and its text in Markdown."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,9 @@ from . import digits
 
 
 def plot_losses(losses: dict[str, dict[int, float]], file: Path, window: int = 20) -> None:
-    """The loss of every step, and its mean over the last ``window``.
+    """Plot the loss of each step, and its mean over the last ``window`` steps.
 
-    Batches hold records of similar length, so of few tasks; the single values jump between easy and hard ones.
+    A batch has records of similar length, and therefore of few tasks. Single losses vary between easy and hard tasks.
     """
     figure = Figure(figsize=(7, 3.4), layout="constrained")
     panel = figure.subplots()
@@ -27,7 +27,7 @@ def plot_losses(losses: dict[str, dict[int, float]], file: Path, window: int = 2
 
 
 def plot_samples(folder: Path, names: list[str], file: Path) -> None:
-    """The first held-out question of every task, with its image and what each model answers."""
+    """Draw the first held-out question of each task, with its image and the answers of each model."""
     figure = Figure(figsize=(8, 8), layout="compressed")
     for panel, task in zip(figure.subplots(2, 3).flat, digits.TASKS):
         rows = {name: _first(folder / "predictions" / name / f"{task}.jsonl") for name in names}
@@ -56,8 +56,8 @@ def report(figures: dict, margin: float) -> str:
     """The report in Markdown.
 
     Args:
-        figures: of ``example.run``.
-        margin: points of accuracy that MixLoRA has to be above the untuned model.
+        figures: the result of ``example.run``.
+        margin: by how many points MixLoRA's accuracy must exceed that of the untuned model.
     """
     names, resumed, accuracy = list(figures["accuracy"]), figures["resumed"], figures["accuracy"]
     first, last = figures["loss"]["mixlora"]
@@ -133,7 +133,7 @@ def _table(figures: dict, names: list[str]) -> str:
 
 
 def _comparison(figures: dict) -> str:
-    """How MixLoRA stands to each LoRA, in words that the numbers decide."""
+    """Compare MixLoRA with each LoRA in words that depend on the numbers."""
     accuracy, error, said = figures["accuracy"], figures["error"], []
     for name in (name for name in figures["parameters"] if name != "mixlora"):
         difference = accuracy["mixlora"] - accuracy[name]

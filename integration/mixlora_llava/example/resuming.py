@@ -1,4 +1,4 @@
-"""A run that is killed half-way and goes on ends with the weights of one that was left alone."""
+"""Check that a run that is killed and resumed ends with the weights of an uninterrupted run."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from ..training.train import train
 
 
 class Kill(TrainerCallback):
-    """Ends the process as ``kill -9`` does, within the step after ``step``."""
+    """Ends the process as ``kill -9`` does, during the step after ``step``."""
 
     def __init__(self, step: int):
         self.step = step
@@ -27,17 +27,17 @@ class Kill(TrainerCallback):
 
 
 def train_until_killed(config: Path, step: int) -> None:
-    """Train in a process of its own that is killed after ``step`` steps.
+    """Train in a separate process that is killed after ``step`` steps.
 
-    A process that kills itself does so at that very step, however the machine is loaded; the system leaves it no more
-    time to tidy up than it leaves one that is killed from outside.
+    The process kills itself, so that it ends at exactly this step on a busy machine too. The operating system gives it
+    no more time to clean up than a process that is killed from outside.
 
     Raises:
-        RuntimeError: it ended otherwise.
+        RuntimeError: the process ended in another way.
     """
     code = "import sys; from mixlora_llava.example.resuming import Kill, Settings, train; "
     code += "train(Settings.read(sys.argv[1]), callbacks=[Kill(int(sys.argv[2]))])"
-    paths = os.pathsep.join(path for path in sys.path if path)  # it finds what this process found
+    paths = os.pathsep.join(path for path in sys.path if path)  # so that it imports the same packages
     log = config.with_suffix(".log")
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.run(
@@ -49,7 +49,7 @@ def train_until_killed(config: Path, step: int) -> None:
 
 
 def kill_and_resume(whole: Settings, killed: Settings) -> dict:
-    """Kill a run a step after its second checkpoint, let it go on, and compare it with one that was left alone."""
+    """Kill a run one step after its second checkpoint, resume it, and compare it with an uninterrupted run."""
     steps = whole.training["max_steps"]
     train(whole)
     file = Path(f"{killed.output}.yaml")

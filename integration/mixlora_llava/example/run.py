@@ -1,4 +1,4 @@
-"""The example: what is done, in which order, and what has to hold; ``report.md`` tells it."""
+"""Run the example: its steps in order, and checks of their results. ``report.md`` describes them."""
 
 import json
 import time
@@ -22,9 +22,9 @@ from .report import plot_losses, plot_samples, report
 from .resuming import kill_and_resume
 
 TEMPLATE = "bare"
-MARGIN = 25.0  # points of accuracy that MixLoRA has to be above the untuned model
-# LoRA with as many factors at work as MixLoRA, and of the rank that has about as many parameters as MixLoRA with its
-# routers. MixLoRA: the preset with tied pairs. The scalings are the paper's: alpha is 2 r, and 2 E for MixLoRA.
+MARGIN = 25.0  # points by which MixLoRA's accuracy must exceed that of the untuned model
+# LoRA with the rank r of MixLoRA, and with the rank that has about as many parameters as MixLoRA with its routers.
+# MixLoRA is the preset with tied pairs. The scalings are the paper's: alpha is 2 r, and 2 E for MixLoRA.
 TUNED = {
     "lora_r4": {"method": "lora", "r": 4},
     "lora_r24": {"method": "lora", "r": 24},
@@ -34,7 +34,7 @@ RATES = {"lora": 2e-3, "mixlora_tied": 1e-3}
 
 
 class Size(NamedTuple):
-    """How much is done."""
+    """The size of the example."""
 
     pretraining: int  # steps
     tuning: int  # steps of tuning
@@ -47,10 +47,10 @@ SIZES = {False: Size(600, 300, 40, 600, 100), True: Size(350, 150, 12, 300, 40)}
 
 
 def run(folder: Path, size: Size) -> dict:
-    """Do everything, in ``folder``; returns the report's figures.
+    """Run the example in ``folder``, and return the report's figures.
 
     Raises:
-        RuntimeError: the loss did not fall, the margin was not reached, or the resumed run ended elsewhere.
+        RuntimeError: the loss did not fall, the margin was not reached, or the resumed run has other weights.
     """
     start, computing = time.monotonic(), time.process_time()
     digits.write(folder / "data", per_task=size.per_task, held_out=size.held_out)
@@ -93,7 +93,7 @@ def settings(folder: Path, name: str, steps: int, **method) -> Settings:
 
 
 def evaluate(folder: Path, name: str) -> dict:
-    """Predictions and scores of the untuned model, or of the adapter of that name."""
+    """The predictions and scores of the untuned model, or of an adapter."""
     model, processor = load_llava(folder / "base")
     if name != "untuned":
         model, _ = load_adapter(model, folder / name)
@@ -109,17 +109,18 @@ def evaluate(folder: Path, name: str) -> dict:
 
 
 def question_files(folder: Path) -> list[Path]:
-    """The held-out questions of the tasks that were tuned on."""
+    """The held-out questions of the six trained tasks."""
     return [folder / f"data/eval/{task}.jsonl" for task in digits.TASKS]
 
 
 def seen(result: dict) -> float:
-    """Accuracy over the six tasks, in percent."""
+    """The accuracy over the six tasks, in percent."""
     return mean_of([result["tasks"][task]["accuracy"] for task in digits.TASKS])
 
 
 def standard_error(result: dict) -> float:
-    """Of ``seen``, from the number of questions alone; another seed of the training would add to it."""
+    """The standard error of ``seen`` from the number of questions. The variation between training seeds is not in
+    it."""
     rows = [result["tasks"][task] for task in digits.TASKS]
     return sum(row["accuracy"] * (100 - row["accuracy"]) / row["count"] for row in rows) ** 0.5 / len(rows)
 
@@ -163,7 +164,7 @@ def adapter_parameters(folder: Path) -> int:
 
 
 def check(figures: dict) -> None:
-    """What has to hold; the report is written before."""
+    """Check the results. The report has been written before."""
     failed = []
     if any(last >= first / 2 for first, last in figures["loss"].values()):
         failed.append(f"a loss did not fall by half: {figures['loss']}")

@@ -1,4 +1,4 @@
-"""One thread, for models that gain nothing from a second."""
+"""Use one thread, because small models gain nothing from a second."""
 
 import os
 from collections.abc import Iterator
@@ -9,9 +9,12 @@ import torch
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Products as small as these gain nothing from a second thread; where other programs use the cores, threads that
-    wait for one another take twenty times as long. The run that is killed must add in the same order as the others, and
-    inherits this by its environment."""
+    """Use one thread here and in child processes.
+
+    Products of this size gain nothing from a second thread. If other programs use the cores, threads that wait for one
+    another take twenty times as long. The run that is killed must add in the same order as the others, so it inherits
+    the setting through the environment.
+    """
     threads, variable = torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS")
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"

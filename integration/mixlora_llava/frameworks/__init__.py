@@ -1,1 +1,1 @@
-"""MixLoRA in the training commands of other projects: TRL and ms-swift."""
+"""MixLoRA in the training commands of TRL and ms-swift."""

@@ -1,10 +1,10 @@
-"""MixLoRA as a tuner of ms-swift, without a change of ms-swift.
+"""MixLoRA as a tuner of ms-swift. ms-swift itself is not changed.
 
     MIXLORA_SETTINGS='{"r": 4, "num_factors": 16}' swift sft --tuner_type mixlora \\
         --external_plugins "$(mixlora --path ms_swift_plugin)" --use_logits_to_keep false --model MODEL ...
 
-``MIXLORA_SETTINGS`` holds fields of ``ConditionalMixLoRAConfig`` as JSON; ms-swift's own arguments for LoRA do not
-count. ms-swift imports this file by its path, before it parses what it trains.
+``MIXLORA_SETTINGS`` contains fields of ``ConditionalMixLoRAConfig`` as JSON. ms-swift's own arguments for LoRA have no
+effect. ms-swift imports this file by its path, before it parses its other arguments.
 """
 
 import json
@@ -20,10 +20,10 @@ NAME, VARIABLE = "mixlora", "MIXLORA_SETTINGS"
 
 
 def read_settings() -> dict:
-    """The adapter's settings from the environment; the paper's where there are none.
+    """Read the adapter's settings from the environment. By default they are the paper's.
 
     Raises:
-        ValueError: they are no JSON object.
+        ValueError: the variable is not a JSON object.
     """
     text = os.environ.get(VARIABLE, "{}")
     try:
@@ -36,7 +36,7 @@ def read_settings() -> dict:
 
 
 class MixLoRATuner(PeftTuner):
-    """Adapts the model; ms-swift's tuner for PEFT saves the adapter and loads it again."""
+    """Adapts the model. ms-swift's tuner for PEFT saves and loads the adapter."""
 
     @staticmethod
     def prepare_model(args, model: nn.Module) -> PeftModel:

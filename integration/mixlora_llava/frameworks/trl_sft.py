@@ -2,9 +2,8 @@
 
     accelerate launch -m mixlora_llava.frameworks.trl_sft --config sft.yaml --mixlora_r 4 --mixlora_num_factors 16
 
-It takes every argument of ``trl sft`` but those of LoRA, on the command line or from the YAML file, and those of
-``MixLoRAArguments``. ``trl sft`` itself knows no other method than LoRA: it makes its ``LoraConfig`` from its own
-arguments.
+It takes the arguments of ``trl sft``, except those of LoRA, and of ``MixLoRAArguments``, on the command line or from
+the YAML file. ``trl sft`` itself supports only LoRA: it makes a ``LoraConfig`` from its own arguments.
 """
 
 from dataclasses import dataclass, field
@@ -52,7 +51,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Train and save an adapter.
 
     Raises:
-        ValueError: ``--use_peft`` is given, an argument of the YAML file is unknown, or the adapter's do not fit.
+        ValueError: ``--use_peft`` is given, an argument in the YAML file is unknown, or the adapter's arguments are
+            wrong.
     """
     parser = TrlParser((ScriptArguments, SFTConfig, ModelConfig, MixLoRAArguments))
     script, training, model, mixlora = parser.parse_args_and_config(arguments)

@@ -1,12 +1,12 @@
-"""LLaVA with an adapter as a model of lmms-eval, which is optional. lmms-eval finds it by ``manifest``, through an
-entry point; importing this imports nothing else."""
+"""A LLaVA with an adapter, as a model of lmms-eval. lmms-eval is optional. It finds the model through an entry point,
+which is ``manifest``. Importing this module imports nothing else."""
 
 
 def manifest():
     """The model's ``ModelManifest``, for the entry-point group ``lmms_eval.models``.
 
     Raises:
-        ImportError: lmms-eval is not installed, or one that has no manifests of models (before 0.7).
+        ImportError: lmms-eval is not installed, or its version has no manifests of models (before 0.7).
     """
     try:
         from lmms_eval.models.registry_v2 import ModelManifest

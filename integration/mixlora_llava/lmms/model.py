@@ -1,9 +1,9 @@
-"""A LLaVA with a MixLoRA (or LoRA) adapter as a model of lmms-eval.
+"""A LLaVA with a MixLoRA or LoRA adapter, as a model of lmms-eval.
 
     python -m lmms_eval --model mixlora_llava --model_args pretrained=MODEL,adapter=DIR --tasks mme,pope,textvqa_val \\
         --batch_size 8
 
-The sets that lmms-eval lacks: ``--include_path "$(mixlora --path lmms_tasks)" --tasks mixlora_unseen``.
+For the sets that lmms-eval lacks, add ``--include_path "$(mixlora --path lmms_tasks)" --tasks mixlora_unseen``.
 """
 
 import json
@@ -21,12 +21,12 @@ class MixLoRALlava(lmms):
     """See ``lmms_eval.api.model.lmms``.
 
     Args:
-        pretrained: folder or hub name of a LLaVA, or its parts as JSON.
+        pretrained: the folder or hub name of a LLaVA, or its parts as JSON.
         adapter: the adapter's folder; None: the untuned model.
-        template: of the conversation.
-        batch_size: questions at a time.
-        device: a torch device; by default this process's own.
-        task: for an adapter that routes by task: whose embedding to use.
+        template: the conversation's template.
+        batch_size: the number of questions in a batch.
+        device: a torch device; by default the device of this process.
+        task: the task whose embedding an adapter with task routing uses.
     """
 
     is_simple = True
@@ -58,7 +58,7 @@ class MixLoRALlava(lmms):
         self.model, self.template, self.batch_size = model, template, int(batch_size)
 
     def generate_until(self, requests: list) -> list[str]:
-        """An answer to each request, cut at the first of its stop words."""
+        """Generate an answer to each request, and cut it at the first of its stop words."""
         answers: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -74,7 +74,8 @@ class MixLoRALlava(lmms):
         return answers
 
     def loglikelihood(self, requests: list) -> list[tuple[float, bool]]:
-        """For each request, the log-probability of its continuation, and whether it is the greedy one."""
+        """Compute for each request the log-probability of its continuation, and whether greedy decoding would give
+        it."""
         return [self._score(request.args) for request in requests]
 
     def generate_until_multi_round(self, requests: list) -> list[str]:
@@ -109,7 +110,7 @@ class MixLoRALlava(lmms):
             continuation = continuation(self.task_dict[task][split][doc_id])
         images = self._images((context, None, *rest)) or None
         prompt = build_prompt(context, self.template, image=images is not None)
-        texts = [prompt, f"{prompt} {continuation.lstrip()}"]  # of a choice, lmms-eval writes the space itself
+        texts = [prompt, f"{prompt} {continuation.lstrip()}"]  # lmms-eval adds the space before a choice
         start = self.processor(text=texts[:1], images=images, return_tensors="pt")["input_ids"].shape[1]
         inputs = self.processor(text=texts[1:], images=images, return_tensors="pt").to(self.device)
         inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}

@@ -1,1 +1,1 @@
-"""A LLaVA: loading, patching with an adapter, answering, and its digest."""
+"""LLaVA models: load them, patch them with an adapter, generate answers, compute digests."""

@@ -1,4 +1,4 @@
-"""A digest of a model with its adapters: two that answer differently have two."""
+"""A digest of a model and its adapters. Models that answer differently have different digests."""
 
 import dataclasses
 import hashlib
@@ -7,7 +7,7 @@ import json
 import torch
 from torch import nn
 
-# What a configuration says about where a model lies and who wrote it, not about what it computes.
+# Fields of a configuration that do not change what the model computes.
 ABOUT = {
     "_name_or_path", "name_or_path", "transformers_version", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "auto_mapping", "architectures",
@@ -15,15 +15,17 @@ ABOUT = {
 
 
 def model_digest(model: nn.Module) -> str:
-    """Of all weights, by name, dtype, shape and value; of the model's and the adapters' configurations; and of which
-    adapters are at work. 32 hexadecimal digits. Reading 14 GB of weights takes some ten seconds.
+    """Compute the digest, 32 hexadecimal digits.
+
+    It depends on all weights (name, dtype, shape and values), on the configurations of the model and the adapters, and
+    on which adapters are active. Reading 14 GB of weights takes some ten seconds.
 
     Raises:
-        ValueError: a weight is on the meta device, without a value.
+        ValueError: a weight is on the meta device, and has no values.
     """
     total = hashlib.sha256(json.dumps(_settings(model), sort_keys=True, default=_plain).encode())
     for name, tensor in sorted(model.state_dict().items()):
-        if not isinstance(tensor, torch.Tensor):  # some modules keep settings of their own in their state
+        if not isinstance(tensor, torch.Tensor):  # some modules keep settings in their state dict
             total.update(f"{name} {tensor}".encode())
             continue
         if tensor.is_meta:
@@ -56,5 +58,5 @@ def _essential(value):
 
 
 def _plain(value) -> str:
-    """For what JSON does not know, such as dtypes and enums."""
+    """Text for values that JSON does not know, such as dtypes and enums."""
     return str(value)

@@ -1,4 +1,4 @@
-"""Answers from a LLaVA: questions about images, in batches."""
+"""Generate answers to questions about images, in batches."""
 
 from contextlib import nullcontext
 
@@ -27,12 +27,12 @@ def answer(
     embedding: Tensor | None = None,
     **options,
 ) -> list[str]:
-    """Generate the answers of a batch, padded on the left; greedily unless ``options`` say otherwise.
+    """Generate the answers of a batch, padded on the left. Decoding is greedy unless ``options`` change it.
 
     Args:
-        prompts, images: as many of one as of the other, see ``build_prompt``; or no images, for prompts without.
+        prompts, images: one image for each prompt (see ``build_prompt``), or None for prompts without images.
         embedding: [d_task] or [B, d_task], for an adapter with ``routing="task"``.
-        options: of ``generate``.
+        options: further arguments of ``generate``.
     """
     device = next(model.parameters()).device
     tokenizer, side = processor.tokenizer, processor.tokenizer.padding_side

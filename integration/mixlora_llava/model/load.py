@@ -1,4 +1,4 @@
-"""LLaVA from its parts, or whole; and adapters back into it."""
+"""Load a LLaVA, whole or from its parts, and load adapters into it."""
 
 import json
 from collections.abc import Iterator
@@ -30,19 +30,19 @@ from ..data.text import shown
 from ..refusal import Missing, Refusal
 
 PROJECTOR = "mm_projector."
-TASKS = "task_embeddings.safetensors"  # beside an adapter that routes by task
+TASKS = "task_embeddings.safetensors"  # in the folder of an adapter that routes by task
 
 
 def load_llava(source: str | Path | dict, dtype: torch.dtype | str = "auto"):
-    """A LLaVA and its processor.
+    """Load a LLaVA and its processor.
 
     Args:
-        source: a folder or hub name of transformers' LLaVA or LLaVA-Next; or, for LLaVA v1 before instruction tuning,
-            its parts: ``{language: ..., vision: ..., projector: mm_projector.bin}``.
+        source: the folder or hub name of transformers' LLaVA or LLaVA-Next; or the parts of a LLaVA v1 before
+            instruction tuning: ``{language: ..., vision: ..., projector: mm_projector.bin}``.
         dtype: of the parameters.
 
     Returns:
-        The model in evaluation mode, and its processor, which pads on the right and knows an image's tokens.
+        The model in evaluation mode, and its processor, which pads on the right and knows how many tokens an image has.
     """
     processor = load_processor(source)
     if isinstance(source, dict):
@@ -54,10 +54,10 @@ def load_llava(source: str | Path | dict, dtype: torch.dtype | str = "auto"):
 
 
 def read_source(text: str) -> str | dict:
-    """What ``load_llava`` takes, from a command line: a name, or a LLaVA's parts as JSON.
+    """Parse ``load_llava``'s source from a command line: a name, or a LLaVA's parts as JSON.
 
     Raises:
-        ValueError: it begins as JSON, and is none or has other parts.
+        ValueError: the text begins with a brace, but is not valid JSON or has other parts.
     """
     if not text.startswith("{"):
         return text
@@ -72,11 +72,11 @@ def read_source(text: str) -> str | dict:
 
 @contextmanager
 def reading(what: str, source: str | Path) -> Iterator[None]:
-    """Turns what transformers raises where it finds no model into one sentence that says what to do.
+    """If transformers finds no model, raise an error whose one sentence says what to do.
 
     Raises:
-        Missing: there is no such folder, and the hub's cache and the hub itself gave nothing.
-        Refusal: there is such a folder, and it holds something else.
+        Missing: the folder does not exist, and neither the hub's cache nor the hub has the model.
+        Refusal: the folder exists, and holds something else.
     """
     try:
         yield
@@ -85,19 +85,19 @@ def reading(what: str, source: str | Path) -> Iterator[None]:
         if Path(source).exists():
             raise Refusal(f"{source} holds no {what} that transformers can read ({why})") from error
         raise Missing(
-            f"missing: the {what} {source}, which is no folder here, and the hub gave nothing ({why}); fetch it where "
-            f"there is a connection with: hf download {source}, or give the folder of a copy"
+            f"missing: the {what} {source}, which is not a folder here, and the hub did not provide it ({why}); "
+            f"fetch it where there is a connection with: hf download {source}, or give the folder of a copy"
         ) from error
 
 
 def read_config(source: str | Path, what: str):
-    """The configuration of a model, alone."""
+    """Read the configuration of a model, without its weights."""
     with reading(what, source):
         return AutoConfig.from_pretrained(source)
 
 
 def load_processor(source: str | Path | dict):
-    """The processor alone; see ``load_llava``."""
+    """Load the processor alone; see ``load_llava``."""
     if not isinstance(source, dict):
         with reading("model with its processor", source):
             processor = AutoProcessor.from_pretrained(source)
@@ -113,8 +113,8 @@ def load_processor(source: str | Path | dict):
             images, vision = (kind.from_pretrained(source["vision"]) for kind in (AutoImageProcessor, AutoConfig))
         processor = LlavaProcessor(image_processor=images, tokenizer=tokenizer, image_token=IMAGE)
         vision, strategy = getattr(vision, "vision_config", vision), "default"
-    # How many tokens an image takes, where the processor was saved without it; 1 is CLIP's class token, which the
-    # strategy "default" takes off again.
+    # These fields tell how many tokens an image has. Some processors were saved without them. The 1 is CLIP's class
+    # token, which the strategy "default" removes.
     processor.patch_size = processor.patch_size or vision.patch_size
     processor.vision_feature_select_strategy = processor.vision_feature_select_strategy or strategy
     processor.num_additional_image_tokens = processor.num_additional_image_tokens or 1
@@ -123,7 +123,7 @@ def load_processor(source: str | Path | dict):
 
 
 def empty_llava(source: str | Path | dict, dtype: torch.dtype | str = "auto"):
-    """As ``load_llava`` without its weights, on the meta device: enough to count parameters and bytes."""
+    """A LLaVA without weights, on the meta device, to count parameters and bytes; see ``load_llava``."""
     with torch.device("meta"):
         if isinstance(source, dict):
             text, vision = (read_config(source[part], f"{part} part") for part in ("language", "vision"))
@@ -136,12 +136,12 @@ def empty_llava(source: str | Path | dict, dtype: torch.dtype | str = "auto"):
 
 
 def compose_llava(language: str, vision: str, projector: str | None = None, *, tokenizer, dtype="auto"):
-    """LLaVA v1 as it is before instruction tuning: a language model, a CLIP, and a linear projector.
+    """Compose a LLaVA v1 before instruction tuning, from a language model, a CLIP and a linear projector.
 
     Args:
         language, vision: folders or hub names.
-        projector: the stage-one file ``mm_projector.bin``, one linear map; None leaves it at random.
-        tokenizer: the language model's, with ``<image>`` added.
+        projector: the file ``mm_projector.bin`` of stage one, one linear map; None: random weights.
+        tokenizer: the language model's tokenizer, with ``<image>`` added.
 
     Raises:
         ValueError: the projector's file does not hold one linear map of the right size.
@@ -164,7 +164,8 @@ def compose_llava(language: str, vision: str, projector: str | None = None, *, t
 
 
 def compose_config(text, vision, image_id: int = 32000, pad_id: int = 0) -> LlavaConfig:
-    """LLaVA v1's: features of CLIP's last layer but one without the class token, one linear map as the projector."""
+    """The configuration of LLaVA v1. It uses the features of CLIP's last layer but one, without the class token, and
+    one linear map as the projector."""
     return LlavaConfig(
         vision_config=getattr(vision, "vision_config", vision),
         text_config=text,
@@ -178,15 +179,15 @@ def compose_config(text, vision, image_id: int = 32000, pad_id: int = 0) -> Llav
 
 @torch.no_grad()
 def linear_projector(model: nn.Module, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Make transformers' projector, two maps with an activation between, exactly the one linear map of LLaVA v1.
+    """Make transformers' projector, which has two maps and an activation, equal to the one linear map of LLaVA v1.
 
-    ``linear_1`` takes the map, ``linear_2`` becomes the identity, and the activation must be ``"linear"``.
+    ``linear_1`` becomes the map, and ``linear_2`` the identity. The activation must be ``"linear"``.
 
     Args:
-        weights: ``weight`` [d_text, d_vision] and ``bias`` [d_text]; None draws them.
+        weights: ``weight`` [d_text, d_vision] and ``bias`` [d_text]; None: random weights.
 
     Raises:
-        ValueError: another activation, or shapes that do not fit.
+        ValueError: the activation is another one, or the shapes do not fit.
     """
     if model.config.projector_hidden_act != "linear":
         raise Refusal(f"projector_hidden_act must be 'linear', got {model.config.projector_hidden_act!r}")
@@ -204,10 +205,10 @@ def linear_projector(model: nn.Module, weights: dict[str, torch.Tensor] | None =
 
 
 def read_projector(file: str | Path) -> dict[str, torch.Tensor]:
-    """``weight`` and ``bias`` from a stage-one projector's file, whatever stands before these names.
+    """Read ``weight`` and ``bias`` from a stage-one projector's file, with any prefix before these names.
 
     Raises:
-        ValueError: it does not hold one linear map.
+        ValueError: the file does not hold one linear map.
     """
     found = {key.rpartition(PROJECTOR)[2]: tensor for key, tensor in stream(file) if PROJECTOR in key}
     if found.keys() != {"weight", "bias"}:
@@ -216,10 +217,11 @@ def read_projector(file: str | Path) -> dict[str, torch.Tensor]:
 
 
 def load_adapter(model: nn.Module, folder: str | Path):
-    """A model with a trained adapter, for inference, and its task embeddings by name (None where it routes by input).
+    """Load a trained adapter into a model, for inference. Also return its task embeddings by name, or None without task
+    routing.
 
     Raises:
-        ValueError: the adapter does not fit the model, or there is none in the folder.
+        ValueError: the adapter does not fit the model, or the folder has no adapter.
     """
     try:
         adapted = PeftModel.from_pretrained(model, folder).eval()

@@ -1,4 +1,4 @@
-"""Put MixLoRA, or LoRA for comparison, into the decoder of a LLaVA."""
+"""Adapt the decoder of a LLaVA with MixLoRA, or with LoRA for comparison."""
 
 import copy
 import re
@@ -11,16 +11,16 @@ from mixlora_kernels.peft.targets import decoder_linears
 
 from ..refusal import Refusal
 
-# Where the projector is: in transformers' LLaVA and LLaVA-Next, and in the original LlavaLlamaForCausalLM.
+# The projector's name in transformers' LLaVA and LLaVA-Next, and in the original LlavaLlamaForCausalLM.
 PROJECTORS = ("model.multi_modal_projector", "model.mm_projector")
 
 
 class Patched:
-    """A patched LLaVA: ``model`` is a ``PeftModel`` around the one that was given, which is changed in place.
+    """A patched LLaVA. The given model is changed in place.
 
     Attributes:
-        model: the model to train, save and generate with.
-        modules: names of the adapted layers.
+        model: a ``PeftModel`` around the given model, to train, save and generate with.
+        modules: the names of the adapted layers.
     """
 
     def __init__(self, base: nn.Module, config: PeftConfig):
@@ -35,8 +35,8 @@ class Patched:
         ]
 
     def report(self) -> dict:
-        """``modules``; the number of parameters, ``trainable`` and ``total``; and of the trainable ones how many are
-        the adapter's and the projector's."""
+        """A dictionary of ``modules``; the numbers of ``trainable`` and ``total`` parameters; and the numbers of
+        trainable parameters of the ``adapter`` and of the ``projector``."""
         counts = {"adapter": 0, "projector": 0}
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
@@ -45,9 +45,9 @@ class Patched:
         return {"modules": self.modules, "trainable": sum(counts.values()), "total": total, **counts}
 
     def undo(self) -> nn.Module:
-        """Take everything out again: the model has its own layers, projector and trainability, and no hooks.
+        """Remove the adapter, and restore the model: its layers, projector and trainable parameters. No hooks remain.
 
-        What was trained is lost unless it was saved before.
+        Trained weights are lost unless they were saved before.
         """
         base = self.model.get_base_model()
         wrapped = {
@@ -56,7 +56,7 @@ class Patched:
             if isinstance(module, AuxiliaryTrainingWrapper)
         }
         self.model.base_model.unload()
-        for name, module in wrapped.items():  # unload() leaves the trained copy in its place
+        for name, module in wrapped.items():  # unload() leaves the trained copies in the model
             base.set_submodule(name, module)
         for name, parameter in base.named_parameters():
             parameter.requires_grad_(self._trained_before[name])
@@ -67,15 +67,15 @@ def patch_llava(model: nn.Module, config: PeftConfig, *, train_projector: bool =
     """Adapt all linear layers of a LLaVA's decoder and freeze everything else.
 
     Args:
-        model: transformers' LLaVA or LLaVA-Next, or the original ``LlavaLlamaForCausalLM``; told by where its
-            projector is. It is changed in place.
-        config: a ``ConditionalMixLoRAConfig``, or another method's, such as ``LoraConfig``. Its ``target_modules``,
-            where given, are kept.
-        train_projector: train the projector in full, as the released recipe does. Of a linear projector (see
-            ``model.linear_projector``) only its first map, because the second is the identity.
+        model: transformers' LLaVA or LLaVA-Next, or the original ``LlavaLlamaForCausalLM``, recognised by the name of
+            its projector. It is changed in place.
+        config: a ``ConditionalMixLoRAConfig``, or another method's configuration, such as ``LoraConfig``. Its
+            ``target_modules`` are used if they are not None.
+        train_projector: whether to train the projector in full, as the released recipe does. Of a linear projector (see
+            ``load.linear_projector``) only the first map is trained, because the second is the identity.
 
     Raises:
-        ValueError: the model is no LLaVA, is adapted already, or nothing in it matched; it is unchanged.
+        ValueError: the model is not a LLaVA, is already adapted, or has no target modules. It is left unchanged.
     """
     projector = find_projector(model)
     if any(hasattr(module, "base_layer") for module in model.modules()):
@@ -83,7 +83,7 @@ def patch_llava(model: nn.Module, config: PeftConfig, *, train_projector: bool =
     config = copy.deepcopy(config)
     if config.target_modules is None:
         config.target_modules = decoder_linears(model, config)
-        config.layers_to_transform = config.layers_pattern = None  # the expression holds their choice
+        config.layers_to_transform = config.layers_pattern = None  # the expression contains these settings
     if isinstance(config.target_modules, str) and config.target_modules != "all-linear":
         pattern = re.compile(config.target_modules)
         if not any(pattern.fullmatch(name) for name, _ in model.named_modules()):
@@ -97,7 +97,7 @@ def find_projector(model: nn.Module) -> str:
     """The name of a LLaVA's projector.
 
     Raises:
-        ValueError: the model has none in a place known.
+        ValueError: the model has no projector under a known name.
     """
     names = dict(model.named_modules())
     for projector in PROJECTORS:
@@ -107,11 +107,11 @@ def find_projector(model: nn.Module) -> str:
 
 
 def projector_to_train(model: nn.Module, projector: str) -> str:
-    """The module to be trained in full for the projector of that name."""
+    """The name of the module that is trained in full for a projector: its first map if the projector is linear."""
     linear = getattr(getattr(model, "config", None), "projector_hidden_act", None) == "linear"
     first = f"{projector}.linear_1"
     return first if linear and first in dict(model.named_modules()) else projector
 
 
 def _count(parameter: nn.Parameter) -> int:
-    return getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3, the rank's own share is smaller
+    return getattr(parameter, "ds_numel", parameter.numel())  # under ZeRO-3 numel() counts only the rank's part

@@ -1,4 +1,4 @@
-"""A LLaVA small enough to be trained from nothing in a minute; every class is transformers' own."""
+"""A LLaVA so small that it can be trained from scratch in a minute. All classes are transformers' own."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", IMAGE]
 
 
 def word_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A tokenizer with a token for every word and mark that occurs in the texts."""
+    """A tokenizer with one token for each word and punctuation mark in the texts."""
     split = pre_tokenizers.Whitespace()
     words = sorted({word for text in texts for word, _ in split.pre_tokenize_str(text)})
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(SPECIAL + words))}
@@ -44,11 +44,11 @@ def make_processor(texts: list[str], *, image: int, patch: int) -> LlavaProcesso
 
 
 def make_llava(text: dict, vision: dict, *, seed: int | None = None, **settings) -> LlavaForConditionalGeneration:
-    """A LLaVA of Llama and CLIP with random weights, for tests, benchmarks and the example.
+    """Make a LLaVA of Llama and CLIP with random weights, for tests, benchmarks and the example.
 
     Args:
         text, vision: fields of ``LlamaConfig`` and of ``CLIPVisionConfig``.
-        seed: of the weights; None: they come from torch's generator as it is.
+        seed: the seed of the weights; None: use torch's generator in its current state.
         settings: further fields of ``LlavaConfig``.
     """
     if seed is not None:
@@ -61,14 +61,14 @@ def small_llava(
     texts: list[str], *, image: int = 16, patch: int = 8, width: int = 96, layers: int = 2, seed: int = 0,
     vision_width: int | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:  # fmt: skip
-    """A LLaVA with random weights, and its processor.
+    """Make a LLaVA with random weights, and its processor.
 
     Args:
-        texts: what it has to be able to read and say.
-        image, patch: pixels of an image's side, and of a patch's.
-        width: of the text decoder's hidden states.
-        layers: of the text decoder.
-        vision_width: of the vision tower's hidden states, by default two thirds of ``width``.
+        texts: the texts whose words its tokenizer has to know.
+        image, patch: the side of an image and of a patch, in pixels.
+        width: the width of the text decoder's hidden states.
+        layers: the number of the text decoder's layers.
+        vision_width: the width of the vision tower's hidden states, by default two thirds of ``width``.
     """
     processor = make_processor(texts, image=image, patch=patch)
     tokenizer = processor.tokenizer

@@ -10,10 +10,10 @@ from ..refusal import Refusal
 
 
 def read_definitions(file: str | Path, tasks: list[str]) -> dict[str, str]:
-    """The text of each task.
+    """Read the definition of each task.
 
     Raises:
-        ValueError: the file is no JSON object, or lacks some.
+        ValueError: the file is not a JSON object, or lacks a task.
     """
     try:
         definitions = json.loads(Path(file).read_text(encoding="utf-8"))
@@ -28,9 +28,10 @@ def read_definitions(file: str | Path, tasks: list[str]) -> dict[str, str]:
 
 @torch.no_grad()
 def embed_tasks(model: nn.Module, tokenizer, definitions: dict[str, str]) -> dict[str, Tensor]:
-    """The mean over its tokens of what the decoder's last layer makes of each definition, [d_text] float32.
+    """Compute the embedding of each definition: the mean of the decoder's last hidden states over its tokens, [d_text]
+    float32.
 
-    Call it before the model is patched: the encoder is the pretrained model.
+    Call it before the model is patched, because the pretrained model is the encoder.
     """
     decoder = model.get_decoder()
     device = next(decoder.parameters()).device

@@ -1,1 +1,1 @@
-"""Answers to questions, and their scores: exact or by a judge, POPE, MME."""
+"""Answer questions, and score the answers: exactly, by a judge, with POPE and with MME."""

@@ -1,15 +1,15 @@
-"""Whether a prediction is right, without a judge: the exact comparison of words."""
+"""Decide whether a prediction is right, by comparing words exactly."""
 
 import re
 from collections.abc import Callable
 
 EXACT = "exact"
-# Decides for rows of the released format: True right, False wrong, None when the judge said neither.
+# A judge decides for rows of the released format: True for right, False for wrong, None for unclear.
 Judge = Callable[[list[dict]], list[bool | None]]
 
 
 def exact(rows: list[dict]) -> list[bool]:
-    """Whether prediction and target are the same words, whatever their case, punctuation and articles."""
+    """Whether prediction and target are the same words, apart from case, punctuation and articles."""
     return [_words(row["predict"]) == _words(row["target"]) for row in rows]
 
 

@@ -1,4 +1,4 @@
-"""Whether a prediction is right by a language model: Appendix C's judge."""
+"""Decide whether a prediction is right with a language model, the judge of Appendix C."""
 
 import re
 
@@ -21,11 +21,11 @@ def judge_prompt(row: dict) -> str:
 
 
 class LanguageModelJudge:
-    """A causal language model as the judge; the paper's is Vicuna 1.5 13B.
+    """A causal language model as the judge. The paper uses Vicuna 1.5 13B.
 
     Args:
-        model, tokenizer: transformers'.
-        batch_size: predictions judged at a time.
+        model, tokenizer: a model of transformers and its tokenizer.
+        batch_size: the number of predictions that are judged at a time.
     """
 
     def __init__(self, model: nn.Module, tokenizer, batch_size: int = 16):
@@ -56,7 +56,7 @@ def read_verdict(text: str) -> bool | None:
 
 
 def load_judge(name: str, device: str | None = None) -> Judge:
-    """``exact``, or a language model from a folder or the hub."""
+    """Return the exact judge for ``"exact"``, or a language model from a folder or the hub."""
     if name == EXACT:
         return exact
     model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")

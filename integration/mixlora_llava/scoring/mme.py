@@ -1,7 +1,7 @@
-"""MME: the scores of its official tool, and files that the tool itself can read.
+"""MME: compute the scores of its official tool, and write files that the tool can read.
 
-A results folder holds a ``.txt`` per subtask with lines ``image<TAB>question<TAB>ground truth<TAB>response``. Two
-consecutive lines share an image.
+A results folder has a ``.txt`` file for each subtask, with lines ``image<TAB>question<TAB>ground truth<TAB>response``.
+Each two consecutive lines are about one image.
 """
 
 import re
@@ -19,7 +19,7 @@ COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation
 def read_answer(response: str) -> str:
     """``"yes"``, ``"no"`` or ``"other"``, from the first four characters of a response.
 
-    What stands there counts even inside a word, as in the official tool: "know" is a no.
+    As in the official tool, the letters also count inside a word: "know" is a no.
     """
     start = response.lower()[:4]
     return next((answer for answer in ("yes", "no") if answer in start), "other")
@@ -28,21 +28,21 @@ def read_answer(response: str) -> str:
 def score_subtask(lines: list[str], name: str = "subtask") -> dict[str, float | int]:
     """Score one subtask.
 
-    Where every answer is ``other`` the score is 0, as the tool prints with older releases of scikit-learn; newer ones
-    refuse to count nothing, and the tool stops.
+    If all answers are ``other``, the score is 0. The tool prints this score with older releases of scikit-learn, and
+    stops with newer ones.
 
     Args:
-        lines: of its file, in order.
-        name: for messages.
+        lines: the lines of the subtask's file, in order.
+        name: the subtask's name, for messages.
 
     Returns:
-        ``score``, which is ``acc + acc_plus`` in percent (at most 200); ``acc``, the share of questions answered
-        right, and ``acc_plus``, the share of images with both questions right, both within 0 to 1; the number of
+        ``score``, which is ``acc + acc_plus`` in percent (at most 200); ``acc``, the part of questions that were
+        answered right, and ``acc_plus``, the part of images with both answers right, both from 0 to 1; the number of
         ``questions`` and of ``other`` answers.
 
     Raises:
-        ValueError: where the official tool stops as well: no lines, an odd number of them, one that has not four
-            fields, or a ground truth other than yes and no.
+        ValueError: there are no lines, or an odd number of lines; a line does not have four fields; or a ground truth
+            is neither yes nor no. The official tool stops in these cases too.
     """
     answers = []
     for number, line in enumerate(lines, 1):
@@ -77,7 +77,8 @@ def score_folder(folder: str | Path) -> dict:
         ``perception`` (at most 2000), ``cognition`` (at most 800), their sum ``total``, and ``subtasks`` by name.
 
     Raises:
-        FileNotFoundError: subtasks have no file. ValueError: a file is not UTF-8, or see ``score_subtask``.
+        FileNotFoundError: a subtask has no file.
+        ValueError: a file is not UTF-8; or as ``score_subtask``.
     """
     files = {name: Path(folder, f"{name}.txt") for name in PERCEPTION + COGNITION}
     if missing := [file.name for file in files.values() if not file.is_file()]:
@@ -102,9 +103,9 @@ def score_folder(folder: str | Path) -> dict:
 
 
 def write_subtask(file: str | Path, predictions: Iterable[dict]) -> None:
-    """Write predictions in the released format (see ``evaluate``) as the file of one MME subtask.
+    """Write predictions in the released format (see ``predict``) as the file of one MME subtask.
 
-    Tabs and line breaks inside a field would break the file's lines, and become spaces.
+    Tabs and line breaks inside a field become spaces, because they would break the file's lines.
 
     Raises:
         ValueError: two consecutive predictions are of different images, or a target is not yes or no.

@@ -1,6 +1,6 @@
-"""POPE: the figures of its official script.
+"""POPE: compute the figures of its official script.
 
-An answers file holds a JSON object per line with ``answer``, a labels file one with ``label``.
+Each line of an answers file is a JSON object with ``answer``, and each line of a labels file one with ``label``.
 """
 
 import json
@@ -11,28 +11,28 @@ from ..refusal import Refusal
 
 
 def says_yes(answer: str) -> bool:
-    """Whether an answer counts as yes: its first sentence has none of the words No, no and not.
+    """Whether an answer counts as yes: its first sentence does not have the words No, no or not.
 
-    Words are what spaces part, after commas were taken out; so "NO" and "No!" count as yes, as in the script.
+    As in the script, commas are removed and words are separated by spaces, so that "NO" and "No!" count as yes.
     """
     words = answer.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"}.intersection(words)
 
 
 def score(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float | int | None]:
-    """The script's figures.
+    """Compute the script's figures.
 
     Args:
-        answers: the model's.
-        labels: ``"no"``; everything else means yes.
+        answers: the model's answers.
+        labels: ``"no"``, or any other text for yes.
 
     Returns:
-        ``accuracy``, ``precision``, ``recall``, ``f1`` and ``yes_ratio`` within 0 to 1, and the counts. As in the
-        script, pairs are formed up to the shorter of the two, while the yes-ratio is of all answers; ``unpaired`` says
-        by how much they differ. A figure that would be 0 / 0, where the script stops, is None.
+        ``accuracy``, ``precision``, ``recall``, ``f1`` and ``yes_ratio`` from 0 to 1, and the counts. As in the script,
+        if there are more answers than labels or the reverse, the surplus is not paired, but the yes-ratio counts all
+        answers. ``unpaired`` is the size of the surplus. A figure that would be 0 / 0 is None; the script stops there.
 
     Raises:
-        ValueError: nothing to score, or an answer that is no text.
+        ValueError: there is nothing to score, or an answer is not text.
     """
     if not answers or not labels:
         raise Refusal(f"nothing to score: {len(answers)} answers and {len(labels)} labels")
@@ -67,10 +67,10 @@ def score_predictions(rows: Sequence[dict]) -> dict[str, float | int | None]:
 
 
 def read_field(file: str | Path, field: str) -> list[str]:
-    """One field of every line of a JSONL file.
+    """Read one field of each line of a JSONL file.
 
     Raises:
-        ValueError: the file is not UTF-8, or a line is no JSON object with this field.
+        ValueError: the file is not UTF-8, or a line is not a JSON object with this field.
     """
     try:
         with Path(file).open(encoding="utf-8") as stream:  # as in the script, a carriage return alone ends a line too

@@ -1,7 +1,8 @@
-"""Answers to files of questions, in the released format.
+"""Answer files of questions, in the released format.
 
-Questions are JSONL files, one per task, with ``unique_id, image_path, prompt, target``. A run that was stopped goes on
-where it stopped. Every answer says which model and adapter gave it, and another's answers are not gone on with.
+Questions are JSONL files, one for each task, with ``unique_id, image_path, prompt, target``. A stopped run resumes
+where it stopped. Each answer records the model and the adapter that gave it. A run does not resume with answers of
+another model.
 """
 
 import json
@@ -18,14 +19,14 @@ from ..refusal import Refusal
 
 logger = logging.getLogger(__name__)
 FIELDS = ("unique_id", "image_path", "prompt", "target")
-DIGEST = "model_digest"  # in an answer's metadata: which model and adapter gave it, see ``digest``
+DIGEST = "model_digest"  # the field of an answer's metadata with the digest of model and adapter
 
 
 def question_files(place: Path) -> list[Path]:
-    """The files of questions, one per task: all of a folder's ``.jsonl``, or the one.
+    """Find the files of questions, one for each task: all ``.jsonl`` files of a folder, or the given file.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no files.
     """
     files = sorted(place.glob("*.jsonl")) if place.is_dir() else [place]
     if not files or not files[0].is_file():
@@ -34,10 +35,10 @@ def question_files(place: Path) -> list[Path]:
 
 
 def read_questions(file: str | Path) -> list[dict]:
-    """The questions of a task.
+    """Read the questions of a task.
 
     Raises:
-        ValueError: a line is not JSON, lacks a field or holds one that is no text, or an id occurs twice.
+        ValueError: a line is not JSON, lacks a field, or has a field that is not text; or an id occurs twice.
     """
     questions, ids = [], set()
     for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
@@ -57,7 +58,7 @@ def read_questions(file: str | Path) -> list[dict]:
 
 
 def read_tasks(place: Path, most: int) -> dict[str, list[dict]]:
-    """The first questions of every task, ``most`` of each, by the task's name; see ``question_files``."""
+    """Read the first ``most`` questions of each task, by the task's name; see ``question_files``."""
     return {file.stem: read_questions(file)[:most] for file in question_files(place)}
 
 
@@ -75,23 +76,24 @@ def predict(
     digest: str | None = None,
     **options,
 ) -> list[dict]:
-    """Answer questions, and write each answer as a line of ``output`` when its batch is done.
+    """Answer questions, and write each batch's answers as lines of ``output``.
 
-    An image that cannot be used is answered by nothing, which counts as wrong; ``metadata`` says what is wrong with it.
+    If an image cannot be used, the answer is empty, which counts as wrong, and ``metadata`` gives the reason.
 
     Args:
         images: the folder that ``image_path`` is relative to.
-        output: a JSONL file. The answers that it holds already are kept.
-        batch_size: 1 is used for adapters that average over padding, whose answers depend on it.
-        embedding: the task's, for ``routing="task"``.
-        digest: the model's ``model_digest``, where it is known already; it is kept in every answer's ``metadata``.
+        output: a JSONL file. Answers that it already contains are kept.
+        batch_size: the number of questions in a batch. It is 1 for adapters that average over padding, whose answers
+            depend on padding.
+        embedding: the task's embedding, for ``routing="task"``.
+        digest: the model's ``model_digest``, if it is known. It is written to each answer's ``metadata``.
         options: see ``generate.answer``.
 
     Returns:
         All rows: ``question_id, prompt, predict, target, image_path, answer_id, model_id, metadata``.
 
     Raises:
-        ValueError: the file holds answers to other questions, or of another model or adapter.
+        ValueError: the file has answers to other questions, or of another model or adapter.
     """
     output = Path(output)
     rows = _finished(output)
@@ -116,7 +118,7 @@ def predict(
 
 
 def _check_answers(output: Path, rows: list[dict], questions: list[dict], template: str, digest: str) -> None:
-    """Refuse to go on with answers that this model would not have given to these questions."""
+    """Refuse to resume with answers of another model or adapter, or to other questions."""
     asked = [(q["unique_id"], build_prompt(q["prompt"], template), q["target"]) for q in questions[: len(rows)]]
     if [(row["question_id"], row["prompt"], row["target"]) for row in rows] != asked:
         raise Refusal(f"{output} holds answers to other questions: give another output, or delete it")
@@ -124,7 +126,8 @@ def _check_answers(output: Path, rows: list[dict], questions: list[dict], templa
         names = ", ".join(sorted({row["model_id"] for row in rows} - {""})) or "unnamed"
         whose = "an unknown model" if others == {None} else f"another model or adapter ({names}; digest {others.pop()})"
         raise Refusal(
-            f"{output} holds answers of {whose}, this one's digest is {digest}: give another output, or delete it"
+            f"{output} holds answers of {whose}, and the digest of this one is {digest}: give another output, or "
+            "delete it"
         )
 
 
@@ -156,7 +159,7 @@ def _answer_batch(model, processor, questions, folder, template, embedding, opti
 
 
 def _finished(output: Path) -> list[dict]:
-    """The whole lines of a file; what a stopped run left of its last line is cut off."""
+    """Read the complete lines of a file, and cut off an incomplete last line of a stopped run."""
     if not output.is_file():
         return []
     content = output.read_bytes()

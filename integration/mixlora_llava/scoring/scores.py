@@ -1,4 +1,4 @@
-"""Scores of a folder of predictions: accuracy by task, MMAvg, POPE and MME."""
+"""Score a folder of predictions: accuracy by task, MMAvg, POPE and MME."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from . import mme, pope
 from .exact import Judge
 
-# The seven sets that the paper's MMAvg is the mean of, and the files of their predictions.
+# The seven sets whose mean is the paper's MMAvg, and the files of their predictions.
 MM_SETS = {
     "Text-VQA": ("text_vqa",),
     "VSR": ("visual_spatial_reasoning",),
@@ -19,19 +19,21 @@ MM_SETS = {
 
 
 def read_predictions(file: str | Path) -> list[dict]:
-    """Rows in the released format."""
+    """Read rows in the released format."""
     return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
 
 
 def score_folder(folder: str | Path, judge: Judge) -> dict:
-    """Score every ``TASK.jsonl`` of a folder.
+    """Score each ``TASK.jsonl`` in a folder.
 
     Returns:
-        ``tasks``: for each, ``accuracy`` in percent by the judge, ``count``, ``unclear`` (verdicts that are neither yes
-        nor no, which count as wrong) and ``errors`` (images that could not be used); POPE's tasks also have ``pope``,
-        the official figures. ``average``, over the tasks that are not MME's. ``mm_avg``: the paper's, None where a set
-        is missing, and ``mm_sets``, its parts. ``mme``: the official scores where all 14 subtasks are there; their
-        ``.txt`` files for the tool are in the folder ``mme``.
+        ``tasks``: for each task ``accuracy``, in percent by the judge; ``count``; ``unclear``, the number of verdicts
+        that are neither yes nor no, which count as wrong; and ``errors``, the number of images that could not be used.
+        POPE's tasks also have ``pope``, the official figures.
+        ``average``: over all tasks but MME's.
+        ``mm_avg``: the paper's MMAvg, None if a set is missing; ``mm_sets``, its parts.
+        ``mme``: the official scores, if all 14 subtasks exist. The folder ``mme`` then has their ``.txt`` files for the
+        tool.
     """
     folder, tasks, subtasks = Path(folder), {}, []
     for file in sorted(folder.glob("*.jsonl")):

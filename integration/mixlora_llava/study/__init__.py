@@ -1,8 +1,9 @@
-"""When is MixLoRA better than LoRA, by how much, and with which settings: a study that two cores repeat.
+"""A study for two cores: when is MixLoRA better than LoRA, by how much, and with which settings?
 
     mixlora study [plan | run | report | time] [--quick]
 
-``pictures`` and ``suites`` are the data, ``base`` the model that is tuned, ``methods`` what is compared, ``tuning`` one
-run, ``probes`` and ``costs`` what is looked at besides accuracy, ``plan`` which runs there are and in which order,
-``records`` the raw results, ``comparison`` the statistics, ``report`` and ``figures`` what a reader sees.
+``pictures`` and ``suites`` make the data, ``base`` the model that is tuned. ``methods`` has the methods, ``tuning``
+does one run, ``probes`` and ``costs`` measure other things than accuracy. ``plan`` lists the runs and their order,
+``records`` reads and writes raw results, ``comparison`` does the statistics, ``report`` and ``figures`` write the
+report.
 """

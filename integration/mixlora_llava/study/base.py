@@ -1,7 +1,8 @@
-"""The model that is tuned: a LLaVA of transformers, trained from nothing on captions and on reading, once for all runs.
+"""The base model that is tuned: transformers' LLaVA, trained from scratch on captions and on reading, once for all
+runs.
 
-Stage one of LLaVA has a tower that sees and a language model that reads; here both are trained on the pictures of the
-training split. Nothing of it is what a suite asks about a picture: arithmetic is told in bare words alone.
+LLaVA's stage one starts from a pretrained vision tower and language model. Here both are trained on the pictures of the
+training split. The training never asks what a suite asks about a picture: arithmetic occurs only in text.
 """
 
 import hashlib
@@ -24,11 +25,11 @@ from .suites import CODES, name_of, words
 from .talk import Talk
 
 CAPTION = "describe the picture ."
-SAID = ("describe the picture . say times ink side row which is",)  # beyond what suites ask
+SAID = ("describe the picture . say times ink side row which is",)  # words that the suites do not have
 
 
 class Recipe(NamedTuple):
-    """How the base is made; another recipe is another base."""
+    """How the base is trained. Another recipe gives another base."""
 
     width: int = 256
     vision_width: int = 128
@@ -41,7 +42,7 @@ class Recipe(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Names the folder of the base."""
+        """The name of the base's folder."""
         return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:10]
 
 
@@ -49,12 +50,12 @@ QUICK = Recipe(width=64, vision_width=64, tower_steps=250, steps=350)
 
 
 class Base(NamedTuple):
-    """A base that has been made.
+    """A trained base.
 
     Attributes:
-        folder: of the model and its processor.
-        digest: of its weights, so that runs of one base are told from those of another.
-        seen: accuracy of its captions on the pictures of the choosing split, by word, in percent.
+        folder: the folder of the model and its processor.
+        digest: the digest of its weights, to tell runs of different bases apart.
+        seen: the accuracy of its captions, by word, in percent, on the split for choosing learning rates.
     """
 
     folder: Path
@@ -67,7 +68,7 @@ class Base(NamedTuple):
 
 
 def make(recipe: Recipe, cache: Path) -> Base:
-    """The base of a recipe, from ``cache`` where it has been made before. It takes several minutes else."""
+    """Load the base of a recipe from ``cache``, or train it, which takes several minutes."""
     folder = cache / f"base-{recipe.key}"
     file = folder / "base.json"
     if not file.is_file():
@@ -93,7 +94,8 @@ def make(recipe: Recipe, cache: Path) -> Base:
 
 
 def train_tower(tower: nn.Module, recipe: Recipe) -> None:
-    """Teach the tower what a picture shows, its digits shifted by up to three pixels; it stands for CLIP's training."""
+    """Train the tower to recognise a picture's contents, with digits shifted by up to three pixels. This takes the role
+    of CLIP's training."""
     torch.manual_seed(recipe.seed)
     source = np.random.default_rng(recipe.seed)
     sizes = (len(NAMES), len(INKS), len(SIDES), len(ROWS))
@@ -111,13 +113,13 @@ def train_tower(tower: nn.Module, recipe: Recipe) -> None:
 
 
 def classes(shown: list[Scene]) -> Tensor:
-    """Digit, ink, side and row by number, [B, 4]."""
+    """The digit, ink, side and row of each picture as numbers, [B, 4]."""
     inks = list(INKS)
     return torch.tensor([[s.digit, inks.index(s.ink), SIDES.index(s.side), ROWS.index(s.row)] for s in shown])
 
 
 def train_reading(model: LlavaForConditionalGeneration, talk: Talk, recipe: Recipe) -> None:
-    """Teach projector and language model captions and reading, in turn a batch of each."""
+    """Train the projector and the language model, alternating batches of captions and of reading."""
     source = np.random.default_rng(recipe.seed + 1)
     model.train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -138,7 +140,7 @@ def caption(scene: Scene) -> str:
 
 
 def in_words(source: np.random.Generator) -> tuple[str, str]:
-    """A question in words alone, with its answer: a caption read, arithmetic of two digits, or a word repeated."""
+    """A question without a picture, with its answer: about a caption, arithmetic of two digits, or to repeat a word."""
     one, other = source.integers(0, 10, 2).tolist()
     a, b = NAMES[one], NAMES[other]
     if (kind := source.integers(8)) == 0:
@@ -159,7 +161,8 @@ def in_words(source: np.random.Generator) -> tuple[str, str]:
 
 
 def optimise(parameters: list[nn.Parameter], rate: float, steps: int, decay: float) -> Iterator[int]:
-    """Steps of AdamW with a rate that falls along a cosine; the caller computes the gradients within each."""
+    """Yield steps of AdamW with a learning rate that falls along a cosine. The caller computes each step's
+    gradients."""
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step in range(steps):
@@ -171,7 +174,7 @@ def optimise(parameters: list[nn.Parameter], rate: float, steps: int, decay: flo
 
 
 def caption_accuracy(model: LlavaForConditionalGeneration, talk: Talk) -> dict[str, float]:
-    """How many of the choosing split's pictures it describes rightly, word by word, in percent."""
+    """The accuracy of the model's captions, by word, in percent, on the split for choosing learning rates."""
     shown = scenes(split("choose"), np.random.default_rng(0))
     said = [text.split() for text in talk.answers(model, [CAPTION] * len(shown), draw(shown))]
     wanted = [caption(scene).split() for scene in shown]

@@ -13,7 +13,7 @@ BySeed = Mapping[tuple[str, int], float]  # by base and seed
 
 
 class Summary(NamedTuple):
-    """Accuracies over seeds, in percent; ``deviation`` is None for one seed."""
+    """The mean and standard deviation of accuracies over seeds, in percent. ``deviation`` is None for one seed."""
 
     mean: float
     deviation: float | None
@@ -21,8 +21,8 @@ class Summary(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Of two methods, seed by seed: the mean in points, and the ends of its interval by Student's t (None for one
-    seed)."""
+    """The difference of two methods, paired by seed: its mean in points, and the ends of its interval by Student's t,
+    None for one seed."""
 
     mean: float
     low: float | None
@@ -31,17 +31,17 @@ class Difference(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """What the interval decides."""
+        """The conclusion from the interval, in words."""
         if self.low is None:
             return "one seed"
         return "above" if self.low > 0 else "below" if self.high < 0 else "not apart"
 
 
 def by_seed(records: Sequence[Record], measure: str = "report") -> dict[tuple[str, int], float]:
-    """An accuracy of each run by base and seed.
+    """The accuracy of each run by base and seed.
 
     Raises:
-        ValueError: two runs are of the same base and seed.
+        ValueError: two runs have the same base and seed.
     """
     found: dict[tuple[str, int], float] = {}
     for record in records:
@@ -54,7 +54,7 @@ def by_seed(records: Sequence[Record], measure: str = "report") -> dict[tuple[st
 
 
 def summary(values: BySeed) -> Summary | None:
-    """None where there is nothing."""
+    """The mean and deviation, or None without accuracies."""
     found = list(values.values())
     if not found:
         return None
@@ -62,7 +62,7 @@ def summary(values: BySeed) -> Summary | None:
 
 
 def difference(one: BySeed, other: BySeed) -> Difference | None:
-    """Of the seeds that both have on the same base; None where there is none."""
+    """The difference over the seeds that both have on the same base, or None without such seeds."""
     paired = [one[place] - other[place] for place in one if place in other]
     if not paired:
         return None

@@ -1,4 +1,4 @@
-"""What a step of training costs: processor time, and the memory held at its peak."""
+"""Measure the cost of a training step: processor time and peak memory."""
 
 import json
 import tempfile
@@ -10,12 +10,12 @@ import torch
 
 
 def median_ms(seconds: list[float]) -> float:
-    """The median of steps' times in ms, without the first tenth, in which everything runs for the first time."""
+    """The median of the steps' times in ms, without the first tenth of the steps, which includes first-time costs."""
     return 1e3 * median(seconds[len(seconds) // 10 :])
 
 
 def peak_bytes(run: Callable[[], object]) -> int:
-    """The most that run() held at once beyond what was held before, in bytes, as torch's allocator tells."""
+    """The peak memory of ``run()`` beyond the memory held before it, in bytes, from torch's allocator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     with tempfile.TemporaryDirectory() as folder:

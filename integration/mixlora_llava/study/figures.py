@@ -1,4 +1,4 @@
-"""The report's pictures, from the raw results alone."""
+"""Draw the report's pictures from the raw results."""
 
 from pathlib import Path
 from statistics import mean
@@ -13,11 +13,11 @@ from .methods import METHODS
 from .records import Record
 
 Cells = dict[tuple[str, str], list[Record]]
-COMPARED = ("lora_r4", "lora_r16", "paper", "tied_normalized")  # whose mechanism is drawn
+COMPARED = ("lora_r4", "lora_r16", "paper", "tied_normalized")  # the methods whose choices of factors are drawn
 
 
 def draw(folder: Path, found: list[Record], table: Cells) -> dict[str, str]:
-    """Draw what the results allow; returns the titles by file."""
+    """Draw all pictures for which there are results. Return their titles by file."""
     made = {
         "accuracy.png": ("Accuracy on the reporting pictures; a point is a seed.", accuracies(table)),
         "rates.png": ("Accuracy on the choosing pictures by learning rate, seed 0.", rates(found)),
@@ -46,7 +46,7 @@ def draw(folder: Path, found: list[Record], table: Cells) -> dict[str, str]:
 
 
 def accuracies(table: Cells) -> Figure | None:
-    """A panel for every suite, a bar for every method, a point for every seed."""
+    """Draw a panel for each suite, with a bar for each method and a point for each seed."""
     suites = [suite for suite in plan.STEPS if any(place[0] == suite for place in table)]
     if not suites:
         return None
@@ -130,7 +130,7 @@ def flips(table: Cells) -> Figure | None:
 
 
 def usage(table: Cells) -> Figure | None:
-    """A panel for each method, a row for each layer and pool: the share of its choices that each factor has."""
+    """Draw which part of the choices fell on each factor: a panel for each method, a row for each layer and pool."""
     shown = {}
     for method in ("paper", "normalized", "tied", "tied_normalized"):
         if rows := table.get(("conflict8", method)):
@@ -164,7 +164,7 @@ def heat_maps(table: Cells, suite: str) -> dict[str, dict]:
 
 
 def selections(table: Cells, suite: str, method: str) -> tuple[selection.Selections, list[str]] | None:
-    """The recorded choices of one seed, by family of instruction; and which instructions were unseen."""
+    """The recorded choices of one seed, with the family of each instruction, and whether it was unseen in training."""
     for record in table.get((suite, method), []):
         if kept := record.found.get("choices"):
             chosen = {
@@ -177,7 +177,7 @@ def selections(table: Cells, suite: str, method: str) -> tuple[selection.Selecti
 
 
 def choice_map(found: tuple[selection.Selections, list[str]]) -> Figure:
-    """t-SNE of the choices in each layer's MLP: a colour for each family, a cross where an instruction was unseen."""
+    """Draw t-SNE maps of the choices in each layer's MLP: a colour for each family, crosses for unseen instructions."""
     selections, unseen = found
     families = [task.rpartition("_")[0] or task for task in selections.tasks]
     kinds = list(dict.fromkeys(families))

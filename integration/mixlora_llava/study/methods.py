@@ -1,7 +1,7 @@
-"""What is compared. Every method is a configuration of peft's, a scaling and a rate where its search begins.
+"""The methods that are compared. Each has a PEFT configuration, a scaling, and a first learning rate for its search.
 
-LoRA is PEFT's with alpha = 2 r, so scaling 2; MixLoRA has alpha = 2 E, so scaling 8 at E = 16, r = 4: the convention of
-the paper's Appendix B. Both are also run with the other's scaling. No method has dropout.
+LoRA is PEFT's with alpha = 2 r, which is scaling 2. MixLoRA has alpha = 2 E, which is scaling 8 at E = 16, r = 4. This
+is the convention of the paper's Appendix B. Both are also run with the other's scaling. No method has dropout.
 """
 
 from typing import NamedTuple
@@ -16,16 +16,17 @@ LORA_RATE, MIXLORA_RATE = 2e-3, 1e-3  # where the search begins
 
 
 class Method(NamedTuple):
-    """A way to tune.
+    """A method of tuning.
 
     Attributes:
-        label: how a report calls it.
+        label: the method's name in the report.
         kind: "lora", "mixlora" or "untuned".
-        settings: of the configuration.
-        rate: the first learning rate that is tried.
-        specialists: an adapter for every instruction, each trained with its share of the steps (Table 3).
-        fixed: which factors an instruction has is drawn beforehand and told to the layers: no router is needed.
-        longer: how many times the steps of the others.
+        settings: fields of the configuration.
+        rate: the first learning rate of the search.
+        specialists: whether each instruction has its own adapter, trained for an equal part of the steps (Table 3).
+        fixed: whether each instruction's factors are drawn beforehand and given to the layers. No router is then
+            needed.
+        longer: the number of steps, as a multiple of the other methods' number.
     """
 
     label: str
@@ -46,14 +47,14 @@ class Method(NamedTuple):
 
     @property
     def by_task(self) -> bool:
-        """Whether the layers are told which instruction it is."""
+        """Whether the layers get the instruction as a task embedding."""
         return self.settings.get("routing") == "task"
 
     def config(self, task_dim: int) -> PeftConfig | None:
-        """PEFT's configuration; None for the untuned model.
+        """The PEFT configuration; None for the untuned model.
 
         Args:
-            task_dim: width of a task's embedding, where the method routes by task.
+            task_dim: the width of a task's embedding, if the method routes by task.
         """
         if self.kind == "untuned":
             return None
@@ -118,10 +119,10 @@ METHODS = {
 
 
 def fix_factors(model: nn.Module, tasks: int, seed: int) -> None:
-    """Give every instruction its own factors in every layer, drawn so that all factors serve equally often.
+    """Draw each instruction's factors in each layer, so that all factors are used equally often.
 
-    The layers route by the instruction's number, one-hot, and the router's rows say which factors that means; a binary
-    gate leaves them as they are.
+    The layers route by the one-hot number of the instruction. The router's rows map it to the drawn factors, and a
+    binary gate keeps the router fixed.
     """
     generator = torch.Generator().manual_seed(seed)
     for name, router in model.named_parameters():
@@ -137,8 +138,8 @@ def fix_factors(model: nn.Module, tasks: int, seed: int) -> None:
 
 
 def task_table(method: Method, base: nn.Module, talk, texts: list[str]) -> Tensor | None:
-    """What the layers are told of every instruction, [T, d]: its number, or the mean of what the untuned decoder makes
-    of its text (Equation 10); None where they are told nothing."""
+    """The task embedding of each instruction, [T, d]: its one-hot number, or the mean of the untuned decoder's hidden
+    states for its text (Equation 10); None if the method has no task embeddings."""
     if not method.by_task:
         return None
     if method.fixed:

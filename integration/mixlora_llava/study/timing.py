@@ -1,4 +1,5 @@
-"""What a step of training takes when nothing else runs: the methods in turn, so that a slow moment slows all alike."""
+"""Measure the time of a training step while nothing else runs. The methods alternate, so that a slow moment affects all
+alike."""
 
 import json
 import random
@@ -17,7 +18,7 @@ from .tuning import BATCH, CLIP, adapt, batch_loss
 
 SUITE, REFERENCE = "conflict8", "lora_r4"
 FILE = "times.json"
-FIRST = 3  # rounds that are not counted: what runs for the first time allocates and compiles
+FIRST = 3  # rounds that are not counted, because first runs allocate and compile
 METHODS_TIMED = [name for name in plan.HEADLINE if METHODS[name].kind != "untuned"]
 
 
@@ -25,8 +26,8 @@ def measure(base: Base, methods: list[str] = METHODS_TIMED, rounds: int = 25) ->
     """Time steps in one thread.
 
     Returns:
-        By method ``step_ms``, the median over rounds, and ``ratio``, the median over rounds of its time to the
-        reference method's of the same round.
+        For each method ``step_ms``, the median over rounds; and ``ratio``, the median over rounds of its time divided
+        by the reference method's time in the same round.
     """
     steps = {name: stepper(base, name) for name in methods}
     times: dict[str, list[float]] = {name: [] for name in methods}
@@ -48,7 +49,7 @@ def measure(base: Base, methods: list[str] = METHODS_TIMED, rounds: int = 25) ->
 
 
 def stepper(base: Base, name: str):
-    """A function of a step's number that trains a method by this step."""
+    """Return a function that does the training step of a given number with a method."""
     model, talk = base.load()
     instructions = SUITES[SUITE](1)
     tuned, parameters = adapt(model, talk, METHODS[name], instructions, 1, list(range(len(instructions))))
@@ -66,13 +67,13 @@ def stepper(base: Base, name: str):
 
 
 def write(folder: Path, base: Base) -> Path:
-    """Measure, and keep the result beside the raw results."""
+    """Measure, and write the result beside the raw results."""
     file = folder / FILE
     file.write_text(json.dumps(rounded({"times": measure(base), "made": made()}), indent=1) + "\n", encoding="utf-8")
     return file
 
 
 def read(folder: Path) -> dict[str, dict]:
-    """By method; nothing where nothing was measured."""
+    """Read the measurements by method; empty if there are none."""
     file = folder / FILE
     return json.loads(file.read_text(encoding="utf-8"))["times"] if file.is_file() else {}

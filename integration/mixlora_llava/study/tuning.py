@@ -1,4 +1,4 @@
-"""One run: an adapter is trained on a suite, asked the questions of another split, and looked at."""
+"""One run: train an adapter on a suite, ask it the questions of another split, and measure its routing."""
 
 import math
 import tempfile
@@ -22,18 +22,18 @@ from .pictures import draw
 from .suites import SUITES, Instruction, Question, batch, questions
 from .talk import Talk
 
-BATCH, ASKED = 16, 200  # instructions of a training step, and questions that are answered at a time
+BATCH, ASKED = 16, 200  # the instructions of a training step, and the questions that are answered at a time
 WARM_UP, CLIP = 0.05, 1.0
-CHECKPOINTS = 8  # looks at the routing while it trains
-SEARCHED = 0  # the seed of the searches for learning rates; it is reported nowhere
+CHECKPOINTS = 8  # measurements of the routing during the training
+SEARCHED = 0  # the seed of the searches for learning rates, whose results are not reported
 
 
 class Run(NamedTuple):
-    """What one run is; nothing else bears on its accuracy.
+    """The settings of a run. Its accuracy depends on nothing else.
 
     Attributes:
-        steps: of this method, so ``longer`` is in it.
-        detail: whether interference and single choices are recorded as well.
+        steps: the number of this method's steps, with its factor ``longer``.
+        detail: whether to record interference and single choices.
     """
 
     suite: str
@@ -45,12 +45,12 @@ class Run(NamedTuple):
 
     @property
     def split(self) -> str:
-        """The pictures that it is asked about: a search never sees those of the report."""
+        """The split of the questions. A search does not use the pictures of the report."""
         return "choose" if self.seed == SEARCHED else "report"
 
     @property
     def name(self) -> str:
-        """Names the file of its result."""
+        """The name of the result's file."""
         return f"{self.suite}-{self.method}-{self.rate:.4g}-seed{self.seed}-steps{self.steps}"
 
 
@@ -58,8 +58,8 @@ class Tuned(NamedTuple):
     """A model with an adapter for some of a suite's instructions.
 
     Attributes:
-        table: what its layers are told of every instruction, [T, d]; None where nothing.
-        tasks: of the suite, the ones that this adapter answers.
+        table: the task embedding of each instruction, [T, d]; None if the method has none.
+        tasks: the suite's instructions that this adapter answers.
     """
 
     model: nn.Module
@@ -67,21 +67,21 @@ class Tuned(NamedTuple):
     tasks: list[int]
 
     def told(self, asked: list[Question]):
-        """A context in which the layers know which instructions a batch has."""
+        """A context that gives the layers the task embeddings of a batch."""
         if self.table is None:
             return nullcontext()
         return task_embedding(self.model, self.table[[question.task for question in asked]])
 
 
 def run(spec: Run, base: Base, count: int | None = None) -> dict:
-    """Carry out a run.
+    """Do a run.
 
     Args:
-        count: of questions; by default the split's.
+        count: the number of questions; by default the split's.
 
     Returns:
-        ``accuracy``, in percent, on the instructions that were trained on and on the "unseen" ones (None where there
-        are none), and ``tasks``, by instruction; ``loss`` and costs; for MixLoRA also what ``probes`` finds.
+        ``accuracy``, in percent, on the trained instructions and on the "unseen" ones (None without any), and
+        ``tasks``, by instruction; ``loss`` and costs; for MixLoRA also the results of ``probes``.
     """
     method, instructions = METHODS[spec.method], SUITES[spec.suite](spec.seed)
     seen = [task for task, instruction in enumerate(instructions) if instruction.seen]
@@ -113,12 +113,12 @@ def tune(
     model: nn.Module, talk: Talk, method: Method, instructions: list[Instruction], spec: Run, trained: list[int],
     asked: list[int], steps: int,
 ) -> tuple[Tuned, dict]:  # fmt: skip
-    """Train an adapter; returns the model with it, and loss and costs.
+    """Train an adapter. Return the model with it, its loss and its costs.
 
     Args:
-        model: the base; it is changed in place.
-        trained: the instructions of its batches.
-        asked: those that it is to answer.
+        model: the base, which is changed in place.
+        trained: the instructions of the training batches.
+        asked: the instructions that the adapter answers.
     """
     if method.kind == "untuned":
         return Tuned(model, None, asked), {}
@@ -143,9 +143,9 @@ def tune(
 def adapt(
     model: nn.Module, talk: Talk, method: Method, instructions: list[Instruction], seed: int, asked: list[int]
 ) -> tuple[Tuned, list[nn.Parameter]]:
-    """Put a method's adapter into the base; returns the parameters that train as well."""
+    """Add a method's adapter to the base. Also return the trained parameters."""
     table = task_table(method, model, talk, [instruction.text for instruction in instructions])
-    torch.manual_seed(seed)  # the adapter's initial values, and what random routing draws
+    torch.manual_seed(seed)  # for the adapter's initial values, and for random routing
     config = method.config(task_dim=0 if table is None else table.shape[1])
     tuned = Tuned(patch_llava(model, config).model, table, asked)
     if method.fixed:
@@ -154,7 +154,7 @@ def adapt(
 
 
 def batch_loss(tuned: Tuned, talk: Talk, instructions: list[Instruction], rows: list[Question]) -> Tensor:
-    """The loss on the answers of a training batch."""
+    """Compute the loss on the answers of a training batch."""
     inputs = talk.training(
         [instructions[row.task].text for row in rows], [instructions[row.task].answer(row.scene) for row in rows],
         draw([row.scene for row in rows]),
@@ -167,12 +167,12 @@ def train(
     model: nn.Module, parameters: list[nn.Parameter], loss_of: Callable[[int], Tensor], rate: float, steps: int,
     after: Callable[[int], None],
 ) -> dict:  # fmt: skip
-    """Steps of AdamW without decay, gradients clipped at 1; the rate rises over the first twentieth of the steps and
-    falls along a cosine.
+    """Train with AdamW without weight decay, and with gradients clipped at 1. The learning rate rises over the first
+    twentieth of the steps, and then falls along a cosine.
 
     Returns:
-        ``loss``, means over tenths of the training; ``step_ms``, the median processor time of a step in ms, the making
-        of its batch included; ``peak_bytes``, what a forward and backward held at once beyond model and adapter.
+        ``loss``, means over tenths of the training; ``step_ms``, the median processor time of a step in ms, with the
+        making of its batch; ``peak_bytes``, the peak memory of a forward and backward beyond model and adapter.
     """
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     warm = max(1, round(WARM_UP * steps))
@@ -205,7 +205,7 @@ def train(
 
 
 def saved_bytes(model: nn.Module) -> int:
-    """Of the adapter's weights as they are saved."""
+    """The size of the adapter's saved weights, in bytes."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         weights = load_file(Path(folder, "adapter_model.safetensors"))
@@ -213,7 +213,7 @@ def saved_bytes(model: nn.Module) -> int:
 
 
 def ask(tuned: Tuned, talk: Talk, instructions: list[Instruction], rows: list[Question]) -> list[tuple[Question, bool]]:
-    """Generate an answer to every question, greedily; each with whether it is exactly the expected words."""
+    """Generate an answer to each question greedily, and tell whether it is exactly the expected one."""
     found: list = [None] * len(rows)
     for members in talk.lengths([instructions[row.task].text for row in rows]).values():
         for start in range(0, len(members), ASKED):

@@ -1,4 +1,4 @@
-"""Carries out the runs of a plan, several at a time, and goes on where it was stopped."""
+"""Do the runs of a plan, several at a time. A stopped plan resumes where it stopped."""
 
 import os
 import time
@@ -16,18 +16,18 @@ from .tuning import Run, run
 
 
 def start_worker() -> None:
-    """A run takes one thread: products as small as these gain nothing from a second."""
+    """Use one thread for a run, because products of this size gain nothing from a second."""
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def make_base(recipe: bases.Recipe, cache: Path) -> bases.Base:
-    """In a worker too, so that its sums do not depend on the number of threads elsewhere."""
+    """Make the base in a worker too, which has one thread, so that its sums do not depend on the number of threads."""
     return bases.make(recipe, cache)
 
 
 def carry_out(spec: Run, base: bases.Base, count: int | None, made: dict) -> records.Record:
-    """One run as a raw result; a training that diverged is one too."""
+    """Do one run, and return its raw result. A training that diverged has one too."""
     started, computing = time.monotonic(), time.process_time()
     try:
         found = run(spec, base, count)
@@ -41,19 +41,19 @@ def go_on(
     folder: Path, cache: Path, recipe: bases.Recipe, waves: tuple[plan.Wave, ...], steps: dict[str, int], *,
     workers: int, count: int | None = None, seconds: float | None = None,
 ) -> list[records.Record]:  # fmt: skip
-    """Carry out what is missing of a plan.
+    """Do the missing runs of a plan.
 
     Args:
-        folder: of the raw results; one file is added for every run.
-        cache: of the base.
-        workers: runs at a time, a thread each.
-        count: of questions of each split.
-        seconds: after which no run is begun any more.
+        folder: the folder of raw results. Each run adds a file.
+        cache: the folder of trained bases.
+        workers: the number of runs at a time. Each has one thread.
+        count: the number of questions of each split.
+        seconds: the time after which no more runs are started.
 
     Raises:
-        ValueError: the folder holds results of another base.
+        ValueError: the folder has results of another base.
     """
-    os.environ["OMP_NUM_THREADS"] = "1"  # before a worker starts; it decides the order of sums
+    os.environ["OMP_NUM_THREADS"] = "1"  # before a worker starts, because it changes the order of sums
     began, made = time.monotonic(), records.made()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) as pool:
         base = pool.submit(make_base, recipe, cache).result()

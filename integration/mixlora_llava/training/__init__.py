@@ -1,1 +1,1 @@
-"""A training run: its settings, what it will need, and the run itself."""
+"""A training run: its settings, an estimate of what it needs, and the run itself."""

@@ -1,4 +1,4 @@
-"""What a run will need, said before its first step: counted where it can be counted, measured where it runs."""
+"""Estimate the memory and the time that a run needs, by counting, and by timing one batch."""
 
 import math
 import time
@@ -10,24 +10,25 @@ GIB = 2**30
 
 
 def size(amount: float) -> str:
-    """Bytes for the eye."""
+    """A number of bytes as text."""
     return f"{amount / GIB:.2f} GiB" if amount >= GIB / 10 else f"{amount / 2**20:.2f} MiB"
 
 
 def memory(model: nn.Module, batch: int, tokens: int, checkpointing: bool, activation_bytes: int = 2) -> dict:
-    """Bytes on one device that holds the whole model.
+    """The memory that a device needs to hold the whole model, in bytes.
 
-    Parameters, gradients and AdamW's two float32 states are exact. Activations are an estimate: with checkpointing, the
-    input of every decoder layer and the inside of one; without, the inside of all; and the logits, in the model's
-    precision and as the float32 copy that the loss makes.
+    Parameters, gradients and AdamW's two float32 states are exact. Activations are an estimate. With checkpointing they
+    are the inputs of all decoder layers and the inner activations of one; without, the inner activations of all layers.
+    The logits are added, in the model's precision and as the loss's float32 copy.
 
     Args:
-        model: the patched model; it may be on the meta device.
-        batch, tokens: of one device's longest batch, the image's tokens included.
+        model: the patched model. It may be on the meta device.
+        batch, tokens: the size of a device's batch, and the tokens of its longest record, with the image's tokens.
     """
     text = model.config.get_text_config()
     d, ffn, layers, rows = text.hidden_size, text.intermediate_size, text.num_hidden_layers, batch * tokens
-    # Two norms, q, k, v, attention's and the block's outputs, and gate, up, their product: what the backward reads.
+    # What the backward reads: two norms, q, k, v, the outputs of attention and of the block; gate, up and their
+    # product.
     inside = rows * (7 * d + 3 * ffn) * activation_bytes
     activations = inside * (1 if checkpointing else layers)
     if checkpointing:
@@ -42,9 +43,12 @@ def memory(model: nn.Module, batch: int, tokens: int, checkpointing: bool, activ
 
 
 def operations(model: nn.Module, lengths: list[int], checkpointing: bool) -> float:
-    """Floating-point operations of one epoch: two for each parameter of the decoder and token, in the forward, in the
-    backward through the frozen weights, and once more where activations are recomputed. Attention's own products, the
-    adapters and the vision tower (a few percent together) are left out."""
+    """The floating-point operations of one epoch.
+
+    Each token takes two operations for each parameter of the decoder in the forward, two in the backward through the
+    frozen weights, and two more if activations are recomputed. Attention's own products, the adapters and the vision
+    tower are not counted; together they are a few percent.
+    """
     text = model.config.get_text_config()
     d, ffn = text.hidden_size, text.intermediate_size
     heads = text.num_key_value_heads / text.num_attention_heads
@@ -53,14 +57,14 @@ def operations(model: nn.Module, lengths: list[int], checkpointing: bool) -> flo
 
 
 def steps(records: int, batch: int, accumulation: int, devices: int, epochs: float) -> int:
-    """Optimizer steps of a run; the last of an epoch accumulates what is left."""
+    """The number of optimizer steps of a run. The last step of an epoch accumulates the remaining batches."""
     return math.ceil(math.ceil(math.ceil(records / (batch * devices)) / accumulation) * epochs)
 
 
 def measure(model: nn.Module, batch: dict, device: torch.device, autocast: torch.dtype | None = None) -> dict:
-    """Run a micro-batch forward and backward twice and time the second.
+    """Run the forward and backward of a micro-batch twice, and time the second run.
 
-    It leaves no trace: gradients are cleared, and torch's generators are where they were.
+    Afterwards gradients are cleared, and the state of torch's generators is restored.
 
     Returns:
         ``seconds``, and on a GPU ``peak_bytes``.
@@ -87,7 +91,7 @@ def measure(model: nn.Module, batch: dict, device: torch.device, autocast: torch
 
 
 def describe(report: dict, needs: dict, total_steps: int, flops: float, tflops: float | None) -> str:
-    """The report of ``Patched``, memory and time in words, for the terminal."""
+    """The report of ``Patched``, the memory and the time as text for the terminal."""
     share = 100 * report["trainable"] / report["total"]
     kinds = sorted({name.rpartition(".layers.")[2].partition(".")[2] for name in report["modules"]})
     parts = ", ".join(f"{name} {size(amount)}" for name, amount in needs.items())

@@ -1,4 +1,4 @@
-"""The files and folders that settings name: whether they are there, and what to do where they are not."""
+"""Check that the files and folders that the settings name exist."""
 
 from pathlib import Path
 
@@ -7,8 +7,8 @@ from .settings import Settings
 
 
 def missing_files(settings: Settings) -> dict[str, str]:
-    """What is not there, by the setting that names it: records, images, definitions of tasks, the parts of a model that
-    are files. A model's name may be one of the hub's, and is not looked for."""
+    """The missing files and folders, by the setting that names them: records, images, definitions of tasks, and the
+    projector. The model itself is not checked, because its name may be one on the hub."""
     named = {"data": settings.data, "task_definitions": settings.task_definitions}
     if isinstance(settings.model, dict):
         named["model.projector"] = settings.model.get("projector")
@@ -17,7 +17,7 @@ def missing_files(settings: Settings) -> dict[str, str]:
 
 
 def say_missing(found: dict[str, str]) -> str:
-    """One sentence that names what ``missing_files`` found and says what to do."""
+    """One sentence that lists the result of ``missing_files`` and says what to do."""
     listed = ", ".join(f"{file} ({name})" for name, file in found.items())
     return (
         f"missing: {listed}; get them (the configuration's comments say where from), or give other paths in the "
@@ -26,10 +26,10 @@ def say_missing(found: dict[str, str]) -> str:
 
 
 def check_files(settings: Settings) -> None:
-    """Refuse a run whose files are not there, before a model is loaded.
+    """Refuse a run with missing files, before a model is loaded.
 
     Raises:
-        Missing: with ``say_missing``'s sentence.
+        Missing: a file or folder is missing. The message is that of ``say_missing``.
     """
     if found := missing_files(settings):
         raise Missing(say_missing(found))

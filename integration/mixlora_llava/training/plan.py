@@ -1,4 +1,4 @@
-"""What a run will do and need, said before its first step."""
+"""Describe what a run will do and need, before its first step."""
 
 import torch
 from transformers import Trainer
@@ -13,10 +13,10 @@ from .settings import Settings
 
 
 def dry_run(settings: Settings) -> str:
-    """What ``train`` would do, without weights: the patched modules, the parameters, memory and time.
+    """Describe what ``train`` would do, without weights: the patched modules, the parameters, memory and time.
 
-    The records are read and checked where they and their images are there; else their number is unknown, and the
-    estimate is for one of ``max_length`` tokens of text and an image. The last line then says what is missing.
+    If the records and their images exist, they are read and checked. Otherwise their number is unknown: the estimate is
+    for one record with ``max_length`` tokens of text and an image, and the last line says what is missing.
     """
     model = empty_llava(settings.model, settings.dtype)
     patched = patch(model, settings, low_memory=True)
@@ -35,7 +35,7 @@ def dry_run(settings: Settings) -> str:
 
 
 def plan(patched: Patched, lengths: list[int], settings: Settings, devices: int) -> tuple[dict, int, float]:
-    """Memory, optimizer steps and operations of a run."""
+    """The memory, the optimizer steps and the operations of a run."""
     given = settings.training
     batch = given.get("per_device_train_batch_size", 8)
     epochs, checkpointing = given.get("num_train_epochs", 3), given.get("gradient_checkpointing", False)
@@ -48,7 +48,7 @@ def plan(patched: Patched, lengths: list[int], settings: Settings, devices: int)
 
 
 def announce(patched: Patched, dataset: Conversations, settings: Settings, trainer: Trainer, collator) -> None:
-    """Print what the run will need; the time by running a batch of middling length."""
+    """Print what the run will need. The time is measured on a batch of records of medium length."""
     needs, total, flops = plan(patched, dataset.lengths, settings, trainer.args.world_size)
     print(estimate.describe(patched.report(), needs, total, flops, settings.device_tflops))
     if trainer.args.world_size > 1 or trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:

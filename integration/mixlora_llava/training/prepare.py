@@ -1,4 +1,4 @@
-"""From settings to what is trained: the patched model, and its data."""
+"""Prepare the patched model and the data for a training, from its settings."""
 
 import torch
 

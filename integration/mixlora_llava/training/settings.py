@@ -1,4 +1,4 @@
-"""What a training run is: one YAML file, whose values pydantic checks by their types and ranges."""
+"""The settings of a training run: one YAML file. pydantic checks the types and ranges of its values."""
 
 import dataclasses
 import typing
@@ -17,7 +17,7 @@ from ..data.conversation import TEMPLATES
 from ..refusal import Refusal
 from .yaml_file import read_yaml
 
-# The one switch: what the paper compares, in Tables 1 and 2 and Figure 4; and the preset with tied pairs.
+# The methods that the paper compares in Tables 1 and 2 and Figure 4, and the preset with tied pairs.
 TIED = MixLoRAConfig.tied()
 METHODS = {
     "lora": None,
@@ -28,15 +28,15 @@ METHODS = {
     "mixlora_task_unconditional": {"routing": "task", "conditioning": "none"},
     "mixlora_random": {"routing": "random"},
 }
-# No conversions: a text is not taken for a number, nor a number for a yes or no.
+# No conversions: a text does not count as a number, and a number does not count as true or false.
 STRICT = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
-# ``train`` itself sets these of the TrainingArguments, and ``Settings`` has its own fields for those of MixLoRAConfig.
+# ``train`` sets the TrainingArguments in FIXED. ``Settings`` has its own fields for those of MixLoRAConfig in OWN.
 FIXED = {"output_dir", "remove_unused_columns", "label_names"}
 OWN = {"r", "num_factors", "alpha", "dropout", "routing", "task_dim"}
 
 
 def some_fields(kind: type, without: set[str]) -> Any:
-    """The type of a dictionary of some of a dataclass's fields, each of the type that the dataclass gives it."""
+    """A TypedDict of a dataclass's fields, except those in ``without``, with the types of the dataclass."""
     hints = typing.get_type_hints(kind)
     names = [entry.name for entry in dataclasses.fields(kind) if entry.init and entry.name not in without]
     made = TypedDict(kind.__name__, {name: hints[name] for name in names}, total=False)
@@ -61,28 +61,28 @@ class Settings(BaseModel):
     Args:
         model: a folder or hub name, or a LLaVA's parts; see ``model.load_llava``.
         data, images: a file of records and the folder of their images; see ``data``.
-        output: where checkpoints and the trained adapter go.
+        output: the folder for checkpoints and the trained adapter.
         method: ``"lora"``, ``"mixlora"`` and its variants; see ``METHODS``.
-        r: factors chosen for each instance; for LoRA, its rank.
-        num_factors: E.
+        r: the number of factors chosen for each instance; for LoRA, the rank.
+        num_factors: E, the number of factors in a pool.
         alpha: None means 2 E, or 2 r for LoRA, as in the paper.
-        dropout: of the input of ``lora_A``.
+        dropout: the probability of dropout of the input of ``lora_A``.
         mixlora: further fields of ``MixLoRAConfig``: ``conditioning``, ``gate``, ``pool``, ``decode``.
         train_projector: whether the projector is trained in full.
-        template: of the conversation; see ``conversation.TEMPLATES``.
-        max_length: tokens of text, the image counted as one.
-        check_images: ``"decode"`` every image before the training, or read its ``"header"`` only.
+        template: the conversation's template; see ``conversation.TEMPLATES``.
+        max_length: the longest text in tokens, with the image counted as one.
+        check_images: ``"decode"``: decode all images before the training; ``"header"``: read their headers only.
         strict: whether a bad record stops the run.
-        limit: use the file's first records only.
-        task_definitions: a JSON file of a text per ``task_name``, for ``routing="task"``.
-        dtype: of the frozen model.
-        device_tflops: what the device sustains, in 10^12 operations per second, for an estimate of the time without
-            running anything.
+        limit: use only this number of records, from the beginning of the file.
+        task_definitions: a JSON file with a text for each ``task_name``, for ``routing="task"``.
+        dtype: the dtype of the frozen model.
+        device_tflops: the sustained speed of the device in 10^12 operations per second, to estimate the time without a
+            measurement.
         training: fields of transformers' ``TrainingArguments``.
 
     Raises:
-        pydantic.ValidationError: a ValueError that names each field that is missing, unknown, or has a value of another
-            type or out of range.
+        pydantic.ValidationError: a ValueError. Its message names each field that is missing or unknown, or whose value
+            has another type or is out of range.
     """
 
     model_config = STRICT
@@ -115,17 +115,17 @@ class Settings(BaseModel):
                 "task_definitions must be given with a method that routes by task and only then, got "
                 f"method={self.method!r} and task_definitions={self.task_definitions!r}"
             )
-        self.adapter(task_dim=1)  # refuses what contradicts itself, such as r > num_factors
+        self.adapter(task_dim=1)  # refuses contradictory settings, such as r > num_factors
         return self
 
     @classmethod
     def read(cls, file: str | Path, **changes) -> "Settings":
-        """Read a YAML file; ``changes`` that are not None take the place of what it says.
+        """Read settings from a YAML file. ``changes`` that are not None override its fields.
 
         Paths in the file are relative to the working directory.
 
         Raises:
-            ValueError: it cannot be read as YAML; or some fields are wrong, all of which the message names.
+            ValueError: the file is not YAML, or fields are wrong. The message names all of them.
         """
         given = read_yaml(file) | {name: value for name, value in changes.items() if value is not None}
         try:
@@ -158,7 +158,7 @@ class Settings(BaseModel):
 
 
 def _fault(error: Any) -> str:
-    """One of pydantic's findings in a line: the field, its message, and what the field got."""
+    """One of pydantic's errors in one line: the field, the message, and the value."""
     place = ".".join(map(str, error["loc"]))
     got = "" if error["type"] in ("missing", "value_error") else f", got {error['input']!r}"
     return f"{place}: {error['msg']}{got}" if place else error["msg"]

@@ -1,6 +1,6 @@
 """Tune a LLaVA with MixLoRA or LoRA.
 
-A run that was stopped, however rudely, goes on from its last whole checkpoint and ends with the same weights.
+A run that was stopped or killed resumes from its last complete checkpoint, and ends with the same weights.
 """
 
 import json
@@ -26,20 +26,20 @@ from .settings import Settings
 logger = logging.getLogger(__name__)
 SETTINGS = "settings.json"
 BAD_RECORDS = "bad_records.json"
-LATER = {"strict", "device_tflops"}  # may differ where a run goes on: they do not bear on the result
+LATER = {"strict", "device_tflops"}  # these may change when a run resumes, because they do not change its result
 
 
 class LengthGrouped(Sampler):
-    """Records of similar lengths together, in an order that depends on the seed and the epoch alone.
+    """Sample batches of records of similar lengths, in an order that depends on the seed and the epoch alone.
 
-    transformers' own sampler draws its order from the global generator, which after a restart is not where it was at
-    the beginning of the epoch. It also goes through fifty batches from the longest to the shortest, and so, where
-    lengths differ by task, through one task after another; here the batches are shuffled. The longest comes first, so
-    that memory runs out early if at all.
+    transformers' own sampler takes its order from the global generator, whose state at the beginning of the epoch is
+    lost in a restart. It also sorts groups of fifty batches by length, so that tasks of different lengths are trained
+    one after the other. This sampler shuffles the batches. The batch with the longest records comes first, so that a
+    lack of memory shows early.
 
     Args:
-        lengths: of all records, in tokens.
-        batch_size: records of one optimizer step on all devices.
+        lengths: the length of each record, in tokens.
+        batch_size: the number of records of one optimizer step on all devices.
     """
 
     def __init__(self, lengths: list[int], batch_size: int, seed: int):
@@ -55,7 +55,7 @@ class LengthGrouped(Sampler):
         generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
         indices = get_length_grouped_indices(self.lengths, self.batch_size, generator=generator)
         batches = [indices[start : start + self.batch_size] for start in range(0, len(indices), self.batch_size)]
-        whole = len(indices) // self.batch_size  # a smaller last batch stays the last
+        whole = len(indices) // self.batch_size  # a smaller last batch stays last
         order = [0, *(1 + torch.randperm(max(whole - 1, 0), generator=generator)).tolist(), *range(whole, len(batches))]
         for number in order[: len(batches)]:
             yield from batches[number]
@@ -69,11 +69,11 @@ class LlavaTrainer(Trainer):
 
 
 def train(settings: Settings, fresh: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> dict:
-    """Run a training to its end, from the last whole checkpoint where there is one.
+    """Run a training to its end, from the last complete checkpoint if there is one.
 
     Args:
-        fresh: refuse to go on instead.
-        callbacks: the Trainer's.
+        fresh: raise an error instead of resuming.
+        callbacks: callbacks for the Trainer.
 
     Returns:
         ``loss`` by step, ``bad_records`` by reason, and ``steps``.
@@ -85,7 +85,7 @@ def train(settings: Settings, fresh: bool = False, callbacks: Sequence[TrainerCa
     output = Path(settings.output)
     resume = last_checkpoint(output)
     if resume and fresh:
-        raise Refusal(f"{output} holds a run already; without --fresh it goes on")
+        raise Refusal(f"{output} already holds a run: leave out --fresh to resume it")
     check_files(settings)
     remember(settings, output, resume is not None)
     arguments = training_arguments(settings)
@@ -96,7 +96,7 @@ def train(settings: Settings, fresh: bool = False, callbacks: Sequence[TrainerCa
     if settings.routing == "task":
         definitions = read_definitions(settings.task_definitions, list(dataset.task_ids))
         embeddings = embed_tasks(model, processor.tokenizer, definitions)
-    set_seed(arguments.seed)  # the adapter's initial values must not depend on how the model was loaded
+    set_seed(arguments.seed)  # so that the adapter's initial values do not depend on how the model was loaded
     patched = patch(model, settings)
     table = None if embeddings is None else torch.stack([embeddings[task] for task in dataset.task_ids])
     blank = dataset.encoder.blank() if settings.train_projector and arguments.world_size > 1 else None
@@ -110,7 +110,7 @@ def train(settings: Settings, fresh: bool = False, callbacks: Sequence[TrainerCa
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
-        write_problems(dataset, output)  # again: images may have gone bad since
+        write_problems(dataset, output)  # again, because images may have become unreadable since
         if embeddings is not None:
             save_file(embeddings, output / TASKS)
     losses = {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
@@ -118,7 +118,7 @@ def train(settings: Settings, fresh: bool = False, callbacks: Sequence[TrainerCa
 
 
 def write_problems(dataset: Conversations, output: Path) -> None:
-    """Leave the ids of the records that were left out, by reason, in the output folder."""
+    """Write the ids of the records that were left out, by reason, to the output folder."""
     (output / BAD_RECORDS).write_text(json.dumps(dataset.problems, indent=1), encoding="utf-8")
 
 
@@ -131,7 +131,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
 
 
 def last_checkpoint(output: Path) -> Path | None:
-    """The last checkpoint that was written to its end; the Trainer writes its state last."""
+    """The last complete checkpoint. The Trainer writes a checkpoint's state file last."""
     found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True)
     for path in found:
         try:
@@ -143,7 +143,7 @@ def last_checkpoint(output: Path) -> Path | None:
 
 
 def remember(settings: Settings, output: Path, resumes: bool) -> None:
-    """Keep the settings beside the checkpoints, and compare them where a run goes on."""
+    """Write the settings beside the checkpoints; when a run resumes, compare them."""
     file = output / SETTINGS
     now = settings.model_dump(mode="json")
     if resumes and file.is_file():

@@ -1,4 +1,4 @@
-"""YAML without its two traps: ``4e-5`` is a number, and a field that is given twice is an error."""
+"""Read YAML such that ``4e-5`` is a number, and a field that is given twice is an error."""
 
 import re
 from pathlib import Path
@@ -10,8 +10,8 @@ from ..refusal import Refusal
 
 
 class Loader(yaml.SafeLoader):
-    """PyYAML reads YAML 1.1, where a number with an exponent needs a dot and a sign, and the last of two equal keys
-    wins without a word."""
+    """PyYAML reads YAML 1.1, in which a number with an exponent needs a dot and a sign. It silently takes the last of
+    two equal keys."""
 
     def construct_mapping(self, node, deep: bool = False) -> dict:
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
@@ -28,10 +28,10 @@ Loader.add_implicit_resolver(
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """The fields and values of a file.
+    """Read the fields and values of a file.
 
     Raises:
-        ValueError: it is not YAML, gives a field twice, or holds something else than fields.
+        ValueError: the file is not YAML, gives a field twice, or does not consist of fields.
     """
     try:
         given = yaml.load(Path(file).read_text(encoding="utf-8"), Loader)

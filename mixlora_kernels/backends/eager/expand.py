@@ -17,8 +17,8 @@ def expand(
     if ys is None:
         raise ValueError("the torch backend adds to the frozen products, which therefore run first, got none")
     s = _weigh(saved[0], group, routing)
-    # Not in place under torch.compile: torch 2.11 loses the gradient of a tensor that an operation changed in place
-    # (pytorch/pytorch#180642).
+    # Not in place under torch.compile: its graphs have no operations in place, and torch 2.11 loses the gradient of a
+    # tensor that one has changed (pytorch/pytorch#180642).
     in_place = [own and not torch.compiler.is_compiling() for own in fresh]
     parts = s.chunk(len(ys), -1)
     return [add(y, parts[g], _choice(group, routing, g), in_place[g]) for g, y in enumerate(ys)], saved

@@ -32,7 +32,7 @@ CONFIGURATIONS = {
     "task_dim a bool": ({"routing": "task", "task_dim": True}, "task_dim must be an integer or None, got True"),
     "target_modules nested": ({"target_modules": [["q_proj"]]}, "target_modules must be a list of strings"),
     "target_modules of an empty name": ({"target_modules": ["q_proj", ""]}, "target_modules must be a list of strings"),
-    "target_modules no expression": ({"target_modules": "(q_proj"}, "target_modules is no regular expression"),
+    "target_modules no expression": ({"target_modules": "(q_proj"}, "target_modules is not a valid regular expression"),
     "target_modules that match no layer": ({"target_modules": ["z_proj"]}, "z_proj.*not found"),
     "target_modules no linear layer": ({"target_modules": ["embed_tokens"]}, "embed_tokens is not supported"),
     "modules_to_save of all": ({"modules_to_save": [""]}, "modules_to_save must be a list of strings"),

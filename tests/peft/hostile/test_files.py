@@ -112,7 +112,7 @@ def test_broken_safetensors(good, tmp_path, case):
     (tmp_path / CONFIG).write_text((good / CONFIG).read_text())
     (tmp_path / SAFE).write_bytes((good / SAFE).read_bytes())
     BROKEN[case](tmp_path / SAFE)
-    check_refused(tmp_path, ValueError, "truncated or corrupt|is no file|has neither")
+    check_refused(tmp_path, ValueError, "truncated or corrupt|is not a file|has neither")
 
 
 class Attack:

@@ -1,4 +1,4 @@
-"""What lmms-eval asks of a task, for the released evaluation files."""
+"""The functions that lmms-eval needs of a task, for the released evaluation files."""
 
 import os
 
@@ -20,5 +20,5 @@ def doc_to_text(doc: dict, lmms_eval_specific_kwargs: dict | None = None) -> str
 
 
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:
-    """1 where the answer is the target, by the exact judge."""
+    """1 if the exact judge says that the answer is the target, else 0."""
     return {"accuracy": float(exact([{"predict": results[0], "target": doc["target"]}])[0])}
