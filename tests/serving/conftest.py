@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-needs_vllm = pytest.mark.skipif(
-    find_spec("vllm") is None,
-    reason="vLLM is not installed; tests/serving/environment.sh FOLDER makes an environment with it, and "
-    "FOLDER/bin/python -m pytest tests/serving -n 2 --dist loadfile runs these tests there, two files at a time",
-)
+needs_vllm = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        find_spec("vllm") is None,
+        reason="vLLM is not installed; tests/serving/environment.sh FOLDER makes an environment with it, and "
+        "FOLDER/bin/python -m pytest tests/serving -n 2 --dist loadfile runs these tests there, two files at a time",
+    ),
+]
 
 
 def engine_environment(**more: str) -> dict[str, str]:

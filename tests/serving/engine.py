@@ -17,6 +17,9 @@ and its result ``tokens`` and ``logprobs`` for each prompt, ``preemptions``, ``r
 of an engine in the job's process), ``row by row`` (whether few tokens take the kernel that reads chosen rows, in such
 an engine), ``compiled`` (what vLLM counted of its graphs), or ``error``.
 
+A job with ``serve``, arguments of ``vllm serve``, is a server with forked processes. It ends by itself where it refuses
+to serve, and its result is ``log``, what it wrote, and ``exit``, its exit code.
+
 Under ``TRITON_INTERPRET=1`` vLLM's Triton kernels run in Triton's interpreter, which vLLM's second model runner needs
 where there is no GPU.
 """
@@ -25,6 +28,8 @@ import gc
 import importlib
 import multiprocessing
 import os
+import sys
+import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -167,6 +172,28 @@ def prompts_of(job: dict) -> list[dict]:
     ]
 
 
+def serve_until_it_ends(arguments: list[str]) -> dict:
+    """Run ``vllm serve``: what it and its processes wrote, and its exit code."""
+    after_the_check_for_cpus(fork_processes)
+    from vllm.entrypoints.cli.main import main
+
+    sys.argv = ["vllm", "serve", *arguments]
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        log.seek(0)
+        return {"log": log.read().decode(), "exit": code}
+
+
 def run(job: dict) -> dict:
     options = prepare(job)
     from vllm import LLM, SamplingParams
@@ -216,7 +243,7 @@ def result_of(outputs: list) -> dict:
 def answer(job: dict, results: Connection) -> None:
     """A job's process."""
     try:
-        results.send(run(job))
+        results.send(serve_until_it_ends(job["serve"]) if "serve" in job else run(job))
     except BaseException:
         results.send({"error": traceback.format_exc()})
         raise

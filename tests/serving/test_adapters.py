@@ -8,7 +8,7 @@ import pytest
 from .conftest import needs_vllm
 from .loading import DOCUMENTED, load
 
-pytestmark = [needs_vllm, pytest.mark.usefixtures("offline")]
+pytestmark = [*needs_vllm, pytest.mark.usefixtures("offline")]
 
 
 @pytest.mark.parametrize(
