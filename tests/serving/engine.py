@@ -17,8 +17,8 @@ and its result ``tokens`` and ``logprobs`` for each prompt, ``preemptions``, ``r
 of an engine in the job's process), ``row by row`` (whether few tokens take the kernel that reads chosen rows, in such
 an engine), ``compiled`` (what vLLM counted of its graphs), or ``error``.
 
-A job with ``serve``, arguments of ``vllm serve``, is a server with forked processes. It ends by itself where it refuses
-to serve, and its result is ``log``, what it wrote, and ``exit``, its exit code.
+A job with ``serve``, arguments of ``vllm serve`` with which it ends by itself, such as those that are refused, has a
+server with forked processes instead, and the result ``log``, what it wrote, and ``exit``, its exit code.
 
 Under ``TRITON_INTERPRET=1`` vLLM's Triton kernels run in Triton's interpreter, which vLLM's second model runner needs
 where there is no GPU.
