@@ -46,15 +46,15 @@ def check_python(arguments: list[str]) -> None:
 def check_options(program: tuple[str, ...], arguments: list[str]) -> None:
     """Ask a program for its help behind all other arguments: it reads these first, and fails at a value or choice that
     it does not take. It does not fail at an option that it does not know, so each option is looked up in the help."""
-    asked = [*program, *arguments, *([] if "--help" in arguments else ["--help"])]
-    check_known([argument.partition("=")[0] for argument in arguments if argument.startswith("-")], *asked)
+    asked = (*program, *arguments, *(() if "--help" in arguments else ("--help",)))
+    options = [argument.partition("=")[0] for argument in arguments if argument.startswith("-")]
+    check_known(options, ask_for_help(asked), " ".join(asked))
 
 
-def check_known(options: list[str], *asked: str) -> None:
+def check_known(options: list[str], text: str, asked: str) -> None:
     """Each option is in the help that a command line asks for."""
-    text = ask_for_help(asked)
     unknown = [option for option in options if not re.search(rf"(?<![\w-]){re.escape(option)}(?![\w-])", text)]
-    assert not unknown, f"{' '.join(asked)} shows no options {unknown}"
+    assert not unknown, f"{asked} shows no options {unknown}"
 
 
 @cache
@@ -101,7 +101,7 @@ def check_accelerate(arguments: list[str]) -> None:
 
 
 def check_vllm(arguments: list[str]) -> None:
-    """Its options as far as they are this package's; tests/serving runs the rest where vLLM is installed."""
+    """Its options as far as they are this package's; tests/serving asks vLLM for the rest, where it is installed."""
     assert arguments[0] == "serve", "vllm is only known to serve"
     extra = arguments[arguments.index("--model-loader-extra-config") + 1]
     assert set(json.loads(extra)) <= {"adapter", "load_format", "backend"}, f"not what the loader takes: {extra}"
@@ -109,11 +109,6 @@ def check_vllm(arguments: list[str]) -> None:
         module, _, name = arguments[arguments.index("--scheduler-cls") + 1].rpartition(".")
         spec = find_spec(module)
         assert spec and re.search(rf"^class {name}\b", Path(spec.origin).read_text(encoding="utf-8"), re.MULTILINE)
-    if find_spec("vllm"):
-        executable = str(Path(sys.executable).with_name("vllm"))
-        check_known(
-            [argument for argument in arguments if argument.startswith("--")], executable, "serve", "--help=all"
-        )
 
 
 def check_curl(arguments: list[str]) -> None:

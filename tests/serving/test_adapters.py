@@ -8,7 +8,7 @@ import pytest
 from .conftest import needs_vllm
 from .loading import DOCUMENTED, load
 
-pytestmark = [needs_vllm, pytest.mark.usefixtures("offline")]
+pytestmark = [*needs_vllm, pytest.mark.usefixtures("offline")]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_a_backend_that_serving_has_not(saved, name):
 
 
 @pytest.fixture(scope="module")
-def on_models(saved, run_jobs, tmp_path_factory):
+def on_models(saved, engines, tmp_path_factory):
     """What depends on the model's layers, which vLLM makes in a running engine only: the errors by name."""
     import transformers as hf
 
@@ -101,21 +101,21 @@ def on_models(saved, run_jobs, tmp_path_factory):
     layers = {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 32}
     hf.LlamaConfig(**deep, **layers, architectures=["LlamaForCausalLM"]).save_pretrained(folder / "sliding")
     save_adapter(model, folder / "sliding_adapter")
-    jobs = {
+    folders = {
         "another model": (saved / "model", folder / "wide_adapter"),
         "sliding window": (folder / "sliding", folder / "sliding_adapter"),
     }
-    results = run_jobs(
-        [
-            {
+    results = engines.run(
+        {
+            name: {
                 "engine": {"model": str(model), "model_loader_extra_config": {"adapter": str(adapter)}},
                 "prompts": [],
                 "new": 1,
             }
-            for model, adapter in jobs.values()
-        ]
+            for name, (model, adapter) in folders.items()
+        }
     )
-    return {name: result["error"] for name, result in zip(jobs, results)}
+    return {name: result["error"] for name, result in results.items()}
 
 
 def test_an_adapter_for_another_model(on_models):

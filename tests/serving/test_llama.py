@@ -44,8 +44,8 @@ def job(llama, adapter: str, at_a_time: int, blocks: int | None = None, **more) 
 
 
 @pytest.fixture(scope="module")
-def results(llama, run_jobs):
-    """Of engines in one process, by the jobs' names."""
+def results(llama, engines):
+    """Of engines in their jobs' processes, by the jobs' names."""
     jobs = {
         "paper, 4 at a time, preempted": job(llama, "paper", 4, FEW_BLOCKS),
         "paper, 8 at a time, preempted": job(llama, "paper", 8, FEW_BLOCKS),
@@ -53,9 +53,9 @@ def results(llama, run_jobs):
         "tied, 8 at a time": job(llama, "tied", 8),
         "weighted": job(llama, "weighted", 4),
         "published": job(llama, "published", 4),
-        "control": job(llama, "paper", 8, FEW_BLOCKS, control=True),  # the last: it changes the process
+        "control": job(llama, "paper", 8, FEW_BLOCKS, control=True),
     }
-    return dict(zip(jobs, run_jobs(list(jobs.values()))))
+    return engines.run(jobs)
 
 
 def compare(result: dict, wanted: list[dict]) -> None:
@@ -93,9 +93,12 @@ def test_the_adapter_matters(llama):
 
 
 @pytest.fixture(scope="module")
-def from_processes(llama, run_jobs):
-    jobs = {"tied": job(llama, "tied", 4, FEW_BLOCKS), "paper": job(llama, "paper", 8, FEW_BLOCKS)}
-    return dict(zip(jobs, run_jobs(list(jobs.values()), processes=True)))
+def from_processes(llama, engines):
+    jobs = {
+        "tied": job(llama, "tied", 4, FEW_BLOCKS, processes=True),
+        "paper": job(llama, "paper", 8, FEW_BLOCKS, processes=True),
+    }
+    return engines.run(jobs)
 
 
 @pytest.mark.parametrize("name", ["tied", "paper"], ids=["4 at a time", "8 at a time"])

@@ -54,7 +54,7 @@ def job(llava, blocks: int, **engine) -> dict:
 
 
 @pytest.fixture(scope="module")
-def results(llava, run_jobs):
+def results(llava, engines):
     jobs = {
         "room": job(llava, 100),
         "preempted": job(llava, 9),
@@ -63,7 +63,7 @@ def results(llava, run_jobs):
         "two pictures a step, cut": job(llava, 100) | {"pictures": 32, "cut": True},
         "vLLM's own scheduler": job(llava, 100, scheduler_cls=None),
     }
-    return dict(zip(jobs, run_jobs(list(jobs.values()))))
+    return engines.run(jobs)
 
 
 @pytest.mark.parametrize("name", ["room", "preempted", "two pictures a step"])
@@ -108,7 +108,7 @@ def test_pictures_matter(llava):
     assert sum("multi_modal_data" in prompt for prompt in prompts) == 5
 
 
-def test_tokens_are_those_of_generate_from_separate_processes(llava, run_jobs):
-    (result,) = run_jobs([job(llava, 9)], processes=True)
+def test_tokens_are_those_of_generate_from_separate_processes(llava, engines):
+    result = engines.run({"preempted": job(llava, 9) | {"processes": True}})["preempted"]
     compare(result, llava[2])
     assert result["preemptions"] > 0

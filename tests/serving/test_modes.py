@@ -20,7 +20,7 @@ PROMPTS, BLOCKS = 5, 7
 ADAPTERS = {"paper": {}, "tied": {"conditioning": "tied", "gate": "normalized"}}
 #: Heads of keys and values: two processes have one each, or both the same one.
 KV_HEADS = {"paper": 2, "tied": 1}
-LAYERS = 3
+LAYERS = 2  # each takes seconds to compile
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def llamas(tmp_path_factory):
     folder = tmp_path_factory.mktemp("llamas")
     prompts, wanted = make_prompts()[:PROMPTS], {}
     for name, settings in ADAPTERS.items():
-        model = save_llama(folder / f"{name}-model", num_key_value_heads=KV_HEADS[name])
+        model = save_llama(folder / f"{name}-model", num_key_value_heads=KV_HEADS[name], num_hidden_layers=LAYERS)
         adapted = save_adapter(model, folder / name, **settings)
         wanted[name] = [generate(adapted, prompt, NEW) for prompt in prompts]
     return folder, prompts, wanted
@@ -55,12 +55,12 @@ def job(llamas, adapter: str, engine: dict | None = None, backend: str | None = 
 
 
 @pytest.fixture(scope="module")
-def compiled(llamas, run_jobs):
+def compiled(llamas, engines):
     jobs = {
         "compiled": job(llamas, "paper", {"enforce_eager": False}),
         "piecewise": job(llamas, "tied", piecewise=True),
     }
-    return dict(zip(jobs, run_jobs(list(jobs.values()))))
+    return engines.run(jobs)
 
 
 def test_compiled(llamas, compiled):
@@ -85,19 +85,18 @@ def test_piecewise_graphs(llamas, compiled):
     assert is_cut_at_each_layer(result["compiled"]), result["compiled"]
 
 
-# Prompts of 33 and 90 tokens, too many for the kernel that reads chosen rows, whose interpretation takes long.
-LONG = slice(3, 5)
+# Prompts of 33 and 90 tokens, too many for the kernel that reads chosen rows; interpreting that takes long.
+LONG, STEPS = slice(3, 5), 4
 
 
 @pytest.fixture(scope="module")
-def second_runner(llamas, run_jobs):
+def second_runner(llamas, interpreted_engines):
     jobs = {
-        "eager": job(llamas, "paper"),
-        "row by row": job(llamas, "paper", backend="triton", few=LONG),
-        "piecewise": job(llamas, "tied", piecewise=True),
+        "eager": job(llamas, "paper", second=True),
+        "row by row": job(llamas, "paper", backend="triton", few=LONG, second=True) | {"new": STEPS},
+        "piecewise": job(llamas, "tied", piecewise=True, second=True),
     }
-    environment = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
-    return dict(zip(jobs, run_jobs(list(jobs.values()), **environment)))
+    return interpreted_engines.run(jobs)
 
 
 @pytest.mark.parametrize("name, adapter", [("eager", "paper"), ("piecewise", "tied")])
@@ -110,7 +109,8 @@ def test_the_second_model_runner(llamas, second_runner, name, adapter):
 
 
 def test_chosen_rows_alone(llamas, second_runner):
-    compare(second_runner["row by row"], llamas[2]["paper"][LONG])
+    wanted = [{name: values[:STEPS] for name, values in request.items()} for request in llamas[2]["paper"][LONG]]
+    compare(second_runner["row by row"], wanted)
     assert {name: result["row by row"] for name, result in second_runner.items()} == {
         "eager": False, "row by row": True, "piecewise": False,
     }  # fmt: skip
@@ -131,9 +131,9 @@ def test_a_second_model_runner_that_is_not_as_it_was_is_named():
 
 
 @pytest.fixture(scope="module")
-def tensor_parallel(llamas, run_jobs):
-    jobs = {name: job(llamas, name, {"tensor_parallel_size": 2}) for name in ADAPTERS}
-    return dict(zip(jobs, run_jobs(list(jobs.values()))))
+def tensor_parallel(llamas, engines):
+    jobs = {name: job(llamas, name, {"tensor_parallel_size": 2}, processes=True) for name in ADAPTERS}
+    return engines.run(jobs)
 
 
 @pytest.mark.parametrize("name", ADAPTERS, ids=["heads divided", "heads of keys and values copied"])

@@ -10,7 +10,7 @@ import pytest
 from .conftest import needs_vllm
 from .loading import DOCUMENTED, load
 
-pytestmark = [needs_vllm, pytest.mark.usefixtures("offline")]
+pytestmark = [*needs_vllm, pytest.mark.usefixtures("offline")]
 
 #: By what is asked for: arguments of vLLM, and the message.
 CONFIGURATIONS = {

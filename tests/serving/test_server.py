@@ -147,16 +147,15 @@ def test_200_requests_from_16_clients(questions, server):
     assert held[2] - held[1] < REQUESTS * 10 * 2**10, growth
 
 
-def test_a_server_names_what_it_refuses(questions):
+def test_a_server_names_what_it_refuses(questions, engines):
     """Without the flags the server does not start, and its log names each of them."""
     folder, _ = questions
-    command = [
-        sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(folder / "model"),
+    arguments = [
+        str(folder / "model"),
         "--load-format", "mixlora", "--model-loader-extra-config", json.dumps({"adapter": str(folder / "adapter")}),
         "--dtype", "float32", "--enforce-eager", "--max-model-len", "256", "--host", "127.0.0.1", "--block-size", "32",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=engine_environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0
-    log = done.stdout + done.stderr
+    result = engines.run({"refused": {"serve": arguments}})["refused"]
+    assert result["exit"] != 0
     for flag in ("--no-enable-chunked-prefill", "--no-enable-prefix-caching", f"--scheduler-cls {SCHEDULER}"):
-        assert f"Add {flag}" in log
+        assert f"Add {flag}" in result["log"]

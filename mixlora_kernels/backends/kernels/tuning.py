@@ -15,6 +15,10 @@ import torch
 PROGRAMS = 264  # two for each multiprocessor of an H200
 BLOCK_E = 32  # factors at a time where a product runs over them: a float32 product keeps all of its length in registers
 BUCKETS = (16, 128, 1024, 4096)
+SPILLING = (
+    "sm_90",
+    "sm_100",
+)  # for which the compiler, if it is not told a budget, spills sums to fit one program more
 
 
 class Tile(NamedTuple):
@@ -92,7 +96,11 @@ def project(arch: str, tokens: int, width: int, pool: int, itemsize: int) -> Til
     # Few tokens leave most of the device idle unless several programs share a row of x; each leaves a plane of u.
     splits = max(1, min(PROGRAMS * rows(tokens) // bucket(tokens), 16))
     span = 0 if splits == 1 else columns * max(4, divide(divide(width, splits), columns))
-    return Tile(rows(tokens), columns, span, 4, 2 if arch.startswith("gfx") else 3 if itemsize == 4 else 4)
+    if arch.startswith("gfx"):
+        return Tile(rows(tokens), columns, span, 4, 2)
+    if itemsize == 4:  # exact products, whose operands stay in registers
+        return Tile(rows(tokens), columns, span, 4 if pool < 32 else 8, 3)
+    return Tile(rows(tokens), columns, span, 4, 4)
 
 
 def pool(arch: str, pool: int) -> Tile:
@@ -133,8 +141,11 @@ def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Ti
         span *= 2
     while span < 512 and divide(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
-    block = 16 if is_long(slots, itemsize) else rows(tokens)
-    return Tile(block, columns, span, 4 if gfx and slots > 16 else 8, 2 if gfx else 3)
+    long = is_long(slots, itemsize)
+    block = 16 if long else rows(tokens)
+    if gfx:
+        return Tile(block, columns, span, 4 if slots > 16 else 8, 2)
+    return Tile(block, columns, span, 8, 1 if long else 3)
 
 
 def hands_on(slots: int, itemsize: int, columns: int, span: int) -> float:
@@ -145,7 +156,9 @@ def hands_on(slots: int, itemsize: int, columns: int, span: int) -> float:
 def walk(arch: str, tokens: int, width: int, slots: int, itemsize: int, drops: bool) -> Tile:
     if arch == "interpreter":
         return Tile(rows(tokens), 32, 2 * rows(tokens), 4, 1)
-    columns, block = 128 // itemsize, rows(tokens)
+    columns, block, gfx = 128 // itemsize, rows(tokens), arch.startswith("gfx")
+    if drops and is_long(slots, itemsize) and not gfx:
+        columns //= 2
     span = block  # as long as the device stays full
     while span < 512 and divide(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
         span *= 2
@@ -153,7 +166,6 @@ def walk(arch: str, tokens: int, width: int, slots: int, itemsize: int, drops: b
     # larger tile spills without them, too.
     if drops:
         block = min(block, 16 if is_long(slots, itemsize) or arch == "sm_100" else 32)
-        gfx = arch.startswith("gfx")
         return Tile(block, columns, span, 4 if gfx else 8, 1, 0 if gfx else 255)
     return Tile(min(block, 32) if arch.startswith("sm_8") else block, columns, span, 8, 2)
 
@@ -161,7 +173,7 @@ def walk(arch: str, tokens: int, width: int, slots: int, itemsize: int, drops: b
 def gather(arch: str, pool: int) -> Tile:
     """For the sums over partial sums: rows at a time, and columns."""
     tile = routers(arch, pool)
-    if arch == "sm_100":  # for which the compiler spills to fit one program more
+    if arch in SPILLING:
         return tile._replace(num_stages=1, registers=96 if pool < 64 else 128)
     return tile
 
@@ -170,7 +182,8 @@ def routers(arch: str, pool: int) -> Tile:
     """For the routers' gradients, columns alone."""
     if arch == "interpreter":
         return Tile(16, 32, 0, 4, 1)
-    return Tile(32, max(16, min(64, 1024 // pool)), 0, 4 if pool < 64 else 8, 2)
+    registers = 128 if arch in SPILLING and pool > 64 else 0
+    return Tile(32, max(16, min(64, 1024 // pool)), 0, 4 if pool < 64 else 8, 2, registers)
 
 
 def decode(arch: str, slots: int) -> Tile:
