@@ -37,3 +37,21 @@ def test_loras_figures_beside_them():
     }
     assert f"LoRA takes {lora['decoding step']['ratio_to_frozen']:.3f} times" in page
     assert f"has {lora['forward+backward']['launches_beyond_frozen']} launches beyond" in page
+
+
+CASES = {  # of the README's sentences: how the claim begins and ends
+    "0.935 of LoRA's time": ("layer, 4096→4096, 4×320, float32, forward+backward", "peft_lora"),
+    "0.270 of the released": ("layer, 4096→4096, 4×320, float32, forward+backward", "published"),
+    "0.536 of LoRA's memory": ("memory, 4096→4096, 4×320, float32, forward+backward", "peft_lora"),
+    "2048 takes 0.968 of": ("decoder 1×2048, 2×128, float32, E 16, r 4", ": mixlora / peft_lora"),
+    "512 takes 0.983.": ("decoder 2×512, 8×64, float32, E 16, r 4", ": mixlora / peft_lora"),
+    "512 takes 1.325 times": ("layer, 512→512, 8×64, float32, forward+backward", "peft_lora"),
+}
+
+
+def test_the_readmes_ratios():
+    page = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    summary = json.loads((RESULTS / "results.json").read_text())["summary"]
+    for said, (begins, ends) in CASES.items():
+        (bar,) = [bar for bar in summary if bar["claim"].startswith(begins) and bar["claim"].endswith(ends)]
+        assert said in page and bar["measured_text"] in said

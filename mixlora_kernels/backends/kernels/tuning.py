@@ -15,10 +15,7 @@ import torch
 PROGRAMS = 264  # two for each multiprocessor of an H200
 BLOCK_E = 32  # factors at a time where a product runs over them: a float32 product keeps all of its length in registers
 BUCKETS = (16, 128, 1024, 4096)
-SPILLING = (
-    "sm_90",
-    "sm_100",
-)  # for which the compiler, if it is not told a budget, spills sums to fit one program more
+SPILLING = ("sm_90", "sm_100")  # whose compiler spills sums to fit one program more, unless it has a budget
 
 
 class Tile(NamedTuple):
