@@ -96,7 +96,7 @@ def project(arch: str, tokens: int, width: int, pool: int, itemsize: int) -> Til
     if arch.startswith("gfx"):
         return Tile(rows(tokens), columns, span, 4, 2)
     if itemsize == 4:  # exact products, whose operands stay in registers
-        return Tile(rows(tokens), columns, span, 4 if pool < 32 else 8, 3)
+        return Tile(rows(tokens), columns, span, 8 if 16 < pool < 128 else 4, 3)
     return Tile(rows(tokens), columns, span, 4, 4)
 
 
