@@ -142,7 +142,7 @@ def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Ti
     block = 16 if long else rows(tokens)
     if gfx:
         return Tile(block, columns, span, 4 if slots > 16 else 8, 2)
-    return Tile(block, columns, span, 8, 1 if long else 3)
+    return Tile(block, columns, span, 8, 2, 255) if long else Tile(block, columns, span, 8, 3)
 
 
 def hands_on(slots: int, itemsize: int, columns: int, span: int) -> float:
