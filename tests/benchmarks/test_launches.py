@@ -148,7 +148,9 @@ def test_the_launch_path(tmp_path, backend):
         assert all(
             rows[unit, name, training, p]["median_us"] > 0 for name in ("mixlora", "peft_lora") for p in (0, 0.05)
         )
-        assert rows[unit, "mixlora", step, 0]["crossings"] > rows[unit, "base", step, 0]["crossings"]
+        base, lora, ours = (rows[unit, name, step, 0]["crossings"] for name in ("base", "peft_lora", "mixlora"))
+        # The kernels' launches cross no dispatcher; every operation of the torch backend does.
+        assert 0 < ours < lora if backend == "triton" else base < ours
     frozen, lora = (rows["decoder layer", name, training, 0] for name in ("base", "peft_lora"))
     # Seven products and as many in the backward, and three sums of x's gradients. LoRA beside that: x to float32, two
     # products, the scale, the sum and its rounding; and their backward.

@@ -85,7 +85,7 @@ def test_unknown_checkpointing_is_refused():
     forward = layer.forward
     layer.forward = lambda x, **kwargs: checkpoint(lambda x: forward(x, **kwargs), x, use_reentrant=False)
     loss = answer_of(model(input_ids=prompts(1)[0][None], use_cache=False).logits)
-    with pytest.raises(RuntimeError, match="outside of the decoder's forward"):
+    with pytest.raises(RuntimeError, match="outside the decoder's forward"):
         loss.backward()
 
 
