@@ -18,6 +18,7 @@ def eager(x, layer, routing):
     return torch.nn.functional.linear(x, layer.base_layer.weight.to(dtype)) + update
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parameters", ["float32", "same"])
 @pytest.mark.parametrize("dtype", HALF)
 def test_no_worse_than_eager_in_the_same_dtype(dtype, parameters):

@@ -49,6 +49,7 @@ def to(context, device):
     return mk.RoutingContext(*(field.to(device) if isinstance(field, torch.Tensor) else field for field in context))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", mostly_slow([False, True], 1))
 @pytest.mark.parametrize("mode", mostly_slow([MODES[0], MODES[2], MODES[9]], 0), ids=mode_id)
 def test_packed(mode, masked, backend, device):

@@ -98,6 +98,7 @@ def test_launches_of_a_training_step(settings, G, launched, device):
     assert launched == [name for name in FORWARD + BACKWARD if "rout" not in name and name != "pool_kernel"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bias", [False, True])
 def test_writing_the_update_first(bias, monkeypatch, device):
     """With the switch on, the frozen products are added to what the kernels wrote, forward and backward; everything is
@@ -217,6 +218,7 @@ def python(code, **environment):
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_import_triton():
     """Not even when a layer runs on the CPU."""
     code = "import sys, torch, mixlora_kernels as mk; mk.MixLoRALinear(8, 8)(torch.ones(2, 3, 8))"

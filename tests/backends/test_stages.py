@@ -86,6 +86,7 @@ def test_siblings_in_several_launches(together, device, monkeypatch):
         assert value is None or name == "x" or torch.equal(found[name], value), name
 
 
+@pytest.mark.slow
 def test_adjoints(device):
     """⟨expand(project(x)), dy⟩ = ⟨x, dx⟩ = ⟨lora_A, dlora_A⟩ = ⟨lora_B, dlora_B⟩ = ⟨gate, dgate⟩ of each sibling for a
     given routing: the update is linear in each, with the dropout of one call."""
@@ -112,6 +113,7 @@ def test_adjoints(device):
         assert abs(other - value) <= CLOSE * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", mostly_slow([torch.bfloat16, torch.float16], 0))
 def test_half_precision_is_no_worse_than_eager(dtype, device):
     """The design's bound: 1.5 x plain torch's error in that dtype, against float64; root mean squares."""

@@ -45,6 +45,7 @@ def test_verdicts(said, verdict):
     assert read_verdict(said) is verdict
 
 
+@pytest.mark.slow
 def test_mm_avg_is_the_mean_of_the_seven_sets(tmp_path):
     published = {  # MixLoRA E=16, r=4 in Table 1
         "text_vqa": 40.66, "visual_spatial_reasoning": 52.70, "snli_ve_classification": 43.10, "cifar_10": 91.59,

@@ -63,6 +63,7 @@ def test_scalings_are_the_papers_convention():
     assert found["paper_e16_r8"] == 4 and found["paper_e32_r4"] == 16
 
 
+@pytest.mark.slow
 def test_fixed_factors_belong_to_the_instruction_and_serve_equally_often(tiny):
     model, talk = tiny.load()
     method, instructions = methods.METHODS["fixed"], suites.conflict(8, 0)

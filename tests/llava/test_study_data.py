@@ -16,6 +16,7 @@ from mixlora_llava.study.pictures import Scene
 from .study import TINY
 
 
+@pytest.mark.slow
 def test_splits_share_no_picture_and_have_as_many_of_each_digit():
     parts = [pictures.split(name) for name in pictures.SPLITS]
     assert [len(part) for part in parts] == list(pictures.SPLITS.values())

@@ -159,6 +159,7 @@ def test_a_half_written_checkpoint_is_not_used(folder):
     assert train.last_checkpoint(output) == output / "checkpoint-4"
 
 
+@pytest.mark.slow
 def test_goes_on_only_with_the_same_settings(folder):
     train.train(settings(folder, "same"))
     with pytest.raises(ValueError, match="r: 2, now 3"):
@@ -219,6 +220,7 @@ def test_memory_is_counted(folder):
     assert needs["parameters"] == sum(p.numel() * 4 for p in patched.model.parameters())
 
 
+@pytest.mark.slow
 def test_tensorboard_has_every_loss(folder):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", exc_type=ImportError)
     report = train.train(settings(folder, "board", training={"report_to": "tensorboard"}))

@@ -235,6 +235,7 @@ def test_merging_is_refused_with_the_reason(way):
     assert torch.equal(logits_of(model), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("autocast", [True, False])
 def test_half_precision(autocast):
     base = build().bfloat16()

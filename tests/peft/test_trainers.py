@@ -52,6 +52,7 @@ def arguments(folder, **options) -> TrainingArguments:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", mostly_slow([False, True], 1), ids=["", "checkpointed"])
 def test_an_interrupted_run_that_resumes_ends_the_same(tmp_path, checkpointing):
     base = build()

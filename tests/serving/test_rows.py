@@ -54,6 +54,7 @@ def test_a_step_of_few_tokens_is_one_launch(config, launched):
     assert len(chosen) == len(requests)  # or the test says nothing about different choices
 
 
+@pytest.mark.slow
 def test_a_prefill_of_few_tokens_beside_a_decode(config, launched):
     parameters = make_parameters(config)
     layer = make_served(config, parameters, backend="triton")
