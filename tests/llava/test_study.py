@@ -207,11 +207,11 @@ def test_steps_are_timed_against_the_reference_of_the_same_round(tiny, tmp_path)
 
 @pytest.mark.slow
 def test_a_run_goes_on_where_it_was_stopped(tmp_path, capsys):
-    """Searches come before what is reported, nothing is done twice, and results of another base are refused."""
+    """Searches come before what is reported, nothing is done twice, and a search keeps to one base."""
     waves = (plan.Wave(("conflict8",), ("untuned", "lora_r2", "tied_normalized"), (1,)),)
     options = {"workers": 2, "count": 16}
     steps = {"conflict8": 3}
-    found = work.go_on(tmp_path / "runs", tmp_path, TINY, waves, steps, **options)
+    found = work.go_on(tmp_path, TINY, waves, steps, **options)
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").iterdir()}
     assert len(found) == len(files) >= 1 + 2 * 4
     choices = records.choices(found)
@@ -225,12 +225,21 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, capsys):
     before = json.loads(gone.read_text())["found"]
     gone.unlink()
     capsys.readouterr()
-    work.go_on(tmp_path / "runs", tmp_path, TINY, waves, steps, **options)
+    work.go_on(tmp_path, TINY, waves, steps, **options)
     assert {f: f.stat().st_mtime_ns for f in files if f != gone} == {f: t for f, t in files.items() if f != gone}
     after = json.loads(gone.read_text())["found"]
     assert after["accuracy"] == before["accuracy"] and after["loss"] == before["loss"]
-    with pytest.raises(ValueError, match="holds results of the bases"):
-        work.go_on(tmp_path / "runs", tmp_path, TINY._replace(seed=1), waves, steps, **options)
+    # With another base, finished searches hold; one that is not finished has to be begun anew.
+    other = TINY._replace(seed=1)
+    found = work.go_on(tmp_path, other, (waves[0]._replace(seeds=(2,)),), steps, **options)
+    assert len({r.base for r in found}) == 2 and len([r for r in found if r.run.seed == 2]) == 3
+    main(["study", "report", "--results", str(tmp_path)])
+    assert "There are 2 bases" in (tmp_path / "report.md").read_text()
+    for file in (tmp_path / "runs").glob("conflict8-lora_r2-*-seed0-*"):
+        file.unlink()
+        break
+    with pytest.raises(ValueError, match="unfinished searches .* remove conflict8-lora_r2-"):
+        work.go_on(tmp_path, other, waves, steps, **options)
 
 
 @pytest.mark.slow

@@ -21,8 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="a small base and four methods: minutes instead of hours")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     parser.add_argument("--minutes", type=float, help="after which no run is begun any more")
-    parser.add_argument("--results", type=Path, help="folder with runs/; by default the checkout's own")
-    parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/mixlora_study", help="folder of the base")
+    parser.add_argument("--results", type=Path, help="folder of the base and of runs/; by default the checkout's own")
     parser.add_argument("--seconds", type=float, help="of a run of 400 steps, for plan; by default as measured")
 
 
@@ -34,11 +33,11 @@ def run(options: argparse.Namespace) -> None:
         print(report.plan_text(results / "runs", options.seconds))
         return
     if options.what == "time":
-        timing.write(results, base.make(base.QUICK if options.quick else base.Recipe(), options.cache))
+        timing.write(results, base.make(base.QUICK if options.quick else base.Recipe(), results))
     if options.what == "run":
         sizes = (base.QUICK, plan.QUICK, plan.QUICK_STEPS) if options.quick else (base.Recipe(), plan.FULL, plan.STEPS)
         work.go_on(
-            results / "runs", options.cache, *sizes, workers=options.workers, count=160 if options.quick else None,
+            results, *sizes, workers=options.workers, count=160 if options.quick else None,
             seconds=options.minutes and 60 * options.minutes,
         )  # fmt: skip
     print(report.write(results))

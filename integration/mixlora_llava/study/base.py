@@ -63,13 +63,21 @@ class Base(NamedTuple):
     seen: dict[str, float]
 
     def load(self) -> tuple[LlavaForConditionalGeneration, Talk]:
-        model = AutoModelForImageTextToText.from_pretrained(self.folder).eval()
-        return model, Talk(load_processor(self.folder).tokenizer, model.config.image_seq_length)
+        return load(self.folder)
 
 
-def make(recipe: Recipe, cache: Path) -> Base:
-    """Load the base of a recipe from ``cache``, or train it, which takes several minutes."""
-    folder = cache / f"base-{recipe.key}"
+def load(folder: Path) -> tuple[LlavaForConditionalGeneration, Talk]:
+    model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
+    return model, Talk(load_processor(folder).tokenizer, model.config.image_seq_length)
+
+
+def make(recipe: Recipe, results: Path) -> Base:
+    """Load the base of a recipe from the folder of results, or train it, which takes several minutes.
+
+    Another processor trains another base from the same recipe, because it sums in another order. So the base is kept
+    with the results, in half precision: its weights are rounded, and computed with in float32.
+    """
+    folder = results / f"base-{recipe.key}"
     file = folder / "base.json"
     if not file.is_file():
         started = time.monotonic()
@@ -82,10 +90,10 @@ def make(recipe: Recipe, cache: Path) -> Base:
         train_tower(model.model.vision_tower, recipe)
         model.model.vision_tower.requires_grad_(False)
         train_reading(model, talk, recipe)
-        seen = caption_accuracy(model.eval(), talk)
-        small.save(model, processor, folder)
+        small.save(model.half(), processor, folder)
+        model, talk = load(folder)
         found = {
-            "recipe": recipe._asdict(), "digest": model_digest(model), "seen": seen,
+            "recipe": recipe._asdict(), "digest": model_digest(model), "seen": caption_accuracy(model, talk),
             "minutes": (time.monotonic() - started) / 60,
         }  # fmt: skip
         file.write_text(json.dumps(found, indent=1), encoding="utf-8")

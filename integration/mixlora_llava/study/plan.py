@@ -18,7 +18,6 @@ HEADLINE = (
     "untuned", "lora_r4", "lora_r16", "lora_r24", "paper", "normalized", "tied", "tied_normalized",
     "tied_normalized_prompt",
 )  # fmt: skip
-DETAILED = 1  # the seed whose runs record interference and single choices
 
 
 class Wave(NamedTuple):
@@ -29,27 +28,30 @@ class Wave(NamedTuple):
     seeds: tuple[int, ...]
 
 
+FIRST, SECOND = (1, 2, 3), (4, 5, 6)  # seeds of the first base and of the second one: see results/plan.md
 FULL = (
-    Wave(("conflict8",), ("untuned", "lora_r4", "lora_r16", "lora_r24", "paper", "tied_normalized"), (1, 2, 3)),
-    Wave(("many",), ("untuned", "lora_r4", "lora_r24", "paper", "tied_normalized"), (1, 2, 3)),
-    Wave(("conflict8",), ("tied_normalized_prompt", "normalized", "tied"), (1, 2, 3)),
-    Wave(("many",), ("lora_r16", "tied_normalized_prompt", "normalized", "tied"), (1, 2, 3)),
-    Wave(("conflict8",), ("fixed", "lora_r62", "random"), (1, 2, 3)),
-    Wave(("related",), HEADLINE, (1, 2, 3)),
-    Wave(("conflict8", "many"), HEADLINE, (4, 5)),
+    Wave(("conflict8",), ("untuned", "lora_r4", "lora_r16", "lora_r24", "paper", "tied_normalized"), FIRST),
+    Wave(("many",), ("untuned", "lora_r4", "lora_r24", "paper", "tied_normalized"), FIRST),
+    Wave(("conflict8",), ("tied_normalized_prompt", "normalized", "tied"), FIRST),
+    Wave(("many",), ("lora_r16", "tied_normalized_prompt", "normalized", "tied"), FIRST),
+    Wave(("conflict8",), ("fixed", "lora_r62", "random"), FIRST),
+    Wave(("related",), HEADLINE, FIRST),
+    Wave(("conflict8", "many"), HEADLINE, SECOND),
     Wave(("conflict8",), ("lora_r4", "tied_normalized"), (11, 12, 13, 14, 15)),  # to confirm the first wave
-    Wave(("conflict8",), ("lora_r4_longer", "lora_r16_longer", "paper_longer", "tied_normalized_longer"), (1, 2, 3)),
-    Wave(("conflict8",), ("lora_r4_scaling8", "paper_scaling2", "unconditional", "released", "task"), (1, 2, 3)),
-    Wave(("many",), ("fixed", "lora_r62", "random", "unconditional"), (1, 2, 3)),
-    Wave(("conflict32",), HEADLINE, (1, 2, 3)),
-    Wave(("conflict8",), ("specialists_r4", "paper_prompt", "lora_r2", "lora_r8", "lora_r32"), (1, 2, 3)),
-    Wave(("conflict8",), ("paper_e16_r2", "paper_e32_r2", "paper_e32_r4", "paper_e16_r8", "paper_e32_r8"), (1, 2, 3)),
-    Wave(("many",), ("lora_r4_scaling8", "paper_scaling2", "released", "task", "paper_prompt"), (1, 2, 3)),
-    Wave(("related", "conflict32"), HEADLINE, (4, 5)),
-    Wave(("many",), ("lora_r2", "lora_r8", "lora_r32", "paper_e16_r2", "paper_e32_r2", "paper_e32_r4"), (1, 2, 3)),
-    Wave(("many",), ("paper_e16_r8", "paper_e32_r8", "lora_r4_longer", "lora_r16_longer"), (1, 2, 3)),
-    Wave(("many",), ("paper_longer", "tied_normalized_longer"), (1, 2, 3)),
-    Wave(("related",), ("specialists_r4", "fixed"), (1, 2, 3)),
+    Wave(("conflict8",), ("lora_r4_scaling8", "paper_scaling2", "unconditional", "released", "task"), SECOND),
+    Wave(("conflict8",), ("lora_r4_longer", "lora_r16_longer", "paper_longer", "tied_normalized_longer"), SECOND),
+    Wave(("related",), HEADLINE, SECOND),
+    Wave(("conflict8",), ("fixed", "lora_r62", "random"), SECOND),
+    Wave(("conflict32",), HEADLINE, SECOND),
+    Wave(("many",), ("fixed", "lora_r62", "random", "unconditional"), SECOND),
+    Wave(("conflict8",), ("specialists_r4", "paper_prompt", "lora_r2", "lora_r8", "lora_r32"), SECOND),
+    Wave(("conflict8",), ("paper_e16_r2", "paper_e32_r2", "paper_e32_r4", "paper_e16_r8", "paper_e32_r8"), SECOND),
+    Wave(("many",), ("lora_r4_scaling8", "paper_scaling2", "released", "task", "paper_prompt"), SECOND),
+    Wave(("many",), ("lora_r2", "lora_r8", "lora_r32", "paper_e16_r2", "paper_e32_r2", "paper_e32_r4"), SECOND),
+    Wave(("many",), ("paper_e16_r8", "paper_e32_r8", "lora_r4_longer", "lora_r16_longer"), SECOND),
+    Wave(("many",), ("paper_longer", "tied_normalized_longer"), SECOND),
+    Wave(("related",), ("specialists_r4", "fixed"), SECOND),
+    Wave(("conflict32",), HEADLINE, (7, 8)),
 )
 QUICK = (Wave(("conflict8",), ("untuned", "lora_r4", "paper", "tied_normalized"), (1,)),)
 QUICK_STEPS = {"conflict8": 150}
@@ -90,11 +92,19 @@ def chosen(suite: str, method: str, found: Found, given: Mapping[str, int] = STE
     return search(suite, method, found, given)[1]
 
 
+def begun(found: Found, given: Mapping[str, int] = STEPS) -> list[Run]:
+    """The runs of searches that are not finished."""
+    places = {(run.suite, run.method) for run in found}
+    open_places = {place for place in places if place[0] in given and chosen(*place, found, given) is None}
+    return [run for run in found if (run.suite, run.method) in open_places]
+
+
 def ordered(found: Found, waves: tuple[Wave, ...] = FULL, given: Mapping[str, int] = STEPS) -> Iterator[Run]:
     """All runs that are known so far, finished or not, the most important first. Some are listed twice.
 
-    A run is known when its learning rate has been chosen.
+    A run is known when its learning rate has been chosen. The first seed of a method and suite is recorded in detail.
     """
+    detailed: set[tuple[str, str]] = set()
     for wave in waves:
         for suite in wave.suites:
             for method in wave.methods:
@@ -102,7 +112,9 @@ def ordered(found: Found, waves: tuple[Wave, ...] = FULL, given: Mapping[str, in
                 yield from runs
                 if rate is not None:
                     for seed in wave.seeds:
-                        yield Run(suite, method, rate, seed, steps(suite, method, given), seed == DETAILED)
+                        detail = (suite, method) not in detailed
+                        detailed.add((suite, method))
+                        yield Run(suite, method, rate, seed, steps(suite, method, given), detail)
 
 
 def least(waves: tuple[Wave, ...] = FULL) -> dict[Wave, int]:

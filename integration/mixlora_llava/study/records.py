@@ -21,7 +21,7 @@ class Record(NamedTuple):
 
     Attributes:
         found: the result of ``tuning.run`` with ``seconds``; or ``failed``, the reason why there is no result.
-        base: the digest of the base's weights. Accuracies of different bases are not compared.
+        base: the digest of the base. Differences of methods are taken on the same base.
         made: versions, commit, processor and date.
     """
 

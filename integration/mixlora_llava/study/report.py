@@ -1,7 +1,7 @@
 """Write the report. All its statements are computed from the raw results in its folder."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import mean, median
 
@@ -18,17 +18,16 @@ def write(folder: Path) -> Path:
     """Write ``report.md``, ``summary.json`` and the pictures beside ``runs/``. Return the report's path.
 
     Raises:
-        ValueError: there are no raw results, or they belong to several bases.
+        ValueError: there are no raw results.
     """
     found = records.read(folder / "runs")
     if not found:
         raise Refusal(f"{folder / 'runs'} has no raw results: mixlora study run makes them")
-    if len(bases := {record.base for record in found}) > 1:
-        raise Refusal(f"{folder / 'runs'} has results of several bases: {sorted(bases)}")
     table = cells(found)
     drawn = figures.draw(folder, found, table)
     parts = [
         head(found),
+        bases(found),
         tables.headline(table),
         tables.differences(table),
         tables.confirmation(found),
@@ -74,8 +73,22 @@ seeds, their number in parentheses; intervals are Student's, {CONFIDENCE:.0%}, o
 
 Suites: `conflict8` and `conflict32`, as many code words, each with its own mapping of digits (every second also of
 inks, so that its answers have two words); `many`, fifty instructions of arithmetic and sight, a fifth of them unseen in
-training; `related`, six instructions that need the same sight. The pretrained base, the size of the model and the
-pictures are one each: the intervals say nothing about others."""
+training; `related`, six instructions that need the same sight. The size of the model and the pictures are one each: the
+intervals say nothing about others."""
+
+
+def bases(found: list[Record]) -> str:
+    """Say which seeds belong to which base, if there are several."""
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for record in sorted(found, key=lambda record: record.made["date"]):
+        seeds[record.base].add(record.run.seed)
+    if len(seeds) == 1:
+        return ""
+    said = "; ".join(f"{base} with the seeds {', '.join(map(str, sorted(own)))}" for base, own in seeds.items())
+    return (
+        f"There are {len(seeds)} bases, trained alike on different processors: {said}. Differences are paired by base "
+        "and seed, so that their intervals include the base. A rate that was searched with one base is used with all."
+    )
 
 
 def pictures(drawn: dict[str, str]) -> str:
@@ -95,7 +108,7 @@ def provenance(found: list[Record]) -> str:
     dates = sorted(one["date"] for one in made)
     return f"""## Made with
 
-{named}; Python {every("python")}; commits {every("commit")}; {every("cpu")}; base {found[0].base}; runs begun from
+{named}; Python {every("python")}; commits {every("commit")}; {every("cpu")}; base {", ".join(sorted({record.base for record in found}))}; runs begun from
 {dates[0]} to {dates[-1]}; {hours:.1f} hours of one core.
 `mixlora study report` draws everything again from the raw results in `runs/`, and
 `mixlora study run` goes on with what is missing."""

@@ -21,9 +21,9 @@ def start_worker() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def make_base(recipe: bases.Recipe, cache: Path) -> bases.Base:
+def make_base(recipe: bases.Recipe, results: Path) -> bases.Base:
     """Make the base in a worker too, which has one thread, so that its sums do not depend on the number of threads."""
-    return bases.make(recipe, cache)
+    return bases.make(recipe, results)
 
 
 def carry_out(spec: Run, base: bases.Base, count: int | None, made: dict) -> records.Record:
@@ -38,31 +38,31 @@ def carry_out(spec: Run, base: bases.Base, count: int | None, made: dict) -> rec
 
 
 def go_on(
-    folder: Path, cache: Path, recipe: bases.Recipe, waves: tuple[plan.Wave, ...], steps: dict[str, int], *,
+    results: Path, recipe: bases.Recipe, waves: tuple[plan.Wave, ...], steps: dict[str, int], *,
     workers: int, count: int | None = None, seconds: float | None = None,
 ) -> list[records.Record]:  # fmt: skip
     """Do the missing runs of a plan.
 
     Args:
-        folder: the folder of raw results. Each run adds a file.
-        cache: the folder of trained bases.
+        results: the folder with the base, and with the raw results in ``runs``. Each run adds a file.
         workers: the number of runs at a time. Each has one thread.
         count: the number of questions of each split.
         seconds: the time after which no more runs are started.
 
     Raises:
-        ValueError: the folder has results of another base.
+        ValueError: the search for a learning rate was begun with another base.
     """
+    folder = results / "runs"
     os.environ["OMP_NUM_THREADS"] = "1"  # before a worker starts, because it changes the order of sums
     began, made = time.monotonic(), records.made()
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=start_worker) as pool:
-        base = pool.submit(make_base, recipe, cache).result()
+        base = pool.submit(make_base, recipe, results).result()
         print(f"base {base.digest}: captions right by word {base.seen}", flush=True)
         done = {record.run._replace(detail=False): record for record in records.read(folder)}
-        if others := {record.base for record in done.values()} - {base.digest}:
+        if begun := plan.begun(records.choices(r for r in done.values() if r.base != base.digest), steps):
             raise Refusal(
-                f"{folder} holds results of the bases {sorted(others)}, this is {base.digest}: accuracies of different "
-                "bases are not compared; give another --results, or the cache with the base that those were made with"
+                f"{folder} holds unfinished searches for a learning rate with another base than {base.digest}, which "
+                f"cannot go on with this one: remove {', '.join(sorted(run.name for run in begun))}"
             )
         running: dict[Future, Run] = {}
         while True:
