@@ -238,7 +238,7 @@ def test_a_run_goes_on_where_it_was_stopped(tmp_path, capsys):
     for file in (tmp_path / "runs").glob("conflict8-lora_r2-*-seed0-*"):
         file.unlink()
         break
-    with pytest.raises(ValueError, match="unfinished searches .* remove conflict8-lora_r2-"):
+    with pytest.raises(ValueError, match=r"unfinished searches .* remove conflict8-lora_r2-"):
         work.go_on(tmp_path, other, waves, steps, **options)
 
 

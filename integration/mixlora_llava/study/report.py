@@ -27,7 +27,7 @@ def write(folder: Path) -> Path:
     drawn = figures.draw(folder, found, table)
     parts = [
         head(found),
-        bases(found),
+        several_bases(found),
         tables.headline(table),
         tables.differences(table),
         tables.confirmation(found),
@@ -77,7 +77,7 @@ training; `related`, six instructions that need the same sight. The size of the 
 intervals say nothing about others."""
 
 
-def bases(found: list[Record]) -> str:
+def several_bases(found: list[Record]) -> str:
     """Say which seeds belong to which base, if there are several."""
     seeds: dict[str, set[int]] = defaultdict(set)
     for record in sorted(found, key=lambda record: record.made["date"]):
@@ -105,10 +105,10 @@ def provenance(found: list[Record]) -> str:
     def every(field: str) -> str:
         return ", ".join(sorted({str(one[field]) for one in made}))
 
-    dates = sorted(one["date"] for one in made)
+    dates, bases = sorted(one["date"] for one in made), ", ".join(sorted({record.base for record in found}))
     return f"""## Made with
 
-{named}; Python {every("python")}; commits {every("commit")}; {every("cpu")}; base {", ".join(sorted({record.base for record in found}))}; runs begun from
+{named}; Python {every("python")}; commits {every("commit")}; {every("cpu")}; base {bases}; runs begun from
 {dates[0]} to {dates[-1]}; {hours:.1f} hours of one core.
 `mixlora study report` draws everything again from the raw results in `runs/`, and
 `mixlora study run` goes on with what is missing."""
