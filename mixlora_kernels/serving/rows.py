@@ -25,9 +25,9 @@ class Rows:
     and ``Pairs`` keep the same choices for the products with all factors, which are used for more tokens."""
 
     def __init__(self, members: int, config: MixLoRAConfig, device: torch.device):
-        from ..backends.kernels.decode import MOST_PAIRS, decode_op  # here, because it imports Triton
+        from ..backends.kernels.decode import DECODE, MOST_PAIRS  # here, because it imports Triton
 
-        self.most, self.decode = MOST_PAIRS // config.r, decode_op
+        self.most, self.decode = MOST_PAIRS // config.r, DECODE.on
         self.scale = config.scaling
         self.index_a = torch.zeros(members, 0, config.r, dtype=torch.int32, device=device)
         self.index_b = torch.zeros(members, 0, config.r, dtype=torch.int32, device=device)
@@ -57,7 +57,7 @@ class Rows:
         """Add the update of x [N, D] to each member's y [N, O]. ``blocks`` [N] int64 has the first KV block of each
         token's request."""
         # The kernel takes the request's first KV block as the index of the token's instance.
-        self.decode(
+        self.decode(x)(
             list(ys), x, list(lora_A), list(lora_B), self.index_a, self.index_b, self.gate, self.scale, blocks,
             self.gate.shape[1], 0,
         )  # fmt: skip

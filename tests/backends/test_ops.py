@@ -182,17 +182,18 @@ def test_lengths_do_not_recompile_for_ever(device):
 )
 def test_registered_operators(settings, device, monkeypatch):
     """torch.library.opcheck on what the stages call: schemas, what is mutated, fake outputs, dynamic shapes."""
+    from mixlora_kernels.backends.kernels.launch import Op
+
     calls = []
-    for name in ("project", "expand", "expand_backward", "project_backward", "decode"):
-        module = sys.modules[f"{kernels.__name__}.{name}"]
-        op = vars(module)[f"{name}_op"]
 
-        def record(*arguments, op=op, name=name):
-            registered = getattr(torch.ops.mixlora_kernels, name).default  # what a graph being traced calls
-            calls.append((registered, tuple(copy(argument) for argument in arguments)))
-            return op(*arguments)
+    def on(op, x):
+        def record(*arguments):
+            calls.append((op.registered, tuple(copy(argument) for argument in arguments)))
+            return op.run(*arguments)
 
-        monkeypatch.setattr(module, f"{name}_op", record)
+        return record
+
+    monkeypatch.setattr(Op, "on", on)
     group = make_stages_group(device, widths=(10, 7), L=9, D=12, **settings)
     routing, _ = run_stages(kernels.KERNELS, group)
     kept = Routing(*routing[:3], None, None)

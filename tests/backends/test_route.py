@@ -15,9 +15,10 @@ def choose(logits, table, r, gate="straight_through"):
     outputs = route.allocate_routing(logits[0], False, G, B, E, r, True, "none" if table is None else "factors")
     index_a, weight, probs_a, _, index_b, probs_b, kept = outputs
     slabs = torch.stack((logits * 0.25, logits * 0.75), 1)[:, None]  # [2, G, slabs, B, E]
-    route.launch_route(
-        slabs, None if table is None else table[None, None], index_a, index_b, weight, probs_a, probs_b, kept,
-        route.gate_total(gate, r),
+    launch = route.plan_route(slabs.shape, r, 0 if table is None else 1, route.gate_total(gate, r))
+    launch(
+        logits.device, logits=slabs, table=None if table is None else table[None, None], index_a=index_a,
+        index_b=index_b, gate=weight, probs_a=probs_a, probs_b=probs_b, kept=kept,
     )  # fmt: skip
     return [t[0] for t in (index_a, index_b, weight, probs_a, probs_b)]
 

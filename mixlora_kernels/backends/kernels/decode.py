@@ -15,7 +15,7 @@ from torch import Tensor
 from ...frozen import frozen_product
 from ..base import FrozenLinear, Group
 from . import tuning
-from .launch import Launch, as_pools, as_rows, plan, register
+from .launch import Launch, Op, as_pools, as_rows, plan
 from .siblings import choose, count_pieces, find_piece
 
 # tokens × slots up to which this beats project and expand: every program reads r rows of lora_A for each token
@@ -31,7 +31,7 @@ def decode(group: Group) -> Sequence[Tensor]:
     """``Backend.decode``."""
     x, instances, routing = group.x, group.instances, group.given
     ys = [frozen_product(x, *base) if isinstance(base, FrozenLinear) else base.clone() for base in group.bases]
-    decode_op(
+    DECODE.on(x)(
         ys, x, [own.lora_A for own in group.factors], [own.lora_B for own in group.factors], routing.index_a,
         routing.index_b, routing.gate, group.options.scale, instances.segment, instances.count, instances.length or 0,
     )  # fmt: skip
@@ -76,7 +76,7 @@ def allocate_decode(
     """Nothing: it adds to ``ys``."""
 
 
-def fill_decode(_, ys, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, B, L):
+def run_decode(ys, x, lora_A, lora_B, index_a, index_b, gate, scale, segment, B, L):
     x = as_rows(x)
     launch = plan_decode(
         tuning.architecture(x.device), *x.shape, B, L, index_a.shape[2], scale,
@@ -98,4 +98,4 @@ def plan_decode(arch, N, D, B, L, R, scale, stride_x, widths, strides) -> Launch
     )  # fmt: skip
 
 
-decode_op = register("decode", fill_decode, allocate_decode, mutates=["ys"])
+DECODE = Op("decode", run_decode, allocate_decode, mutates=["ys"])

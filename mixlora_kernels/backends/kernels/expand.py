@@ -13,7 +13,7 @@ from torch import Tensor
 from ...routing import Routing
 from ..base import Group, Saved
 from . import tuning
-from .launch import Launch, as_pools, as_rows, plan, register
+from .launch import Launch, Op, as_pools, as_rows, plan
 from .product import dot, dot_precision
 from .rank_r import chosen_rows, slot_weights
 from .siblings import choose, count_pieces, find_piece
@@ -33,7 +33,7 @@ def expand(
         outs, bases = ys, ys
     else:
         outs, bases = [torch.empty_like(y, memory_format=torch.contiguous_format) for y in ys], ys
-    chosen = expand_op(
+    chosen = EXPAND.on(group.x)(
         outs, [] if in_place else bases, u, [own.lora_B for own in group.factors], routing.index_a, routing.index_b,
         routing.gate, group.options.scale, instances.cu_seqlens, instances.count, instances.length or 0, in_place,
     )  # fmt: skip
@@ -91,7 +91,8 @@ def allocate_expand(
     return u.new_empty(u.shape[0], u.shape[2], index_a.shape[2])
 
 
-def fill_expand(chosen, outs, bases, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, in_place):
+def run_expand(outs, bases, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, in_place):
+    chosen = allocate_expand(outs, bases, u, lora_B, index_a, index_b, gate, scale, cu_seqlens, B, L, in_place)
     bases = tuple([as_rows(base) for base in bases]) or None
     launch = plan_expand(
         tuning.architecture(u.device), outs[0].element_size(), u.shape, index_a.shape[2], scale, cu_seqlens is not None,
@@ -102,6 +103,7 @@ def fill_expand(chosen, outs, bases, u, lora_B, index_a, index_b, gate, scale, c
         u.device, outs=tuple(outs), bases=bases, u=u, pools=as_pools(lora_B), index_a=index_a, index_b=index_b,
         gate=gate, chosen=chosen, cu_seqlens=cu_seqlens,
     )  # fmt: skip
+    return chosen
 
 
 @plan
@@ -118,4 +120,4 @@ def plan_expand(
     )  # fmt: skip
 
 
-expand_op = register("expand", fill_expand, allocate_expand, mutates=["outs"])
+EXPAND = Op("expand", run_expand, allocate_expand, mutates=["outs"])

@@ -18,7 +18,7 @@ from ...routing import Routing
 from ..base import Group, Needs, Saved
 from . import tuning
 from .gather import gather_by_factor
-from .launch import Launch, as_pools, as_rows, plan, register
+from .launch import Launch, Op, as_pools, as_rows, plan
 from .product import dot, dot_precision
 from .rank_r import chosen_rows, slot_columns, slot_weights
 from .route import gate_total, route_backward
@@ -32,7 +32,7 @@ def expand_backward(
     """``Stages.expand_backward``; what it carries is du [G, N, R], and the gradients of the logits [1 or 2, G, B, E]
     and of the looked-up rows of T [G, B, R, E], all float32, None where there are none."""
     instances, options, (chosen, _, kept, _) = group.instances, group.options, saved
-    du, *rest = expand_backward_op(
+    du, *rest = EXPAND_BACKWARD.on(chosen)(
         dys, chosen, [own.lora_B for own in group.factors], routing.index_a,
         None if options.tied else routing.index_b, routing.gate, *drouting, routing.probs_a, routing.probs_b, kept,
         options.scale, options.gate, instances.cu_seqlens, instances.count, instances.length or 0,
@@ -223,14 +223,18 @@ def allocate_expand_backward(
     return outputs
 
 
-def fill_expand_backward(
-    outputs, dys, u, lora_B, index_a, index_b, gate, dgate, dprobs_a, dprobs_b, probs_a, probs_b, kept, scale,
+def run_expand_backward(
+    dys, u, lora_B, index_a, index_b, gate, dgate, dprobs_a, dprobs_b, probs_a, probs_b, kept, scale,
     gate_kind, cu_seqlens, B, L, need_B, need_gate, routes,
 ):  # fmt: skip
-    du, *outputs = outputs
-    dgate_out = outputs.pop(0) if need_gate else None
-    dlogits = outputs.pop(0) if routes else None
-    dlooked = outputs.pop(0) if routes and looks_up(kept) else None
+    outputs = allocate_expand_backward(
+        dys, u, lora_B, index_a, index_b, gate, dgate, dprobs_a, dprobs_b, probs_a, probs_b, kept, scale, gate_kind,
+        cu_seqlens, B, L, need_B, need_gate, routes,
+    )  # fmt: skip
+    du, *dlora_B = outputs
+    dgate_out = dlora_B.pop(0) if need_gate else None
+    dlogits = dlora_B.pop(0) if routes else None
+    dlooked = dlora_B.pop(0) if routes and looks_up(kept) else None
     dys = tuple([as_rows(dy) for dy in dys])
     need_dots = need_gate or (routes and gate_kind != "binary")
     (_, N, R), E = u.shape, lora_B[0].shape[0]
@@ -249,10 +253,11 @@ def fill_expand_backward(
     collect(u.device, dys=dys, u=u, pools=as_pools(lora_B), index=index, gate=gate, cu_seqlens=cu_seqlens, **between)
     dgate, dprobs_a, dprobs_b = (None if t is None else t.contiguous() for t in (dgate, dprobs_a, dprobs_b))
     gather(
-        u.device, index=index, gate=gate, cu_seqlens=cu_seqlens, du=du, dlora_B=tuple(outputs) or None,
+        u.device, index=index, gate=gate, cu_seqlens=cu_seqlens, du=du, dlora_B=tuple(dlora_B) or None,
         dgate=dgate_out, dgate_given=dgate, dprobs_a=dprobs_a, dprobs_b=dprobs_b, index_a=index_a, index_b=index_b,
         probs_a=probs_a, probs_b=probs_b, kept=kept, dlogits=dlogits, dlooked=dlooked, **between,
     )  # fmt: skip
+    return outputs
 
 
 @plan
@@ -281,4 +286,4 @@ def plan_expand_backward(
     return collect, gather, chunks, pieces, sum(widths)
 
 
-expand_backward_op = register("expand_backward", fill_expand_backward, allocate_expand_backward)
+EXPAND_BACKWARD = Op("expand_backward", run_expand_backward, allocate_expand_backward)

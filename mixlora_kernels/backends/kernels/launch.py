@@ -15,7 +15,6 @@ from torch import Tensor
 plan = lru_cache(maxsize=4096)
 
 library = torch.library.Library("mixlora_kernels", "FRAGMENT")
-implementations: dict[str, Callable] = {}  # of the ops, by name; benchmarks/compile_report.py calls them directly
 
 
 class Launch:
@@ -80,42 +79,27 @@ def as_pools(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(tensors)
 
 
-def register(name: str, fill: Callable, allocate: Callable, mutates: Sequence[str] = ()) -> Callable:
-    """Register ``mixlora_kernels::<name>``, opaque to torch.compile, and return what calls it.
+class Op:
+    """An op ``torch.ops.mixlora_kernels.<name>``, opaque to torch.compile.
 
-    ``allocate`` takes the op's arguments and returns its outputs with nothing in them, which is all that a graph being
-    traced needs; ``fill`` takes the outputs and the arguments, and launches. The op's signature is read off the
-    annotations of ``allocate``. Only a graph being traced goes through the dispatcher, which costs as much as several
-    launches.
+    Args:
+        run: allocates the op's outputs, fills them with launches, and returns them.
+        allocate: takes ``run``'s arguments and returns its outputs with nothing in them, which is all that a graph
+            being traced needs. The op's signature is read off its annotations.
+        mutates: the names of the arguments that ``run`` changes.
     """
 
-    def op(*arguments):
-        outputs = allocate(*arguments)
-        fill(outputs, *arguments)
-        return outputs
+    def __init__(self, name: str, run: Callable, allocate: Callable, mutates: Sequence[str] = ()):
+        self.run = run
+        schema = torch.library.infer_schema(allocate, mutates_args=mutates)
+        library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+        for key in ("CPU", "CUDA"):
+            library.impl(name, run, key)
+        torch.library.register_fake(f"mixlora_kernels::{name}", allocate, lib=library)
+        self.registered = getattr(torch.ops.mixlora_kernels, name).default
 
-    schema = torch.library.infer_schema(allocate, mutates_args=mutates)
-    library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-    for key in ("CPU", "CUDA"):
-        library.impl(name, op, key)
-    torch.library.register_fake(f"mixlora_kernels::{name}", allocate, lib=library)
-    registered = getattr(torch.ops.mixlora_kernels, name).default
-
-    def call(*arguments):
-        if torch.compiler.is_compiling() or is_traced(arguments):
-            return registered(*arguments)
-        outputs = allocate(*arguments)
-        fill(outputs, *arguments)
-        return outputs
-
-    op.module = fill.__module__
-    implementations[name] = op
-    return call
-
-
-def is_traced(arguments: tuple) -> bool:
-    """Whether the first tensor is one of a graph being traced, or of another subclass that has to see the op."""
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            return type(argument) not in (Tensor, torch.nn.Parameter) or argument.device.type == "meta"
-    return False
+    def on(self, x: Tensor) -> Callable:
+        """What to call for tensors like x. Only a graph being traced, or a subclass of tensors that has to see the op,
+        goes through the dispatcher, which costs as much as several launches."""
+        plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
+        return self.run if plain and not torch.compiler.is_compiling() else self.registered

@@ -8,7 +8,6 @@ over slabs of the width, which ``route`` adds up in a fixed order. T depends on 
 in the same launch.
 """
 
-import torch
 import triton
 import triton.language as tl
 
@@ -113,38 +112,19 @@ def pool_kernel(
         )  # fmt: skip
 
 
-def launch_products(
-    sums, read, share, equal_share, rows: int, cu_seqlens, B: int, L: int, routers, table, pooled, row_sums
-):
-    """The logits' slabs [1 or 2, G, slabs, B, E] and T's [G, splits, R, E, E], T turned (what is looked up is a row).
+@plan
+def plan_pool(
+    arch, router_shape, G, unties, table_shape, published, equal_share, rows: int, packed, B, L
+) -> tuple[Launch, tuple, tuple]:  # fmt: skip
+    """The launch; and the shapes of the logits' slabs [1 or 2, G, slabs, B, E] and of T's [G, splits, R, E, E]. T is
+    turned: what is looked up is a row.
 
     Args:
-        sums: of tiles of ``rows`` tokens [tiles, D], or None, and then ``read`` [B, W] is what the routers read.
-        share: what a pooled token counts [B, 1], or None: ``equal_share``.
-        routers: A's and B's of each sibling; B's may be None.
-        table: lora_A and router_AB of each sibling, and the conditioning; or None.
-        pooled, row_sums: where the mean [B, D] and published conditioning's sums [G, R, 2, E] go, or None.
+        router_shape: of router_A [E, W], and of router_B where it ``unties``.
+        table_shape: of router_AB [R, E, D], or None.
+        equal_share: what a pooled token counts, unless the launch is given each instance's ``share``.
+        rows: the tokens of a tile, of which the launch is given the sums; or it is given what the routers ``read``.
     """
-    (router_A, router_B), device = routers, routers[0][0].device
-    lora_A, router_AB, conditioning = table or (None, None, None)
-    launch, shape, table_shape = plan_products(
-        tuning.architecture(device), router_A[0].shape, len(router_A), router_B is not None,
-        router_AB and router_AB[0].shape, conditioning == "published", equal_share, rows, cu_seqlens is not None, B, L,
-    )  # fmt: skip
-    logits = router_A[0].new_empty(shape, dtype=torch.float32)
-    products = logits.new_empty(table_shape) if table else None
-    launch(
-        device, sums=sums, read=read, share=share, cu_seqlens=cu_seqlens, router_A=router_A, router_B=router_B,
-        pooled=pooled, logits=logits, lora_A=lora_A, router_AB=router_AB, table=products, row_sums=row_sums,
-    )  # fmt: skip
-    return logits, products
-
-
-@plan
-def plan_products(
-    arch, router_shape, G, unties, table_shape, published, equal_share, rows, packed, B, L
-) -> tuple[Launch, tuple, tuple]:  # fmt: skip
-    """The launch, and the shapes of the logits' and T's slabs."""
     E, W = router_shape
     tile = tuning.pool(arch, tuning.pad(E))
     slabs = tuning.divide(W, tile.columns)

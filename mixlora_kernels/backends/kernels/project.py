@@ -19,10 +19,10 @@ from ...routing import Routing
 from ..base import Group, Saved
 from . import tuning
 from .dropout import keep_tile
-from .launch import Launch, as_pools, as_rows, plan, register
-from .pool import launch_products
+from .launch import Launch, Op, as_pools, as_rows, plan
+from .pool import plan_pool
 from .product import dot, dot_precision
-from .route import allocate_routing, gate_total, launch_route
+from .route import allocate_routing, gate_total, plan_route
 from .tiles import count_tiles, find_rows, padded_count, row_tile
 
 
@@ -32,7 +32,7 @@ def project(group: Group) -> tuple[Routing, Saved]:
     instances, options, routes = group.instances, group.options, group.given is None
     lora_A, *routers = zip(*((own.lora_A, own.router_A, own.router_B, own.router_AB) for own in group.factors))
     router_A, router_B, router_AB = ([t for t in own if t is not None and routes] for own in routers)
-    u, *routed = project_op(
+    u, *routed = PROJECT.on(group.x)(
         group.x, lora_A, router_A, router_B, router_AB, group.read, instances.cu_seqlens, instances.mask,
         instances.mean_weights, group.seeds, instances.count, instances.length or 0,
         dropped_levels(options.p), options.r, options.gate,
@@ -133,33 +133,51 @@ def allocate_project(
     return outputs
 
 
-def fill_project(
-    outputs, x, lora_A, router_A, router_B, router_AB, read, cu_seqlens, mask, share, seeds, B, L,
+def run_project(
+    x, lora_A, router_A, router_B, router_AB, read, cu_seqlens, mask, share, seeds, B, L,
     dropped, r, gate, conditioning, routes,
 ):  # fmt: skip
-    x, pools, (N, D), E = as_rows(x), as_pools(lora_A), x.shape, lora_A[0].shape[0]
-    u, *routed = outputs
-    launches, tiles, rows = plan_project(
-        tuning.architecture(x.device), x.element_size(), N, D, x.stride(0), E, len(pools), cu_seqlens is not None,
-        B, L, dropped, dot_precision(),
+    outputs = allocate_project(
+        x, lora_A, router_A, router_B, router_AB, read, cu_seqlens, mask, share, seeds, B, L,
+        dropped, r, gate, conditioning, routes,
     )  # fmt: skip
+    u, *routed = outputs
+    arch, device, packed = tuning.architecture(x.device), x.device, cu_seqlens is not None
+    x, pools, (N, D), E = as_rows(x), as_pools(lora_A), x.shape, lora_A[0].shape[0]
+    launches, tiles, rows = plan_project(
+        arch, x.element_size(), N, D, x.stride(0), E, len(pools), packed, B, L, dropped, dot_precision()
+    )
     sums = x.new_empty(tiles, D, dtype=torch.float32) if routes and read is None else None
     for members, launch in launches:
         first, several = members.start == 0, len(launches) > 1
         launch(
-            x.device, x=x, pools=pools[members], cu_seqlens=cu_seqlens, mask=mask if sums is not None else None,
+            device, x=x, pools=pools[members], cu_seqlens=cu_seqlens, mask=mask if sums is not None else None,
             seeds=seeds[members] if several and seeds is not None else seeds,
             u=u[members] if several else u, sums=sums if first else None,
         )  # fmt: skip
-    if routes:
-        index_a, weight, probs_a, pooled, *untied = routed
-        index_b, probs_b, kept, row_sums = (*untied, None, None, None, None)[:4]
-        routers = as_pools(router_A), as_pools(router_B) if router_B else None
-        table = (pools, as_pools(router_AB), conditioning) if router_AB else None
-        logits, table = launch_products(
-            sums, read, share, 1.0 / (L or 1), rows, cu_seqlens, B, L, routers, table, pooled, row_sums
-        )
-        launch_route(logits, table, index_a, index_b, weight, probs_a, probs_b, kept, gate_total(gate, r))
+    if not routes:
+        return outputs
+
+    index_a, weight, probs_a, pooled, *untied = routed
+    index_b, probs_b, kept, row_sums = (*untied, None, None, None, None)[:4]
+    router_A, router_B, router_AB = (as_pools(own) if own else None for own in (router_A, router_B, router_AB))
+    pool, logits_shape, table_shape = plan_pool(
+        arch, router_A[0].shape, len(pools), router_B is not None, router_AB and router_AB[0].shape,
+        conditioning == "published", 1.0 / (L or 1), rows, packed, B, L,
+    )  # fmt: skip
+    logits = u.new_empty(logits_shape)
+    table = u.new_empty(table_shape) if router_AB else None
+    pool(
+        device, sums=sums, read=read, share=share, cu_seqlens=cu_seqlens, router_A=router_A, router_B=router_B,
+        pooled=pooled, logits=logits, lora_A=pools if router_AB else None, router_AB=router_AB, table=table,
+        row_sums=row_sums,
+    )  # fmt: skip
+    route = plan_route(logits_shape, r, table_shape[1] if router_AB else 0, gate_total(gate, r))
+    route(
+        device, logits=logits, table=table, index_a=index_a, index_b=index_b, gate=weight, probs_a=probs_a,
+        probs_b=probs_b, kept=kept,
+    )  # fmt: skip
+    return outputs
 
 
-project_op = register("project", fill_project, allocate_project)
+PROJECT = Op("project", run_project, allocate_project)

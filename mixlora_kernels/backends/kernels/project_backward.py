@@ -16,7 +16,7 @@ from ...routing import Routing
 from ..base import Gradients, Group, Needs, Saved
 from . import tuning
 from .gather import gather_by_factor
-from .launch import Launch, as_pools, as_rows, plan, register
+from .launch import Launch, Op, as_pools, as_rows, plan
 from .routers_backward import launch_routers_backward
 from .siblings import choose
 from .walk import launch_walk
@@ -36,7 +36,7 @@ def project_backward(
     outs = [torch.empty_like(pooled)] if needs.routers and not options.reads_x else []
     for tensors in (lora_A if needs.lora_A else (), *routers):
         outs += [torch.empty_like(own) for own in as_pools(tensors)]
-    project_backward_op(
+    PROJECT_BACKWARD.on(du)(
         outs, dx if needs.x else None, x if needs.lora_A else None, du, lora_A, *routers, pooled, dlogits, dlooked,
         routing.index_a, row_sums, instances.cu_seqlens, instances.mask, instances.mean_weights, group.seeds,
         instances.count, instances.length or 0, dropped_levels(options.p), options.reads_x, overwrite, needs.lora_A,
@@ -92,8 +92,8 @@ def allocate_project_backward(
     and of the routers given."""
 
 
-def fill_project_backward(
-    _, outs, dx, x, du, lora_A, router_A, router_B, router_AB, pooled, dlogits, dlooked, index_a, row_sums, cu_seqlens,
+def run_project_backward(
+    outs, dx, x, du, lora_A, router_A, router_B, router_AB, pooled, dlogits, dlooked, index_a, row_sums, cu_seqlens,
     mask, share, seeds, B, L, dropped, pools, overwrite, need_A,
 ):  # fmt: skip
     (G, _, R), (E, D) = du.shape, lora_A[0].shape
@@ -135,6 +135,4 @@ def plan_project_gather(arch, G, R, E, D, chunks, chunk, B, L) -> Launch:
     )  # fmt: skip
 
 
-project_backward_op = register(
-    "project_backward", fill_project_backward, allocate_project_backward, mutates=["outs", "dx"]
-)
+PROJECT_BACKWARD = Op("project_backward", run_project_backward, allocate_project_backward, mutates=["outs", "dx"])

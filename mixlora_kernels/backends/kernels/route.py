@@ -139,16 +139,9 @@ def allocate_routing(x: Tensor, pools: bool, G, B, E, r, unties: bool, condition
     return outputs
 
 
-def launch_route(logits, table, index_a, index_b, gate, probs_a, probs_b, kept, total: float) -> None:
-    splits = 0 if table is None else table.shape[1]
-    plan_route(logits.shape, index_a.shape[2], splits, total)(
-        logits.device, logits=logits, table=table, index_a=index_a, index_b=index_b, gate=gate,
-        probs_a=probs_a, probs_b=probs_b, kept=kept,
-    )  # fmt: skip
-
-
 @plan
 def plan_route(shape, R, splits, total) -> Launch:
+    """The launch for logits in slabs of this shape, and T in so many ``splits``, 0 without T."""
     _, G, slabs, B, E = shape
     return Launch(
         route_kernel, (B, G), {"num_warps": warps(E, R)},
