@@ -31,11 +31,11 @@ def make_instances(B, L, packed, masked, device):
     if mask is not None:
         mask[cu_seqlens[:-1]] = True
     counted = torch.ones(B * L) if mask is None else mask.float()
-    share = 1 / torch.zeros(B).index_add_(0, segment, counted)[:, None].to(device)
+    mean_weights = 1 / torch.zeros(B).index_add_(0, segment, counted)[:, None].to(device)
     mask = None if mask is None else mask.to(device)
     if packed:
-        return Instances(B, None, cu_seqlens.to(device), segment.to(device), mask, share)
-    return Instances(B, L, mask=mask, mean_weights=share if masked else None)
+        return Instances(B, None, cu_seqlens.to(device), segment.to(device), mask, mean_weights)
+    return Instances(B, L, mask=mask, mean_weights=mean_weights if masked else None)
 
 
 def make_group(

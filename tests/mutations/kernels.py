@@ -22,7 +22,7 @@ MUTATIONS = [
         "tests/backends/test_siblings.py::test_as_single_layers",
     ),
     Mutation(
-        "pool: the mean is a sum", f"{_KERNELS}/pool.py", "row = tl.sum(total, 0) * part", "row = tl.sum(total, 0)",
+        "pool: the mean is a sum", f"{_KERNELS}/pool.py", "row = tl.sum(total, 0) * token_weight", "row = tl.sum(total, 0)",
         _MODE,
     ),
     Mutation(
@@ -80,8 +80,8 @@ MUTATIONS = [
     ),
     Mutation(
         "walk: padding gets a share of the routers' gradient", f"{_KERNELS}/walk.py",
-        "update += tl.where(pooled[:, None], share[None, :], 0.0)",
-        "update += tl.where(live[:, None], share[None, :], 0.0)",
+        "update += tl.where(pooled[:, None], spread_row[None, :], 0.0)",
+        "update += tl.where(live[:, None], spread_row[None, :], 0.0)",
         "tests/backends/test_stages.py::test_as_plain_torch",
     ),
     Mutation(
@@ -94,7 +94,7 @@ MUTATIONS = [
         " + first_column // PER_DRAW", "", "tests/backends/test_dropout.py::test_the_mask",
     ),
     Mutation(
-        "routers, back: the mean's share is left out", f"{_KERNELS}/routers_backward.py", "acc * part", "acc",
+        "routers, back: the mean's share is left out", f"{_KERNELS}/routers_backward.py", "acc * token_weight", "acc",
         _MODE,
     ),
     Mutation(

@@ -1,6 +1,6 @@
 """pool: from the sums over tiles to what ``route`` reads: the mean of Equation 5, the logits, and T. One launch.
 
-    pooled[b] = share_b Σ_tiles sums              logits[b] = router · pooled[b]                   (Equations 5, 6, 8)
+    pooled[b] = weight_b Σ_tiles sums              logits[b] = router · pooled[b]                   (Equations 5, 6, 8)
     T[i, f, e] = router_AB[i, e] · lora_A[f]      what factor f of A in slot i says of factor e of B  (Equation 7)
 
 Everything is float32, products too, whatever torch's setting of TF32: routing must not depend on it. Both products run
@@ -19,7 +19,7 @@ from .tiles import find_tiles, padded_count
 
 @triton.jit
 def logits_program(
-    b, slab, g, sums, read, share, equal_share, cu_seqlens, router_A, router_B, pooled, logits, B, L, W, slabs,
+    b, slab, g, sums, read, mean_weights, mean_weight, cu_seqlens, router_A, router_B, pooled, logits, B, L, W, slabs,
     G: tl.constexpr, E: tl.constexpr, E_PAD: tl.constexpr, B_PAD: tl.constexpr,
     TILE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -35,10 +35,10 @@ def logits_program(
             k = start + tl.arange(0, BLOCK_K)
             place = sums + (first + k)[:, None].to(tl.int64) * W + w[None, :]
             total += tl.load(place, mask=(k < count)[:, None] & inside[None, :], other=0.0)
-        part = equal_share
-        if share is not None:
-            part = tl.load(share + b)
-        row = tl.sum(total, 0) * part
+        token_weight = mean_weight
+        if mean_weights is not None:
+            token_weight = tl.load(mean_weights + b)
+        row = tl.sum(total, 0) * token_weight
         if g == 0:
             tl.store(pooled + b.to(tl.int64) * W + w, row, mask=inside)
     e = tl.arange(0, E_PAD)
@@ -87,10 +87,10 @@ def table_program(
     tl.store(place, acc, mask=(f < E)[:, None] & (e < E)[None, :])
 
 
-@triton.jit(do_not_specialize=["equal_share", "B", "L", "slabs", "splits"])
+@triton.jit(do_not_specialize=["mean_weight", "B", "L", "slabs", "splits"])
 def pool_kernel(
-    sums, read, share, equal_share, cu_seqlens, router_A, router_B, pooled, logits, lora_A, router_AB, table, row_sums,
-    B, L, W, D, slabs, span, splits,
+    sums, read, mean_weights, mean_weight, cu_seqlens, router_A, router_B, pooled, logits, lora_A, router_AB, table,
+    row_sums, B, L, W, D, slabs, span, splits,
     G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, E_PAD: tl.constexpr, B_PAD: tl.constexpr,
     PUBLISHED: tl.constexpr, TILE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -107,14 +107,14 @@ def pool_kernel(
     if program >= tables:
         program -= tables
         logits_program(
-            program // slabs % B, program % slabs, program // slabs // B, sums, read, share, equal_share, cu_seqlens,
-            router_A, router_B, pooled, logits, B, L, W, slabs, G, E, E_PAD, B_PAD, TILE, BLOCK_K, BLOCK_W,
+            program // slabs % B, program % slabs, program // slabs // B, sums, read, mean_weights, mean_weight,
+            cu_seqlens, router_A, router_B, pooled, logits, B, L, W, slabs, G, E, E_PAD, B_PAD, TILE, BLOCK_K, BLOCK_W,
         )  # fmt: skip
 
 
 @plan
 def plan_pool(
-    arch, router_shape, G, unties, table_shape, published, equal_share, rows: int, packed, B, L
+    arch, router_shape, G, unties, table_shape, published, mean_weight, rows: int, packed, B, L
 ) -> tuple[Launch, tuple, tuple]:  # fmt: skip
     """The launch; and the shapes of the logits' slabs [1 or 2, G, slabs, B, E] and of T's [G, splits, R, E, E]. T is
     turned: what is looked up is a row.
@@ -122,7 +122,7 @@ def plan_pool(
     Args:
         router_shape: of router_A [E, W], and of router_B where it ``unties``.
         table_shape: of router_AB [R, E, D], or None.
-        equal_share: what a pooled token counts, unless the launch is given each instance's ``share``.
+        mean_weight: what a pooled token counts, unless the launch is given each instance's ``mean_weights``.
         rows: the tokens of a tile, of which the launch is given the sums; or it is given what the routers ``read``.
     """
     E, W = router_shape
@@ -137,7 +137,7 @@ def plan_pool(
         programs = G * R * blocks * splits
     launch = Launch(
         pool_kernel, (programs + slabs * B * G,), tile.options,
-        equal_share=equal_share, B=B, L=L, W=W, D=D, slabs=slabs, span=span, splits=splits,
+        mean_weight=mean_weight, B=B, L=L, W=W, D=D, slabs=slabs, span=span, splits=splits,
         G=G, E=E, R=R, E_PAD=tuning.pad(E), B_PAD=padded_count(B, packed), PUBLISHED=published,
         TILE=rows, BLOCK_K=16, BLOCK_W=tile.columns, BLOCK_E=tile.rows, BLOCK_D=tile.span,
     )  # fmt: skip

@@ -120,7 +120,7 @@ def plan_project(
 def allocate_project(
     x: Tensor, lora_A: Sequence[Tensor], router_A: Sequence[Tensor], router_B: Sequence[Tensor],
     router_AB: Sequence[Tensor], read: Tensor | None, cu_seqlens: Tensor | None, mask: Tensor | None,
-    share: Tensor | None, seeds: Tensor | None, B: int, L: int, dropped: int, r: int, gate: str,
+    mean_weights: Tensor | None, seeds: Tensor | None, B: int, L: int, dropped: int, r: int, gate: str,
     conditioning: str, routes: bool,
 ) -> list[Tensor]:  # fmt: skip
     """u; and, where factors are chosen, index_a, gate, probs_a, the pooled mean; index_b, probs_b, what ``route``
@@ -134,11 +134,11 @@ def allocate_project(
 
 
 def run_project(
-    x, lora_A, router_A, router_B, router_AB, read, cu_seqlens, mask, share, seeds, B, L,
+    x, lora_A, router_A, router_B, router_AB, read, cu_seqlens, mask, mean_weights, seeds, B, L,
     dropped, r, gate, conditioning, routes,
 ):  # fmt: skip
     outputs = allocate_project(
-        x, lora_A, router_A, router_B, router_AB, read, cu_seqlens, mask, share, seeds, B, L,
+        x, lora_A, router_A, router_B, router_AB, read, cu_seqlens, mask, mean_weights, seeds, B, L,
         dropped, r, gate, conditioning, routes,
     )  # fmt: skip
     u, *routed = outputs
@@ -168,9 +168,9 @@ def run_project(
     logits = u.new_empty(logits_shape)
     table = u.new_empty(table_shape) if router_AB else None
     pool(
-        device, sums=sums, read=read, share=share, cu_seqlens=cu_seqlens, router_A=router_A, router_B=router_B,
-        pooled=pooled, logits=logits, lora_A=pools if router_AB else None, router_AB=router_AB, table=table,
-        row_sums=row_sums,
+        device, sums=sums, read=read, mean_weights=mean_weights, cu_seqlens=cu_seqlens, router_A=router_A,
+        router_B=router_B, pooled=pooled, logits=logits, lora_A=pools if router_AB else None, router_AB=router_AB,
+        table=table, row_sums=row_sums,
     )  # fmt: skip
     route = plan_route(logits_shape, r, table_shape[1] if router_AB else 0, gate_total(gate, r))
     route(

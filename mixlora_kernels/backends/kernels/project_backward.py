@@ -85,7 +85,7 @@ def allocate_project_backward(
     outs: Sequence[Tensor], dx: Tensor | None, x: Tensor | None, du: Tensor, lora_A: Sequence[Tensor],
     router_A: Sequence[Tensor], router_B: Sequence[Tensor], router_AB: Sequence[Tensor], pooled: Tensor | None,
     dlogits: Tensor | None, dlooked: Tensor | None, index_a: Tensor, row_sums: Tensor | None,
-    cu_seqlens: Tensor | None, mask: Tensor | None, share: Tensor | None, seeds: Tensor | None, B: int, L: int,
+    cu_seqlens: Tensor | None, mask: Tensor | None, mean_weights: Tensor | None, seeds: Tensor | None, B: int, L: int,
     dropped: int, pools: bool, overwrite: bool, need_A: bool,
 ) -> None:  # fmt: skip
     """Nothing: it fills ``outs``, the gradients of what the routers read, where that is not x; of lora_A where needed;
@@ -94,7 +94,7 @@ def allocate_project_backward(
 
 def run_project_backward(
     outs, dx, x, du, lora_A, router_A, router_B, router_AB, pooled, dlogits, dlooked, index_a, row_sums, cu_seqlens,
-    mask, share, seeds, B, L, dropped, pools, overwrite, need_A,
+    mask, mean_weights, seeds, B, L, dropped, pools, overwrite, need_A,
 ):  # fmt: skip
     (G, _, R), (E, D) = du.shape, lora_A[0].shape
     routes, lora_A = bool(router_A), as_pools(lora_A)
@@ -109,7 +109,7 @@ def run_project_backward(
             spread = du.new_empty(B, D)
         routers = as_pools(router_A), as_pools(router_B) if router_B else None
         dtable = launch_routers_backward(
-            dlogits, dlooked, pooled, routers, share if pools else None, 1.0 / (L or 1) if pools else 1.0,
+            dlogits, dlooked, pooled, routers, mean_weights if pools else None, 1.0 / (L or 1) if pools else 1.0,
             index_a, lora_A, row_sums, drouters, spread,
         )  # fmt: skip
     if dx is not None or need_A:

@@ -1,6 +1,6 @@
 """From the gradients of the logits and of the looked-up rows of T to those of the routers and of what they read.
 
-    drouter[g] = Σ_b dlogits[g, b]ᵀ pooled[b]                  spread[b] = share_b Σ_g dlogits[g, b] · router[g]
+    drouter[g] = Σ_b dlogits[g, b]ᵀ pooled[b]                  spread[b] = weight_b Σ_g dlogits[g, b] · router[g]
     dT[g, i, f] = Σ_{b: index_a[i] = f} dlooked[g, b, i]       drouter_AB[g, i] = dTᵀ · lora_A[g]
 
 ``spread`` is what every pooled token of an instance gets; in task routing, the gradient of what the routers read.
@@ -37,7 +37,7 @@ def router_program(role, dlogits, pooled, drouter_A, drouter_B, B, W, w,
 
 
 @triton.jit
-def spread_program(dlogits, router_A, router_B, share, equal_share, spread, B, W, w,
+def spread_program(dlogits, router_A, router_B, mean_weights, mean_weight, spread, B, W, w,
     G: tl.constexpr, E: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A column block of ``spread`` [B, W], a sum over all routers."""
@@ -57,11 +57,11 @@ def spread_program(dlogits, router_A, router_B, share, equal_share, spread, B, W
                     weight = tl.load(dlogits + ((G + g) * B + b[:, None]) * E + e[None, :], mask=there, other=0.0)
                     r_tile = tl.load(router_B[g] + e[:, None] * W + w[None, :], mask=tile, other=0.0).to(tl.float32)
                     acc = tl.dot(weight, r_tile, acc, input_precision="ieee")
-        part = equal_share
-        if share is not None:
-            part = tl.load(share + b, mask=b < B, other=0.0)[:, None]
+        token_weight = mean_weight
+        if mean_weights is not None:
+            token_weight = tl.load(mean_weights + b, mask=b < B, other=0.0)[:, None]
         place = spread + b[:, None].to(tl.int64) * W + w[None, :]
-        tl.store(place, acc * part, mask=(b < B)[:, None] & inside[None, :])
+        tl.store(place, acc * token_weight, mask=(b < B)[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -102,9 +102,9 @@ def table_backward_program(
             tl.store(place, product, mask=(e < E)[:, None] & inside[None, :])
 
 
-@triton.jit(do_not_specialize=["equal_share", "B"])
+@triton.jit(do_not_specialize=["mean_weight", "B"])
 def routers_backward_kernel(
-    dlogits, pooled, router_A, router_B, share, equal_share, drouter_A, drouter_B, spread,
+    dlogits, pooled, router_A, router_B, mean_weights, mean_weight, drouter_A, drouter_B, spread,
     dlooked, index_a, lora_A, row_sums, dtable, drouter_AB, B, W, D,
     G: tl.constexpr, E: tl.constexpr, R: tl.constexpr, E_PAD: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -118,7 +118,7 @@ def routers_backward_kernel(
     elif role == routers:
         if spread is not None:
             spread_program(
-                dlogits, router_A, router_B, share, equal_share, spread, B, W, d, G, E, BLOCK_E, BLOCK_B, BLOCK_D
+                dlogits, router_A, router_B, mean_weights, mean_weight, spread, B, W, d, G, E, BLOCK_E, BLOCK_B, BLOCK_D
             )
     elif dlooked is not None:
         table_backward_program(
@@ -128,7 +128,7 @@ def routers_backward_kernel(
 
 
 def launch_routers_backward(
-    dlogits, dlooked, pooled, routers, share, equal_share, index_a, lora_A, row_sums, drouters, spread
+    dlogits, dlooked, pooled, routers, mean_weights, mean_weight, index_a, lora_A, row_sums, drouters, spread
 ):
     """Fill the routers' gradients and ``spread`` [B, W], or None; and return dT [G, R, E, E], or None.
 
@@ -139,10 +139,10 @@ def launch_routers_backward(
     dtable = dlogits.new_empty(G, R, E, E) if looked else None
     launch = plan_routers_backward(
         tuning.architecture(dlogits.device), dlogits.shape, router_A[0].shape[1], lora_A[0].shape[1], R, looked,
-        equal_share,
+        mean_weight,
     )  # fmt: skip
     launch(
-        dlogits.device, dlogits=dlogits, pooled=pooled, router_A=router_A, router_B=router_B, share=share,
+        dlogits.device, dlogits=dlogits, pooled=pooled, router_A=router_A, router_B=router_B, mean_weights=mean_weights,
         drouter_A=drouter_A, drouter_B=drouter_B, spread=spread, dlooked=dlooked, index_a=index_a, lora_A=lora_A,
         row_sums=row_sums, dtable=dtable, drouter_AB=drouter_AB,
     )  # fmt: skip
@@ -150,12 +150,12 @@ def launch_routers_backward(
 
 
 @plan
-def plan_routers_backward(arch, shape, W, D, R, looked, equal_share) -> Launch:
+def plan_routers_backward(arch, shape, W, D, R, looked, mean_weight) -> Launch:
     pools, G, B, E = shape
     tile = tuning.routers(arch, tuning.pad(E))
     roles = pools * G + 1 + (G * R if looked else 0)
     return Launch(
         routers_backward_kernel, (tuning.divide(max(W, D), tile.columns), roles), tile.options,
-        equal_share=equal_share, B=B, W=W, D=D, G=G, E=E, R=R, E_PAD=tuning.pad(E),
+        mean_weight=mean_weight, B=B, W=W, D=D, G=G, E=E, R=R, E_PAD=tuning.pad(E),
         BLOCK_E=min(tuning.pad(E), tuning.BLOCK_E), BLOCK_B=16, BLOCK_D=tile.columns,
     )  # fmt: skip

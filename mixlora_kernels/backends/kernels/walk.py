@@ -39,7 +39,7 @@ def walk_kernel(
         for _ in tl.static_range(G):
             sums = sums + (tl.zeros([R_PAD, BLOCK_D], tl.float32),)
         if spread is not None:
-            share = tl.load(spread + b.to(tl.int64) * D + d, mask=inside, other=0.0)
+            spread_row = tl.load(spread + b.to(tl.int64) * D + d, mask=inside, other=0.0)
         for row in range(first, min(first + CHUNK, end), BLOCK_N):
             rows = row + tl.arange(0, BLOCK_N).to(tl.int64)
             live = rows < end
@@ -54,7 +54,7 @@ def walk_kernel(
                     pooled = live
                     if mask is not None:
                         pooled = tl.load(mask + rows, mask=live, other=0) != 0
-                    update += tl.where(pooled[:, None], share[None, :], 0.0)
+                    update += tl.where(pooled[:, None], spread_row[None, :], 0.0)
             added = ()
             for g in tl.static_range(G):
                 du_tile = slot_columns(du + g * N.to(tl.int64) * R, rows, live, R, R_PAD)  # [BLOCK_N, R_PAD]
