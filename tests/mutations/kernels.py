@@ -22,8 +22,8 @@ MUTATIONS = [
         "tests/backends/test_siblings.py::test_as_single_layers",
     ),
     Mutation(
-        "pool: the mean is a sum", f"{_KERNELS}/pool.py", "row = tl.sum(total, 0) * token_weight", "row = tl.sum(total, 0)",
-        _MODE,
+        "pool: the mean is a sum", f"{_KERNELS}/pool.py",
+        "row = tl.sum(total, 0) * token_weight", "row = tl.sum(total, 0)", _MODE,
     ),
     Mutation(
         "route: of equal probabilities the higher index", f"{_KERNELS}/route.py",

@@ -68,6 +68,11 @@ def lora(r: int, **more) -> Method:
     return Method(f"LoRA r {r}", "lora", {"r": r}, LORA_RATE, **more)
 
 
+def lora_at_8(r: int) -> Method:
+    """LoRA with MixLoRA's scaling."""
+    return Method(f"LoRA r {r} at scaling 8", "lora", {"r": r, "lora_alpha": 8 * r}, MIXLORA_RATE)
+
+
 def mixlora(label: str, r: int = 4, num_factors: int = 16, **settings) -> Method:
     rate = settings.pop("rate", MIXLORA_RATE)
     more = {name: settings.pop(name) for name in ("fixed", "longer") if name in settings}
@@ -107,9 +112,9 @@ METHODS = {
     "paper_e32_r4": mixlora("MixLoRA E 32, r 4", num_factors=32, rate=MIXLORA_RATE / 2),
     "paper_e16_r8": mixlora("MixLoRA E 16, r 8", r=8),
     "paper_e32_r8": mixlora("MixLoRA E 32, r 8", r=8, num_factors=32),
-    "lora_r4_scaling8": lora(4)._replace(
-        label="LoRA r 4 at scaling 8", settings={"r": 4, "lora_alpha": 32}, rate=MIXLORA_RATE
-    ),
+    "lora_r4_scaling8": lora_at_8(4),
+    "lora_r16_scaling8": lora_at_8(16),
+    "lora_r24_scaling8": lora_at_8(24),
     "paper_scaling2": mixlora("MixLoRA as in the paper at scaling 2", alpha=8.0, rate=LORA_RATE),
     "lora_r4_longer": lora(4, longer=3)._replace(label="LoRA r 4, three times the steps"),
     "lora_r16_longer": lora(16, longer=3)._replace(label="LoRA r 16, three times the steps"),

@@ -38,7 +38,8 @@ FULL = (
     Wave(("related",), HEADLINE, FIRST),
     Wave(("conflict8", "many"), HEADLINE, SECOND),
     Wave(("conflict8",), ("lora_r4", "tied_normalized"), (11, 12, 13, 14, 15)),  # to confirm the first wave
-    Wave(("conflict8",), ("lora_r4_scaling8", "paper_scaling2", "unconditional", "released", "task"), SECOND),
+    Wave(("conflict8", "many"), ("lora_r4_scaling8", "lora_r16_scaling8", "lora_r24_scaling8"), SECOND),
+    Wave(("conflict8",), ("paper_scaling2", "unconditional", "released", "task"), SECOND),
     Wave(("conflict8",), ("lora_r4_longer", "lora_r16_longer", "paper_longer", "tied_normalized_longer"), SECOND),
     Wave(("related",), HEADLINE, SECOND),
     Wave(("conflict8",), ("fixed", "lora_r62", "random"), SECOND),
@@ -46,7 +47,7 @@ FULL = (
     Wave(("many",), ("fixed", "lora_r62", "random", "unconditional"), SECOND),
     Wave(("conflict8",), ("specialists_r4", "paper_prompt", "lora_r2", "lora_r8", "lora_r32"), SECOND),
     Wave(("conflict8",), ("paper_e16_r2", "paper_e32_r2", "paper_e32_r4", "paper_e16_r8", "paper_e32_r8"), SECOND),
-    Wave(("many",), ("lora_r4_scaling8", "paper_scaling2", "released", "task", "paper_prompt"), SECOND),
+    Wave(("many",), ("paper_scaling2", "released", "task", "paper_prompt"), SECOND),
     Wave(("many",), ("lora_r2", "lora_r8", "lora_r32", "paper_e16_r2", "paper_e32_r2", "paper_e32_r4"), SECOND),
     Wave(("many",), ("paper_e16_r8", "paper_e32_r8", "lora_r4_longer", "lora_r16_longer"), SECOND),
     Wave(("many",), ("paper_longer", "tied_normalized_longer"), SECOND),

@@ -11,15 +11,16 @@ from .records import Record
 
 CONFIRMING = 11  # runs with this seed or a higher one confirm a row, and are not part of it
 RIVALS = ("lora_r4", "lora_r16", "lora_r24", "paper")
+AT_8 = ("lora_r4_scaling8", "lora_r16_scaling8", "lora_r24_scaling8")
 PAIRS = (
-    *[("tied_normalized", rival) for rival in (*RIVALS, "lora_r62", "tied", "normalized", "fixed")],
+    *[("tied_normalized", rival) for rival in (*RIVALS, *AT_8, "lora_r62", "tied", "normalized", "fixed")],
     *[("paper", rival) for rival in ("lora_r4", "lora_r16", "lora_r62", "random", "unconditional", "released")],
     ("normalized", "paper"),
     ("tied", "paper"),
-    ("lora_r4_scaling8", "lora_r4"),
+    *[(at_8, at_8.removesuffix("_scaling8")) for at_8 in AT_8],
     ("paper_scaling2", "paper"),
     ("specialists_r4", "lora_r4"),
-    *[("tied_normalized_prompt", rival) for rival in ("lora_r4", "lora_r16", "lora_r24", "tied_normalized")],
+    *[("tied_normalized_prompt", rival) for rival in (*RIVALS, *AT_8, "tied_normalized")],
     ("tied_normalized_longer", "lora_r4_longer"),
     ("tied_normalized_longer", "paper_longer"),
 )
