@@ -90,8 +90,11 @@ class Siblings:
             if pending.x is x and _is_unchanged(x, pending.version) and pending.modes == _modes(layer, name):
                 return pending.y
             self._refused.add(layer.key)
-        members = self._find_members(layer, name, x)
-        if not members:
+        # A recomputation uses the siblings of its forward, because it has to save the same tensors.
+        members = self._groups.get(layer.key, ()) if self._over else layer.family.layers
+        leads = bool(members) and members[0] is layer
+        modes = _modes(layer, name) if leads else ()
+        if not leads or not _go_together(members, name, x, modes):
             self._observe(layer, x)
             return None
         self._groups[layer.key] = members
@@ -109,7 +112,7 @@ class Siblings:
         )
         if prepared is not x:
             ys = [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
-        modes, version = _modes(layer, name), x._version
+        version = x._version
         for g, member in enumerate(members):
             forward_pass.record(member.key, name, routing, g)
             if g:
@@ -151,17 +154,6 @@ class Siblings:
         else:
             self._run, self._x = [layer], weakref.ref(x)
 
-    def _find_members(self, layer: "MixLoRALayer", name: str, x: Tensor) -> "Sequence[MixLoRALayer]":
-        """The siblings that the layer computes, itself included. A recomputation uses those of its forward, because it
-        has to save the same tensors."""
-        members = self._groups.get(layer.key, ()) if self._over else layer.family.layers
-        if not members or members[0] is not layer or type(x) is not Tensor:
-            return ()
-        if not torch.compiler.is_compiling() and x.is_inference():  # inference tensors have no version
-            return ()
-        modes = _modes(layer, name)
-        return members if all(_readable(member, name) and _modes(member, name) == modes for member in members) else ()
-
 
 def _nothing() -> None:
     return None
@@ -177,6 +169,15 @@ def _is_unchanged(x: Tensor, version: int) -> bool:
         torch._check(x._version == version)
         return True
     return x._version == version
+
+
+def _go_together(members: "Sequence[MixLoRALayer]", name: str, x: Tensor, modes: tuple) -> bool:
+    """Whether the first of the members, whose modes these are, can compute the outputs of all from x."""
+    if type(x) is not Tensor or (not torch.compiler.is_compiling() and x.is_inference()):
+        return False  # inference tensors have no version
+    return all(_readable(member, name) for member in members) and all(
+        _modes(member, name) == modes for member in members[1:]
+    )
 
 
 def _modes(layer: "MixLoRALayer", name: str) -> tuple:

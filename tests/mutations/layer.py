@@ -87,7 +87,7 @@ MUTATIONS = [
     ),
     Mutation(
         "backward: an unchosen factor's gradient is only nearly zero", f"{_EAGER}/rank_r.py",
-        "total = torch.zeros(choice.pool.shape,", "total = torch.full(choice.pool.shape, 1e-30,",
+        "total = torch.zeros(chosen.pool.shape,", "total = torch.full(chosen.pool.shape, 1e-30,",
         "tests/test_invariances.py::test_a_factor_that_nobody_chose_has_an_exactly_zero_gradient",
     ),
     Mutation(

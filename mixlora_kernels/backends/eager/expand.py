@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...routing import Routing
 from ..base import DRouting, Group, Needs, Saved
-from .rank_r import Choice, add, choose, collect, products
+from .rank_r import ChosenRows, add, choose_rows, collect, products
 
 
 def expand(
@@ -21,7 +21,7 @@ def expand(
     # tensor that one has changed (pytorch/pytorch#180642).
     in_place = [own and not torch.compiler.is_compiling() for own in fresh]
     parts = s.chunk(len(ys), -1)
-    return [add(y, parts[g], _choice(group, routing, g), in_place[g]) for g, y in enumerate(ys)], saved
+    return [add(y, parts[g], _chosen_rows(group, routing, g), in_place[g]) for g, y in enumerate(ys)], saved
 
 
 def expand_backward(
@@ -34,10 +34,10 @@ def expand_backward(
     dlora_B: list[Tensor | None] = [None] * G
     vs = []
     for g, dy in enumerate(dys):
-        choice = _choice(group, routing, g)
-        vs.append(products(dy, choice))
+        chosen = _chosen_rows(group, routing, g)
+        vs.append(products(dy, chosen))
         if needs.lora_B:
-            dlora_B[g] = collect(parts[g], dy, choice)
+            dlora_B[g] = collect(parts[g], dy, chosen)
     v = vs[0] if G == 1 else torch.cat(vs, -1)
     dgate, *dprobs = drouting
     if needs.gate or (needs.routers and group.options.gate != "binary"):
@@ -57,6 +57,6 @@ def _weigh(values: Tensor, group: Group, routing: Routing) -> Tensor:
     return weighed if weighed.dtype is values.dtype else weighed.to(values.dtype)
 
 
-def _choice(group: Group, routing: Routing, g: int) -> Choice:
+def _chosen_rows(group: Group, routing: Routing, g: int) -> ChosenRows:
     dtype = group.options.dtype
-    return choose([group.factors[g].lora_B], routing.index_b[g : g + 1], group.instances, dtype)
+    return choose_rows([group.factors[g].lora_B], routing.index_b[g : g + 1], group.instances, dtype)

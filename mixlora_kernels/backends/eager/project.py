@@ -13,7 +13,7 @@ from torch import Tensor
 from ...routing import Instances, Routing, can_look
 from ..base import Gradients, Group, Needs, Saved
 from .dropout import project_dropped, project_dropped_backward
-from .rank_r import add, choose, collect, pick, products
+from .rank_r import add, choose_rows, collect, pick, products
 from .route import required, route, route_backward
 
 BLOCK = 128  # tokens that are converted at a time, if x cannot be summed in its own dtype
@@ -31,12 +31,12 @@ def project(group: Group) -> tuple[Routing, Saved]:
         routing, kept = route(required(read, "read"), group.factors, options)
     us = []
     for g, factors in enumerate(group.factors):
-        choice = choose([factors.lora_A], routing.index_a[g : g + 1], instances, x.dtype)
+        chosen = choose_rows([factors.lora_A], routing.index_a[g : g + 1], instances, x.dtype)
         if group.seeds is None:
-            us.append(products(x, choice))
+            us.append(products(x, chosen))
         else:
-            whole = project_dropped(x, choice.pool, group.seeds[g : g + 1], options.p)
-            us.append(pick(whole, choice))
+            whole = project_dropped(x, chosen.pool, group.seeds[g : g + 1], options.p)
+            us.append(pick(whole, chosen))
     u = us[0] if len(us) == 1 else torch.cat(us, -1)
     return routing, (u, read, *kept)
 
@@ -50,19 +50,19 @@ def project_backward(
     nothing: list[Tensor | None] = [None] * G
     dlora_A: Sequence[Tensor] = ()
     pools = [factors.lora_A for factors in group.factors]
-    choice = choose(pools, routing.index_a, instances, du.dtype)
+    chosen = choose_rows(pools, routing.index_a, instances, du.dtype)
     if group.seeds is not None:
         dx = torch.zeros_like(x) if needs.x and dx is None else dx
-        parts = choice.pool.chunk(G), choice.place(du).chunk(G, -1), group.seeds.split(1)
+        parts = chosen.pool.chunk(G), chosen.place(du).chunk(G, -1), group.seeds.split(1)
         dlora_A = [
             project_dropped_backward(dx if needs.x else None, x, du_g, pool, seed, options.p)
             for pool, du_g, seed in zip(*parts)
         ]
     else:
         if needs.x:
-            dx = add(du.new_zeros(len(du), choice.pool.shape[1]) if dx is None else dx, du, choice)
+            dx = add(du.new_zeros(len(du), chosen.pool.shape[1]) if dx is None else dx, du, chosen)
         if needs.lora_A:
-            dlora_A = collect(du, x, choice).chunk(G)
+            dlora_A = collect(du, x, chosen).chunk(G)
     if not needs.routers:
         return Gradients(dx, dlora_A or nothing, nothing, nothing, nothing, None)
     routers = route_backward((dgate, dprobs_a, dprobs_b), read, group.factors, routing, kept, options)

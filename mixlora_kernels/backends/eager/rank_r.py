@@ -24,7 +24,7 @@ from ...routing import Instances
 TOKENS = 4  # tokens for each chosen row, from which on gathering rows costs less than a product with the whole pool
 
 
-class Choice(NamedTuple):
+class ChosenRows(NamedTuple):
     """The rows of G pools that were chosen for each instance."""
 
     pool: Tensor  # [G * E, W], the pools end to end
@@ -48,7 +48,7 @@ class Choice(NamedTuple):
         return placed
 
 
-def choose(pools: Sequence[Tensor], index: Tensor, instances: Instances, dtype: torch.dtype) -> Choice:
+def choose_rows(pools: Sequence[Tensor], index: Tensor, instances: Instances, dtype: torch.dtype) -> ChosenRows:
     """The rows ``index`` [G, B, R] of the pools [E, W] of G siblings, for products in ``dtype``."""
     G, B, R = index.shape
     if G == 1:
@@ -65,37 +65,37 @@ def choose(pools: Sequence[Tensor], index: Tensor, instances: Instances, dtype: 
         and instances.length is not None
         and instances.length >= TOKENS * R
     )
-    return Choice(pool if pool.dtype is dtype else pool.to(dtype), columns, instances, gathers)
+    return ChosenRows(pool if pool.dtype is dtype else pool.to(dtype), columns, instances, gathers)
 
 
-def products(m: Tensor, choice: Choice) -> Tensor:
+def products(m: Tensor, chosen: ChosenRows) -> Tensor:
     """[N, W] -> [N, K]"""
-    if choice.gathers:
-        return torch.bmm(choice.batched(m), choice.rows().mT).flatten(0, 1)
-    return pick(m @ choice.pool.T, choice)
+    if chosen.gathers:
+        return torch.bmm(chosen.batched(m), chosen.rows().mT).flatten(0, 1)
+    return pick(m @ chosen.pool.T, chosen)
 
 
-def pick(p: Tensor, choice: Choice) -> Tensor:
+def pick(p: Tensor, chosen: ChosenRows) -> Tensor:
     """Select the chosen columns of products with the whole pool: [N, G * E] -> [N, K]"""
-    instances = choice.instances
-    return instances.by_token(p).gather(-1, instances.expand(choice.columns)).view(len(p), choice.columns.shape[1])
+    instances = chosen.instances
+    return instances.by_token(p).gather(-1, instances.expand(chosen.columns)).view(len(p), chosen.columns.shape[1])
 
 
-def add(m: Tensor, s: Tensor, choice: Choice, in_place: bool = True) -> Tensor:
+def add(m: Tensor, s: Tensor, chosen: ChosenRows, in_place: bool = True) -> Tensor:
     """m + s · rows, in place or not: [N, W], [N, K] -> [N, W]"""
-    if not choice.gathers:
-        return m.addmm_(choice.place(s), choice.pool) if in_place else torch.addmm(m, choice.place(s), choice.pool)
-    batch, s, rows = choice.batched(m), choice.batched(s), choice.rows()
+    if not chosen.gathers:
+        return m.addmm_(chosen.place(s), chosen.pool) if in_place else torch.addmm(m, chosen.place(s), chosen.pool)
+    batch, s, rows = chosen.batched(m), chosen.batched(s), chosen.rows()
     if in_place:
         batch.baddbmm_(s, rows)
         return m
     return torch.baddbmm(batch, s, rows).view(m.shape)
 
 
-def collect(s: Tensor, m: Tensor, choice: Choice) -> Tensor:
+def collect(s: Tensor, m: Tensor, chosen: ChosenRows) -> Tensor:
     """[N, K], [N, W] -> [G * E, W]. A row that no instance chose is exactly zero."""
-    if not choice.gathers:
-        return choice.place(s).T @ m
-    parts = torch.bmm(choice.batched(s).mT, choice.batched(m)).flatten(0, 1)  # [B * K, W]
-    total = torch.zeros(choice.pool.shape, dtype=torch.promote_types(parts.dtype, torch.float32), device=parts.device)
-    return total.index_add_(0, choice.columns.flatten(), parts.to(total.dtype))  # in a fixed order on a CPU
+    if not chosen.gathers:
+        return chosen.place(s).T @ m
+    parts = torch.bmm(chosen.batched(s).mT, chosen.batched(m)).flatten(0, 1)  # [B * K, W]
+    total = torch.zeros(chosen.pool.shape, dtype=torch.promote_types(parts.dtype, torch.float32), device=parts.device)
+    return total.index_add_(0, chosen.columns.flatten(), parts.to(total.dtype))  # in a fixed order on a CPU

@@ -16,7 +16,7 @@ from ...frozen import frozen_product
 from ..base import FrozenLinear, Group
 from . import tuning
 from .launch import Launch, Op, as_pools, as_rows, plan
-from .siblings import choose, count_pieces, find_piece
+from .siblings import count_pieces, find_piece, member
 
 # tokens × slots up to which this beats project and expand: every program reads r rows of lora_A for each token
 MOST_PAIRS = 64
@@ -52,7 +52,7 @@ def decode_kernel(
     row_a = tl.load(index_a + row + slots, mask=slots < R, other=0)
     row_b = tl.load(index_b + row + slots, mask=slots < R, other=0)
     weight = scale * tl.load(gate + row + slots, mask=slots < R, other=0.0).to(tl.float32)
-    pool = choose(lora_A, g, G)
+    pool = member(lora_A, g, G)
     acc = tl.zeros([R_PAD, BLOCK_D], tl.float32)
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
@@ -60,11 +60,11 @@ def decode_kernel(
         a_tile = tl.load(pool + row_a[:, None] * D + d[None, :], mask=there & (d < D)[None, :], other=0.0)
         acc += a_tile.to(tl.float32) * x_row[None, :]
     s = tl.sum(acc, 1) * weight  # [R_PAD]
-    W = choose(widths, g, G)
+    W = member(widths, g, G)
     w = (tl.program_id(1) - before) * BLOCK_W + tl.arange(0, BLOCK_W)
-    pool = choose(lora_B, g, G)
+    pool = member(lora_B, g, G)
     b_tile = tl.load(pool + row_b[:, None] * W + w[None, :], mask=there & (w < W)[None, :], other=0.0)
-    place = choose(ys, g, G) + t * choose(strides, g, G) + w
+    place = member(ys, g, G) + t * member(strides, g, G) + w
     y_row = tl.load(place, mask=w < W, other=0.0).to(tl.float32)
     tl.store(place, y_row + tl.sum(s[:, None] * b_tile.to(tl.float32), 0), mask=w < W)
 

@@ -16,7 +16,7 @@ from . import tuning
 from .launch import Launch, Op, as_pools, as_rows, plan
 from .product import dot, dot_precision
 from .rank_r import chosen_rows, slot_weights
-from .siblings import choose, count_pieces, find_piece
+from .siblings import count_pieces, find_piece, member
 from .tiles import count_tiles, find_rows, padded_count, row_tile
 
 
@@ -54,13 +54,13 @@ def expand_kernel(
         live = rows < end
         g, piece, _ = find_piece(tl.program_id(1), widths, G, BLOCK_W)
         piece = tl.program_id(1) - piece
-        W = choose(widths, g, G)
+        W = member(widths, g, G)
         columns = piece * BLOCK_W + tl.arange(0, BLOCK_W)
         tile = live[:, None] & (columns < W)[None, :]
-        out = choose(outs, g, G) + rows[:, None] * choose(out_strides, g, G) + columns[None, :]
+        out = member(outs, g, G) + rows[:, None] * member(out_strides, g, G) + columns[None, :]
         base = out
         if bases is not None:
-            base = choose(bases, g, G) + rows[:, None] * choose(base_strides, g, G) + columns[None, :]
+            base = member(bases, g, G) + rows[:, None] * member(base_strides, g, G) + columns[None, :]
         if ADDS:
             before = tl.load(base, mask=tile, other=0.0).to(tl.float32)  # asked for first, needed last
         row = (g * B + b).to(tl.int64)
@@ -75,8 +75,8 @@ def expand_kernel(
         if piece == 0:
             tl.store(chosen + (g.to(tl.int64) * N + rows[:, None]) * R + slots[None, :], u_tile, mask=there)
         s_tile = u_tile * slot_weights(gate, scale, row, R, R_PAD)[None, :]
-        b_tile = chosen_rows(choose(pools, g, G), index_b, row, columns, W, R, R_PAD)
-        kind = choose(outs, g, G).dtype.element_ty
+        b_tile = chosen_rows(member(pools, g, G), index_b, row, columns, W, R, R_PAD)
+        kind = member(outs, g, G).dtype.element_ty
         added = dot(s_tile.to(kind), b_tile.to(kind), None, PRECISION)  # [BLOCK_N, BLOCK_W]
         if ADDS:
             added += before

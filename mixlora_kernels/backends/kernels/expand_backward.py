@@ -22,7 +22,7 @@ from .launch import Launch, Op, as_pools, as_rows, plan
 from .product import dot, dot_precision
 from .rank_r import chosen_rows, slot_columns, slot_weights
 from .route import gate_total, route_backward
-from .siblings import choose, count_pieces, find_piece
+from .siblings import count_pieces, find_piece, member
 from .tiles import count_tiles, find_rows, find_tiles, padded_count, row_tile
 
 
@@ -66,12 +66,12 @@ def expand_collect_kernel(
         tl.store(owner + chunk, b)
     if first < end:
         g, before, offset = find_piece(piece, widths, G, BLOCK_W)
-        W, dy, stride = choose(widths, g, G), choose(dys, g, G), choose(strides, g, G)
+        W, dy, stride = member(widths, g, G), member(dys, g, G), member(strides, g, G)
         columns = (piece - before) * BLOCK_W + tl.arange(0, BLOCK_W)
         inside = columns < W
         slots = tl.arange(0, R_PAD)
         row = (g * B + b).to(tl.int64)
-        b_tile = chosen_rows(choose(pools, g, G), index, row, columns, W, R, R_PAD)
+        b_tile = chosen_rows(member(pools, g, G), index, row, columns, W, R, R_PAD)
         b_turned = tl.trans(b_tile.to(dy.dtype.element_ty))  # [BLOCK_W, R_PAD]
         weight = slot_weights(gate, scale, row, R, R_PAD)
         acc = tl.zeros([R_PAD, BLOCK_W], tl.float32)
@@ -114,7 +114,7 @@ def gather_pool(
 ):  # fmt: skip
     """A block of columns of one sibling's dlora_B."""
     g, before, offset = find_piece(block, widths, G, BLOCK_D)
-    W = choose(widths, g, G)
+    W = member(widths, g, G)
     d = (block - before) * BLOCK_D + tl.arange(0, BLOCK_D)
     start = g.to(tl.int64) * B * R
     acc = gather_by_factor(
@@ -122,7 +122,7 @@ def gather_pool(
         R, E_PAD, CHUNK, BLOCK_K, BLOCK_D,
     )  # fmt: skip
     e = tl.arange(0, E_PAD)
-    place = choose(dlora_B, g, G) + e[:, None] * W + d[None, :]
+    place = member(dlora_B, g, G) + e[:, None] * W + d[None, :]
     tl.store(place, acc, mask=(e < E)[:, None] & (d < W)[None, :])
 
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from . import tuning
 from .launch import Launch, plan
-from .siblings import choose
+from .siblings import member
 from .tiles import find_tiles, padded_count
 
 
@@ -44,10 +44,10 @@ def logits_program(
     e = tl.arange(0, E_PAD)
     tile = (e < E)[:, None] & inside[None, :]
     place = logits + (slab * B + b) * E + e
-    r_tile = tl.load(choose(router_A, g, G) + e[:, None] * W + w[None, :], mask=tile, other=0.0)
+    r_tile = tl.load(member(router_A, g, G) + e[:, None] * W + w[None, :], mask=tile, other=0.0)
     tl.store(place + g * slabs * B * E, tl.sum(r_tile.to(tl.float32) * row[None, :], 1), mask=e < E)
     if router_B is not None:
-        r_tile = tl.load(choose(router_B, g, G) + e[:, None] * W + w[None, :], mask=tile, other=0.0)
+        r_tile = tl.load(member(router_B, g, G) + e[:, None] * W + w[None, :], mask=tile, other=0.0)
         tl.store(place + (G + g) * slabs * B * E, tl.sum(r_tile.to(tl.float32) * row[None, :], 1), mask=e < E)
 
 
@@ -63,8 +63,8 @@ def table_program(
     i, g = rest % R, rest // R
     f = tl.arange(0, E_PAD)
     e = block * BLOCK_E + tl.arange(0, BLOCK_E)
-    a_rows = choose(lora_A, g, G) + f[:, None] * D
-    ab_rows = choose(router_AB, g, G) + (i * E + e)[:, None].to(tl.int64) * D
+    a_rows = member(lora_A, g, G) + f[:, None] * D
+    ab_rows = member(router_AB, g, G) + (i * E + e)[:, None].to(tl.int64) * D
     acc = tl.zeros([E_PAD, BLOCK_E], tl.float32)
     sum_a, sum_ab = tl.zeros([E_PAD, BLOCK_D], tl.float32), tl.zeros([BLOCK_E, BLOCK_D], tl.float32)
     for start in range(split * span, min(split * span + span, D), BLOCK_D):

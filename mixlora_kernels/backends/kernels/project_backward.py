@@ -18,7 +18,7 @@ from . import tuning
 from .gather import gather_by_factor
 from .launch import Launch, Op, as_pools, as_rows, plan
 from .routers_backward import launch_routers_backward
-from .siblings import choose
+from .siblings import member
 from .walk import launch_walk
 
 
@@ -72,13 +72,13 @@ def project_gather_kernel(
             turned = tl.load(place, mask=(e < E)[:, None] & there[None, :], other=0.0)
             rows = there[:, None] & inside[None, :]
             if row_sums is None:
-                place = choose(router_AB, g, G) + slot_e[:, None].to(tl.int64) * D + d[None, :]
+                place = member(router_AB, g, G) + slot_e[:, None].to(tl.int64) * D + d[None, :]
                 ab_tile = tl.load(place, mask=rows, other=0.0).to(tl.float32)
             else:
                 place = row_sums + ((own * R + slot_e // E) * 2 + 1) * E + slot_e % E
                 ab_tile = tl.where(rows, tl.load(place, mask=there, other=0.0)[:, None], 0.0)
             acc = tl.dot(turned, ab_tile, acc, input_precision="ieee")
-    tl.store(choose(dlora_A, g, G) + e[:, None] * D + d[None, :], acc, mask=tile)
+    tl.store(member(dlora_A, g, G) + e[:, None] * D + d[None, :], acc, mask=tile)
 
 
 def allocate_project_backward(

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from . import tuning
 from .launch import Launch, plan
-from .siblings import choose
+from .siblings import member
 
 
 @triton.jit
@@ -30,9 +30,9 @@ def router_program(role, dlogits, pooled, drouter_A, drouter_B, B, W, w,
             pooled + b[:, None].to(tl.int64) * W + w[None, :], mask=(b < B)[:, None] & inside[None, :], other=0.0
         )
         acc = tl.dot(weight, row, acc, input_precision="ieee")
-    out = choose(drouter_A, role % G, G)
+    out = member(drouter_A, role % G, G)
     if drouter_B is not None:
-        out = tl.where(role < G, out, choose(drouter_B, role % G, G))
+        out = tl.where(role < G, out, member(drouter_B, role % G, G))
     tl.store(out + e[:, None] * W + w[None, :], acc, mask=(e < E)[:, None] & inside[None, :])
 
 
@@ -92,13 +92,13 @@ def table_backward_program(
                 tl.store(place, dt_tile, mask=(e < E)[:, None] & (f < E)[None, :])
             tile = (f < E)[:, None] & inside[None, :]
             if row_sums is None:
-                a_tile = tl.load(choose(lora_A, g, G) + f[:, None] * D + d[None, :], mask=tile, other=0.0)
+                a_tile = tl.load(member(lora_A, g, G) + f[:, None] * D + d[None, :], mask=tile, other=0.0)
                 a_tile = a_tile.to(tl.float32)
             else:
                 a_tile = tl.where(tile, tl.load(row_sums + role * 2 * E + f, mask=f < E, other=0.0)[:, None], 0.0)
             product = tl.dot(dt_tile, a_tile, product, input_precision="ieee")
         if drouter_AB is not None:
-            place = choose(drouter_AB, g, G) + (i * E + e[:, None]).to(tl.int64) * D + d[None, :]
+            place = member(drouter_AB, g, G) + (i * E + e[:, None]).to(tl.int64) * D + d[None, :]
             tl.store(place, product, mask=(e < E)[:, None] & inside[None, :])
 
 

@@ -5,11 +5,11 @@ import triton.language as tl
 
 
 @triton.jit
-def choose(items, which, G: tl.constexpr):
-    """``items[which]`` of a tuple of G, which a program may only index by constants."""
+def member(items, g, G: tl.constexpr):
+    """The item of sibling g, of a tuple of G, which a program may only index by constants."""
     item = items[0]
-    for g in tl.static_range(1, G):
-        item = tl.where(which == g, items[g], item)
+    for other in tl.static_range(1, G):
+        item = tl.where(g == other, items[other], item)
     return item
 
 
