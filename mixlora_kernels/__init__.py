@@ -3,6 +3,7 @@
 from . import reference
 from .adapter import MixLoRAAdapter
 from .backends.base import Factors, FrozenLinear
+from .balance import balance_loss
 from .config import MixLoRAConfig
 from .linear import MixLoRALinear
 from .op import mixlora, mixlora_siblings
@@ -21,6 +22,7 @@ __all__ = [
     "RoutingContext",
     "UntestedVersionWarning",
     "__version__",
+    "balance_loss",
     "mixlora",
     "mixlora_siblings",
     "reference",

@@ -9,7 +9,7 @@ from .fields import check_fields
 RoutingInput = Literal["instance", "task", "random"]
 ConditioningKind = Literal["factors", "none", "published", "tied"]
 GateKind = Literal["straight_through", "binary", "weighted", "normalized"]
-PooledTokens = Literal["sequence", "prompt", "all"]
+PooledTokens = Literal["sequence", "prompt", "text", "all"]
 DecodeRouting = Literal["prompt", "token"]
 
 _RENAMED = {
@@ -51,11 +51,14 @@ class MixLoRAConfig:
             ``"normalized"``: the same product, each renormalised to a mean of 1 over the r chosen. A tied
             pair has one probability, which counts once.
         pool: which tokens of a model's input an instance's mean runs over. ``"sequence"``: all tokens but
-            padding; ``"prompt"``: the instruction's tokens only; ``"all"``: all tokens, padding included. The code
-            that builds the masks of a whole model reads this setting. A single layer averages over the mask it gets.
+            padding; ``"prompt"``: the instruction's tokens only, with those of its images; ``"text"``: the same without
+            the images' tokens; ``"all"``: all tokens, padding included. The code that builds the masks of a whole model
+            reads this setting. A single layer averages over the mask it gets.
         decode: what routes a generated token. ``"prompt"``: the routing of the prompt, found at prefill;
             ``"token"``: each decoding step routes anew.
         task_dim: width of the task embedding. ``routing="task"`` needs it, and no other routing takes it.
+        balance: weight of the load-balancing loss (``mixlora_kernels.balance_loss``) in the training of a whole model,
+            at least 0. It keeps the routers from choosing few of the factors. A single layer does not add it.
 
     Raises:
         ValueError: a value has the wrong type (a bool is not a number), is not finite or is out of range; a choice is
@@ -72,6 +75,7 @@ class MixLoRAConfig:
     pool: PooledTokens = "sequence"
     decode: DecodeRouting = "prompt"
     task_dim: int | None = None
+    balance: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -82,6 +86,13 @@ class MixLoRAConfig:
             raise ValueError(f"r must not exceed num_factors, got r={self.r} and num_factors={self.num_factors}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be at least 0 and below 1, got {self.dropout!r}")
+        if self.balance < 0.0:
+            raise ValueError(f"balance must be at least 0, got {self.balance!r}")
+        if self.balance and (self.routing == "random" or self.gate == "binary"):
+            raise ValueError(
+                f"balance={self.balance!r} needs routers that are trained, which routing={self.routing!r} with "
+                f"gate={self.gate!r} does not have"
+            )
         if (self.routing == "task") != (self.task_dim is not None):
             raise ValueError(
                 "task_dim, the width of the task embedding, must be given with routing='task' and only then, "

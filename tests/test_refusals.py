@@ -36,7 +36,7 @@ Context = mk.RoutingContext
     ({"routing": "token"}, "routing must be one of 'instance', 'task', 'random', got 'token'"),
     ({"conditioning": "all"}, "conditioning must be one of 'factors', 'none', 'published', 'tied', got 'all'"),
     ({"gate": "soft"}, "gate must be one of 'straight_through', 'binary', 'weighted', 'normalized', got 'soft'"),
-    ({"pool": "mean"}, "pool must be one of 'sequence', 'prompt', 'all', got 'mean'"),
+    ({"pool": "mean"}, "pool must be one of 'sequence', 'prompt', 'text', 'all', got 'mean'"),
     ({"decode": "step"}, "decode must be one of 'prompt', 'token', got 'step'"),
     ({"routing": "task"}, "task_dim, the width of the task embedding, must be given with routing='task'"),
     ({"task_dim": 5}, "got routing='instance' and task_dim=5"),

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..config import MixLoRAConfig
 from ..routing import Instances, Routing, RoutingContext, find_instances
 from .cache import Past, unknown_cache_error, unseen_cache_error
+from .media import text_of_prompt
 from .model_inputs import ModelInputs
 from .recorded import Recorded, join
 from .siblings import Siblings
@@ -59,6 +60,7 @@ class ForwardPass:
         self.encoder_mask = named.get("encoder_attention_mask")
         self.keep = 0 if past.cache is None else inputs.logits_to_keep
         self.routings: dict[tuple[str, str], Recorded] = {}
+        self.balances: dict[str, float] = {}  # the weight of each adapter's load-balancing loss
         self.siblings = Siblings()
         self._contexts: dict[tuple[str, str, str], RoutingContext] = {}
         self._instances: dict[tuple, Instances] = {}
@@ -85,6 +87,7 @@ class ForwardPass:
         x, context = self._prepare(keys, name, config, x, rows)
         if rows is not None:
             return x, context
+        self.balances[name] = config.balance
         reads_x = context.routing is None and config.routing == "instance"
         place = (_kind(config), self._is_encoded(x), reads_x, x.shape[:-1], x.dtype, x.device)
         instances = self._instances.get(place)
@@ -165,8 +168,10 @@ class ForwardPass:
         mask, starts = self._find_tokens()
         if config.pool == "all":
             mask = None
-        if config.pool == "prompt" and config.routing == "instance" and not self.cached:
+        if config.pool in ("prompt", "text") and config.routing == "instance" and not self.cached:
             mask = self._prompt(mask, starts)
+            if config.pool == "text":
+                mask = text_of_prompt(self.inputs.media, mask, starts, (self.B, self.L))
         drafted = self.keep - 1  # an assistant's candidate tokens, which follow the accepted ones
         if not self.cached and 0 < drafted < self.L:
             last = self._last(drafted)

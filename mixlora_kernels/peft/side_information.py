@@ -2,12 +2,10 @@
 
 All layers of a model share one ``SideInformation``. Hooks on the model and its decoder record the running forward
 there, separately for each thread, so that several threads can run one model. Activation checkpointing runs a layer
-again during
-the backward: after its forward has ended, perhaps after another forward, and perhaps in another thread. Therefore each
-checkpointing function is wrapped, and remembers the forward in which it was called.
+again during the backward: after its forward has ended, perhaps after another forward, and perhaps in another thread.
+Therefore each checkpointing function is wrapped, and remembers the forward in which it was called.
 """
 
-import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,11 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..routing import Routing
+from .balance import add_balance_loss
 from .cache import KeptRouting, find_cache, find_past
 from .forward_pass import ForwardPass
-from .model_inputs import ModelInputs
+from .media import find_media, media_ids
+from .model_inputs import ModelInputs, by_name
 from .recorded import Recorded, detach
 from .siblings import expect_families
+from .targets import find_decoders
 
 if TYPE_CHECKING:
     from .layer import MixLoRALayer
@@ -36,12 +37,14 @@ class Running:
     Attributes:
         inputs: the arguments of the whole model's forward; None if none runs.
         forward_pass: the decoder's forward; None if none runs.
+        passes: the forwards of the decoder, and of the encoder, in the whole model's forward.
         task: a task embedding and its mask for every forward, set by ``task_embedding``.
     """
 
     def __init__(self) -> None:
         self.inputs: ModelInputs | None = None
         self.forward_pass: ForwardPass | None = None
+        self.passes: list[ForwardPass] = []
         self.task: tuple[Tensor | None, Tensor | None] = (None, None)
 
 
@@ -69,6 +72,7 @@ class SideInformation:
         self._last: dict[tuple[str, str], Recorded] = {}
         self.decoder_paths: tuple[str, ...] = ()
         self._generates = True
+        self._media: tuple[int, ...] | str = ()
         self._expects_families = False
         self._handles: list = []
         self._each_thread = EachThread()
@@ -106,6 +110,7 @@ class SideInformation:
         # Labels of a model that cannot generate (a classifier, a reward model) are no answers.
         can_generate = getattr(model, "can_generate", None)
         self._generates = can_generate is None or can_generate()
+        self._media = media_ids(getattr(model, "config", None))
         add = self._handles.append
         add(model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         for decoder in decoders:
@@ -136,18 +141,23 @@ class SideInformation:
             raise RuntimeError(
                 "torch.nn.DataParallel is not supported: use DistributedDataParallel (torchrun or accelerate launch)"
             )
-        named, running = _by_name(module, args, kwargs), self.running
+        named, running = by_name(module, args, kwargs), self.running
         task, task_mask = running.task
         if "task_embedding" in kwargs:
             kwargs = dict(kwargs)
             task, task_mask = kwargs.pop("task_embedding"), kwargs.pop("task_mask", None)
-        running.forward_pass = None
-        running.inputs = ModelInputs(named.get("labels"), named.get("logits_to_keep"), task, task_mask, self._generates)
+        running.forward_pass, running.passes = None, []
+        running.inputs = ModelInputs(
+            named.get("labels"), named.get("logits_to_keep"), task, task_mask, self._generates,
+            find_media(self._media, named.get("input_ids")), named.get("num_items_in_batch"),
+        )  # fmt: skip
         return args, kwargs
 
-    def _leave_model(self, _module: nn.Module, _args: tuple, _output: Any) -> None:
+    def _leave_model(self, _module: nn.Module, _args: tuple, output: Any) -> Any:
         running = self.running
-        running.forward_pass = running.inputs = None
+        passes, inputs = running.passes, running.inputs
+        running.forward_pass, running.inputs, running.passes = None, None, []
+        return output if inputs is None or output is None else add_balance_loss(output, passes, inputs)
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         self._enter(module, args, kwargs, self.running.inputs)
@@ -155,23 +165,29 @@ class SideInformation:
     def _enter_encoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = self.running.inputs
         if inputs is not None:  # all of the encoder's tokens are prompt; the labels belong to the decoder
-            inputs = ModelInputs(task=inputs.task, task_mask=inputs.task_mask, generates=False)
+            inputs = ModelInputs(task=inputs.task, task_mask=inputs.task_mask, generates=False, media=inputs.media)
         self._enter(module, args, kwargs, inputs)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict, inputs: ModelInputs | None) -> None:
-        named, running = _by_name(module, args, kwargs), self.running
+        named, running = by_name(module, args, kwargs), self.running
         tokens = named.get("inputs_embeds")
         tokens = named.get("input_ids") if tokens is None else tokens
         shape = None
         if isinstance(tokens, Tensor) and tokens.dim() >= 2:
             shape = tokens.shape[0], tokens.shape[1]
         if inputs is None:  # called without the whole model
-            inputs = ModelInputs(task=running.task[0], task_mask=running.task[1], generates=self._generates)
+            task, task_mask = running.task
+            inputs = ModelInputs(
+                task=task, task_mask=task_mask, generates=self._generates,
+                media=find_media(self._media, named.get("input_ids")),
+            )  # fmt: skip
         past = find_past(named, None if shape is None else shape[1])
         if not self._expects_families:
             expect_families(layer for layer in module.modules() if self._knows(layer))
             self._expects_families = True
         running.forward_pass = ForwardPass(shape, named, inputs, module.training, past)
+        if running.inputs is not None:
+            running.passes.append(running.forward_pass)
         if module.training and torch.is_grad_enabled():
             self._guard_checkpoints(module)
 
@@ -276,20 +292,3 @@ def find_side_information(model: nn.Module) -> SideInformation:
         if isinstance(side := vars(module).get("side"), SideInformation):
             return side
     raise ValueError(f"{type(model).__name__} has no MixLoRA layers")
-
-
-def find_decoders(model: nn.Module) -> list[nn.Module]:
-    """The modules whose forward receives the mask and the positions of the tokens: the text decoder, followed by the
-    encoder if the model has both; or the model itself if it is not a transformers model."""
-    of_transformers: Any = model  # whose methods nn.Module does not declare
-    if not hasattr(model, "get_decoder"):
-        return [model]
-    decoders = [of_transformers.get_decoder()]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        decoders.append(of_transformers.get_encoder())
-    return list(dict.fromkeys(decoders))
-
-
-def _by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
-    """A forward's arguments by name. The signature is only read if there are positional arguments."""
-    return dict(zip(inspect.signature(module.forward).parameters, args)) | kwargs if args else kwargs

@@ -12,7 +12,6 @@ from torch import nn
 
 from .config import ConditionalMixLoRAConfig
 from .linears import expert_modules, expert_routers, is_linear, outside_adapters
-from .side_information import find_decoders
 
 
 def choose_targets(model: nn.Module, config: ConditionalMixLoRAConfig) -> None:
@@ -139,3 +138,15 @@ def check_targets(model: nn.Module, config: ConditionalMixLoRAConfig, matches: C
             raise ValueError(
                 f"Target module {name} is not supported: MixLoRA adapts linear layers, got {type(module).__name__}"
             )
+
+
+def find_decoders(model: nn.Module) -> list[nn.Module]:
+    """The modules whose forward receives the mask and the positions of the tokens: the text decoder, followed by the
+    encoder if the model has both; or the model itself if it is not a transformers model."""
+    of_transformers: Any = model  # whose methods nn.Module does not declare
+    if not hasattr(model, "get_decoder"):
+        return [model]
+    decoders = [of_transformers.get_decoder()]
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        decoders.append(of_transformers.get_encoder())
+    return list(dict.fromkeys(decoders))

@@ -150,8 +150,7 @@ def late_start(position_ids: Any, cache_position: Any, L: int) -> str | None:
 
 def prompt_mask(labels: Tensor, mask: Tensor | None, starts: Tensor | None) -> Tensor:
     """The prompt of each instance, [B, L] bool: the tokens before its first answer token, according to labels [B, L].
-    If
-    an instance has no prompt: all its tokens that are not padding.
+    If an instance has no prompt: all its tokens that are not padding.
 
     Later turns are not part of the prompt, because they did not exist when the first answer was generated. The first
     token alone does not count as a prompt: no token predicts it, so its label has no meaning, and collators that pack
@@ -160,10 +159,7 @@ def prompt_mask(labels: Tensor, mask: Tensor | None, starts: Tensor | None) -> T
     B, L = labels.shape
     answer = (labels != IGNORED).flatten()
     real = torch.ones_like(answer) if mask is None else mask.flatten()
-    if starts is None:
-        instance = torch.arange(B, device=labels.device).repeat_interleave(L)
-    else:
-        instance = starts.flatten().cumsum(0) - 1
+    instance = instance_of_token(B, L, starts, labels.device)
     # The number of answer tokens up to each token. The prompt ends where it exceeds the number before the instance.
     count = answer.cumsum(0)
     begin = torch.full_like(count, count.numel()).scatter_reduce(0, instance, count - answer.long(), "amin")
@@ -172,10 +168,16 @@ def prompt_mask(labels: Tensor, mask: Tensor | None, starts: Tensor | None) -> T
     return torch.where((length > 1)[instance], prompt, real).view(B, L)
 
 
+def instance_of_token(B: int, L: int, starts: Tensor | None, device: torch.device) -> Tensor:
+    """The number of each token's instance, [B * L] int64: of its row, or of the packed instance that it belongs to."""
+    if starts is None:
+        return torch.arange(B, device=device).repeat_interleave(L)
+    return starts.flatten().cumsum(0) - 1
+
+
 def start_mask(labels: Tensor, mask: Tensor | None) -> Tensor:
     """The tokens of a decoder behind an encoder up to its first prediction, [B, L] bool, from labels [B, L]. These
-    labels
-    are shifted: each is the next token."""
+    labels are shifted: each is the next token."""
     answer = (labels != IGNORED).long()
     start = answer.cumsum(1) - answer == 0
     return start if mask is None else start & mask

@@ -82,6 +82,7 @@ def mixlora(label: str, r: int = 4, num_factors: int = 16, **settings) -> Method
 
 TIED = {"conditioning": "tied"}
 NORMALIZED = {"gate": "normalized"}
+BALANCED = {"pool": "prompt", "balance": 0.3}
 PUBLISHED = {"gate": "binary", "conditioning": "published", "pool": "all", "decode": "token"}
 
 METHODS = {
@@ -99,6 +100,11 @@ METHODS = {
     "tied": mixlora("tied pairs", **TIED),
     "tied_normalized": mixlora("tied pairs, normalized gate", **TIED, **NORMALIZED),
     "tied_normalized_prompt": mixlora("the same, pooled over the prompt", **TIED, **NORMALIZED, pool="prompt"),
+    "tied_text": mixlora("tied, normalized, pooled over the prompt's text", **TIED, **NORMALIZED, pool="text"),
+    "tied_balanced": mixlora("tied, normalized, over the prompt, balanced", **TIED, **NORMALIZED, **BALANCED),
+    "tied_text_balanced": mixlora(
+        "tied, normalized, over the prompt's text, balanced", **TIED, **NORMALIZED, **BALANCED | {"pool": "text"}
+    ),
     "paper_prompt": mixlora("the paper's, pooled over the prompt", pool="prompt"),
     "unconditional": mixlora("without conditioning (Figure 4)", conditioning="none"),
     "random": mixlora("random routing (Table 2)", routing="random"),

@@ -29,6 +29,7 @@ class Wave(NamedTuple):
 
 
 FIRST, SECOND = (1, 2, 3), (4, 5, 6)  # seeds of the first base and of the second one: see results/plan.md
+FRESH = (11, 12, 13, 14, 15)  # of the second base, to confirm
 FULL = (
     Wave(("conflict8",), ("untuned", "lora_r4", "lora_r16", "lora_r24", "paper", "tied_normalized"), FIRST),
     Wave(("many",), ("untuned", "lora_r4", "lora_r24", "paper", "tied_normalized"), FIRST),
@@ -37,8 +38,10 @@ FULL = (
     Wave(("conflict8",), ("fixed", "lora_r62", "random"), FIRST),
     Wave(("related",), HEADLINE, FIRST),
     Wave(("conflict8", "many"), HEADLINE, SECOND),
-    Wave(("conflict8",), ("lora_r4", "tied_normalized"), (11, 12, 13, 14, 15)),  # to confirm the first wave
+    Wave(("conflict8",), ("lora_r4", "tied_normalized"), FRESH),
     Wave(("conflict8", "many"), ("lora_r4_scaling8", "lora_r16_scaling8", "lora_r24_scaling8"), SECOND),
+    Wave(("conflict8", "many", "related"), ("tied_text_balanced", "tied_text", "tied_balanced"), SECOND),
+    Wave(("conflict8", "many"), ("tied_text_balanced", "lora_r16_scaling8", "lora_r24_scaling8"), FRESH),
     Wave(("conflict8",), ("paper_scaling2", "unconditional", "released", "task"), SECOND),
     Wave(("conflict8",), ("lora_r4_longer", "lora_r16_longer", "paper_longer", "tied_normalized_longer"), SECOND),
     Wave(("related",), HEADLINE, SECOND),
