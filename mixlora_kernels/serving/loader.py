@@ -13,6 +13,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+from ..peft.media import media_ids
 from . import refusals
 from .batch import Batch
 from .layer import AdaptedMethod, ServedLayer
@@ -65,6 +66,7 @@ class MixLoRAModelLoader(BaseModelLoader):
             refusals.of_model(vllm_config),
             refusals.of_parallelism(vllm_config),
             refusals.of_images(vllm_config),
+            refusals.of_text(self.adapter.config, vllm_config),
         )
         model = super().load_model(vllm_config, model_config, prefix)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
@@ -114,7 +116,9 @@ def attach(
     placed = place(model, adapter.layers, decoder_layers)
     compilation = vllm_config.compilation_config
     device = vllm_config.device_config.device
-    batch = Batch(vllm_config.scheduler_config.max_num_batched_tokens, device)
+    media = media_ids(vllm_config.model_config.hf_config) if adapter.config.pool == "text" else ()
+    assert not isinstance(media, str)  # of_text has refused it
+    batch = Batch(vllm_config.scheduler_config.max_num_batched_tokens, device, media)
     for name, members in placed.items():
         module: Any = model.get_submodule(name)
         layer = ServedLayer(

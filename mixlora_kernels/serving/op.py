@@ -1,6 +1,6 @@
 """The operation ``mixlora::serve``: the update of one fused layer, for every token of a step.
 
-    each new prompt:     pooled = mean of x over the prompt's tokens → logits → choice → state[first block]
+    each new prompt:     pooled = mean of x over the prompt's tokens, or its text → logits → choice → state[first block]
     each token t:        u = x · lora_Aᵀ     (index_a, index_b, weight) = state[block of t]
                          s[index_b] = weight · u[index_a]          y += s · lora_B
 
@@ -50,14 +50,18 @@ def route_(x: Tensor, layer: "ServedLayer", prompts: list[Prompt], blocks: Tenso
     """Choose the factors of P prompts from their tokens in x [N, D], and store them in the layer's state at the first
     KV blocks [P] of their requests."""
     # Each prompt is summed alone, so that the bits of its sum do not depend on the other prompts.
-    pooled = torch.stack(
-        [x[p.start : p.start + p.length].sum(0, dtype=torch.float32) * (1.0 / p.length) for p in prompts]
-    )  # [P, D]
+    pooled = torch.stack([mean_of(x[p.start : p.start + p.length], p.pooled) for p in prompts])  # [P, D]
     logits = [logits_of(pooled, routers, layer.config) for routers in layer.routers]
     if layer.group is not None:  # each process has a part of D
         logits = list(all_reduce(torch.cat(logits, 1), layer.group).chunk(len(logits), 1))
     choices = [choose(part, table, layer.config) for part, table in zip(logits, layer.tables)]
     layer.write(blocks, Choice(*(torch.stack(parts, 1) for parts in zip(*choices))))  # [P, G, R] each
+
+
+def mean_of(x: Tensor, pooled: Tensor | None) -> Tensor:
+    """The mean of one prompt's tokens [L, D], or of those in ``pooled`` [L] bool, in float32: [D]."""
+    x = x if pooled is None else x[pooled]
+    return x.sum(0, dtype=torch.float32) * (1.0 / len(x))
 
 
 def all_reduce(tensor: Tensor, group: str) -> Tensor:

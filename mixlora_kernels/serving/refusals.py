@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from ..config import MixLoRAConfig
+from ..peft.media import media_ids
 from .versions import check_version
 
 
@@ -154,6 +155,22 @@ def of_images(config: Any) -> Iterator[Refusal]:
             f"max_num_encoder_input_tokens={scheduler.max_num_encoder_input_tokens} is less than max_model_len="
             f"{config.model_config.max_model_len}: a prompt of many images would wait for ever",
             f"Set --max-num-batched-tokens {config.model_config.max_model_len} or more",
+        )
+
+
+def of_text(adapter: MixLoRAConfig, config: Any) -> Iterator[Refusal]:
+    """Refuse an adapter that is routed by the prompt's text, if the server cannot tell text from images."""
+    model = config.model_config.hf_config
+    ids = media_ids(model) if adapter.pool == "text" else ()
+    if isinstance(ids, str):
+        yield Refusal(
+            f"pool='text': {type(model).__name__} does not name the tokens that stand for images",
+            "Train with pool='prompt'",
+        )
+    elif ids and config.use_v2_model_runner:
+        yield Refusal(
+            "pool='text' with images: vLLM's second model runner keeps the prompts' tokens on the device",
+            "Set VLLM_USE_V2_MODEL_RUNNER=0, or train with pool='prompt'",
         )
 
 

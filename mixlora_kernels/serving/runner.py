@@ -56,6 +56,7 @@ def follow_first_runner() -> None:
             computed=requests.num_computed_tokens_cpu[:R],
             prompt_lengths=requests.num_prompt_tokens[:R],
             first_blocks=torch.from_numpy(requests.block_table[0].get_numpy_array()[:R, 0]),
+            ids=requests.token_ids_cpu[:R] if batch.media else None,
         )
         try:
             return forward(self, *args, **kwargs)

@@ -74,12 +74,12 @@ def pool_generated_tokens() -> None:
 
     begin = Batch.begin
 
-    def begin_wrongly(self, starts, computed, prompt_lengths, first_blocks):
+    def begin_wrongly(self, starts, computed, prompt_lengths, first_blocks, ids):
         lengths = starts[1:] - starts[:-1]
         prompt_lengths = [n if done else length for n, done, length in zip(prompt_lengths, computed, lengths)]
         import numpy as np
 
-        begin(self, starts, computed, np.array(prompt_lengths), first_blocks)
+        begin(self, starts, computed, np.array(prompt_lengths), first_blocks, ids)
 
     Batch.begin = begin_wrongly
 

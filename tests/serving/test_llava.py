@@ -1,5 +1,6 @@
 """A LLaVA with an adapter and a trained projector in vLLM against Hugging Face's generate, with images and without."""
 
+import copy
 import re
 
 import pytest
@@ -17,13 +18,17 @@ PICTURES = (1, 0, 2, 1, 0, 1, 2, 0)
 
 @pytest.fixture(scope="module")
 def llava(tmp_path_factory):
-    """The folder of model and adapter, the prompts as vLLM takes them, and what generate gives for each."""
+    """The folder of the model and of two adapters, which are routed by the prompt and by its text; the prompts as vLLM
+    takes them; and what generate gives for each, by adapter."""
     from .models import IMAGE, IMAGE_TOKENS, generate, make_picture, make_prompts, save_adapter, save_llava
 
     folder = tmp_path_factory.mktemp("llava")
     model, processor = save_llava(folder / "model")
-    adapted = save_adapter(model, folder / "adapter", modules_to_save=["multi_modal_projector"])
-    prompts, wanted = [], []
+    adapted = {
+        pool: save_adapter(copy.deepcopy(model), folder / pool, modules_to_save=["multi_modal_projector"], pool=pool)
+        for pool in ("prompt", "text")
+    }
+    prompts, wanted = [], {pool: [] for pool in adapted}
     for number, (text, pictures) in enumerate(zip(make_prompts(), PICTURES)):
         files = [folder / f"{number}-{i}.png" for i in range(pictures)]
         images = [make_picture(file, seed=10 * number + i) for i, file in enumerate(files)]
@@ -34,15 +39,16 @@ def llava(tmp_path_factory):
             expanded += [IMAGE] * IMAGE_TOKENS
         prompt = {"prompt_token_ids": tokens + text[2:]}
         prompts.append({**prompt, "multi_modal_data": list(map(str, files))} if files else prompt)
-        wanted.append(generate(adapted, expanded + text[2:], **pixels))
+        for pool, own in adapted.items():
+            wanted[pool].append(generate(own, expanded + text[2:], **pixels))
     return folder, prompts, wanted
 
 
-def job(llava, blocks: int, **engine) -> dict:
+def job(llava, blocks: int, adapter: str = "prompt", **engine) -> dict:
     folder, prompts, _ = llava
     options = {
         "model": str(folder / "model"),
-        "model_loader_extra_config": {"adapter": str(folder / "adapter")},
+        "model_loader_extra_config": {"adapter": str(folder / adapter)},
         "skip_tokenizer_init": False,
         "limit_mm_per_prompt": {"image": 2},
         "mm_processor_cache_gb": 0,
@@ -58,6 +64,7 @@ def results(llava, engines):
     jobs = {
         "room": job(llava, 100),
         "preempted": job(llava, 9),
+        "text": job(llava, 9, "text"),
         # A step takes two pictures, and so many have room between steps: a prompt of two waits behind one of one.
         "two pictures a step": job(llava, 100) | {"pictures": 32},
         "two pictures a step, cut": job(llava, 100) | {"pictures": 32, "cut": True},
@@ -66,10 +73,10 @@ def results(llava, engines):
     return engines.run(jobs)
 
 
-@pytest.mark.parametrize("name", ["room", "preempted", "two pictures a step"])
+@pytest.mark.parametrize("name", ["room", "preempted", "two pictures a step", "text"])
 def test_tokens_are_those_of_generate(llava, results, name):
-    compare(results[name], llava[2])
-    assert (results[name]["preemptions"] > 0) == (name == "preempted")
+    compare(results[name], llava[2]["text" if name == "text" else "prompt"])
+    assert (results[name]["preemptions"] > 0) == (name in ("preempted", "text"))
 
 
 def test_vllms_own_scheduler_is_refused(results):
@@ -104,11 +111,12 @@ def test_a_prompt_that_is_cut_stops_the_engine(results):
 def test_pictures_matter(llava):
     """Prompts that differ in their pictures alone would be told apart: pictures change the tokens."""
     _, prompts, wanted = llava
-    assert wanted[0]["tokens"] != wanted[1]["tokens"]
+    assert wanted["prompt"][0]["tokens"] != wanted["prompt"][1]["tokens"]
+    assert wanted["prompt"][0]["tokens"] != wanted["text"][0]["tokens"]
     assert sum("multi_modal_data" in prompt for prompt in prompts) == 5
 
 
 def test_tokens_are_those_of_generate_from_separate_processes(llava, engines):
     result = engines.run({"preempted": job(llava, 9) | {"processes": True}})["preempted"]
-    compare(result, llava[2])
+    compare(result, llava[2]["prompt"])
     assert result["preemptions"] > 0

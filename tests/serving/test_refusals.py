@@ -122,6 +122,35 @@ def test_a_configuration_that_vllm_makes_elsewhere(saved, change, message):
     assert message in DOCUMENTED
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_routing_by_text(known):
+    """Of a model whose images' tokens are known in the second model runner; and of one where they are not."""
+    from types import SimpleNamespace
+
+    from transformers import LlavaConfig as Known
+
+    from mixlora_kernels.peft import ConditionalMixLoRAConfig
+    from mixlora_kernels.serving.refusals import of_text, refuse
+
+    class LlavaConfig:
+        vision_config = object()
+
+    model = SimpleNamespace(hf_config=Known() if known else LlavaConfig())
+    config = SimpleNamespace(model_config=model, use_v2_model_runner=True)
+    message = (
+        "pool='text' with images: vLLM's second model runner keeps the prompts' tokens on the device. "
+        "Set VLLM_USE_V2_MODEL_RUNNER=0, or train with pool='prompt'"
+        if known
+        else "pool='text': LlavaConfig does not name the tokens that stand for images. Train with pool='prompt'"
+    )
+    with pytest.raises(ValueError, match=re.escape(f"- {message}")):
+        refuse(of_text(ConditionalMixLoRAConfig(pool="text"), config))
+    assert message in DOCUMENTED
+    assert not list(of_text(ConditionalMixLoRAConfig(pool="prompt"), config))
+    config.use_v2_model_runner = False
+    assert len(list(of_text(ConditionalMixLoRAConfig(pool="text"), config))) == (not known)
+
+
 def record_whole_steps(config) -> None:
     from vllm.config import CUDAGraphMode
 
