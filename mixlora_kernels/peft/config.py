@@ -27,7 +27,11 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
             has no answer to read. The labels tell which tokens are the prompt; without labels, ``logits_to_keep`` of a
             forward that scores an answer does. An instance is routed by its whole sequence if its labels leave no
             prompt (all tokens from the second on are labelled), and also if there are neither labels nor
-            ``logits_to_keep``. In training, the latter causes a warning.
+            ``logits_to_keep``. In training, the latter causes a warning. With ``"text"``, the tokens of ``input_ids``
+            that stand for images or other media are left out of the prompt's mean; a prompt without text keeps them.
+        balance: as in ``MixLoRAConfig``. In training, a forward with labels adds the load-balancing loss to the loss
+            that the model returns: this weight, times the mean over the layers. A forward that returns no loss, or
+            whose routings have no gradient, causes a warning.
         target_modules: names, or endings of names, of the linear layers to adapt; a regular expression for the whole
             name; or ``"all-linear"``. None: every linear layer inside the text decoder's layers. A vision tower, a
             projector and the head are then not adapted.
@@ -76,6 +80,12 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
             )
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ValueError("layers_pattern has an effect only with layers_to_transform, which is not given")
+
+    @classmethod
+    def tied(cls, **settings: Any) -> "ConditionalMixLoRAConfig":
+        """The recommended settings: tied pairs with the normalized gate as in ``MixLoRAConfig.tied``, routed by the
+        prompt's text, with the load-balancing loss. ``settings`` override these settings or add to them."""
+        return cls(**{"conditioning": "tied", "gate": "normalized", "pool": "text", "balance": 0.3, **settings})
 
     def to_dict(self) -> dict[str, Any]:
         """As in peft. The result records the installed version of this package."""

@@ -79,7 +79,7 @@ def test_trl_trains_from_a_yaml_file_and_arguments(tmp_path):
 
     done = run("--mixlora_preset", "tied", "--mixlora_dropout", "0.1")
     assert done.returncode == 0, done.stderr[-3000:]
-    expected = {"r": 2, "num_factors": 6, "conditioning": "tied", "gate": "normalized", "pool": "prompt"}
+    expected = {"r": 2, "num_factors": 6, "conditioning": "tied", "gate": "normalized", "pool": "text", "balance": 0.3}
     check_adapter(tmp_path / "out", tmp_path / "model", dropout=0.1, **expected)
     done = run("--use_peft")
     assert done.returncode != 0 and "use_peft asks for LoRA" in done.stderr

@@ -22,7 +22,7 @@ class MixLoRAArguments:
     """The adapter; see ``ConditionalMixLoRAConfig``."""
 
     mixlora_preset: Literal["paper", "tied"] = field(
-        default="paper", metadata={"help": "The paper's method, or tied pairs of factors with a normalized gate."}
+        default="paper", metadata={"help": "The paper's method, or the one that is recommended, with tied pairs."}
     )
     mixlora_r: int = field(default=4, metadata={"help": "Factors chosen for each instance."})
     mixlora_num_factors: int = field(default=16, metadata={"help": "Factors in the pool of each layer."})
@@ -30,8 +30,11 @@ class MixLoRAArguments:
         default=None, metadata={"help": "The update is scaled by alpha / r; twice the number of factors by default."}
     )
     mixlora_dropout: float = field(default=0.0, metadata={"help": "Dropout of the input of the first factors."})
-    mixlora_pool: Literal["prompt", "sequence"] = field(
-        default="prompt", metadata={"help": "The tokens that routing averages; generation has the prompt alone."}
+    mixlora_pool: Literal["prompt", "text", "sequence"] | None = field(
+        default=None, metadata={"help": "The tokens that routing averages; by default as in the preset."}
+    )
+    mixlora_balance: float | None = field(
+        default=None, metadata={"help": "Weight of the load-balancing loss; by default as in the preset."}
     )
     mixlora_target_modules: list[str] | None = field(
         default=None,
@@ -43,7 +46,7 @@ class MixLoRAArguments:
 
     def config(self) -> ConditionalMixLoRAConfig:
         """The configuration that the arguments describe."""
-        given = {name.removeprefix("mixlora_"): value for name, value in vars(self).items()}
+        given = {name.removeprefix("mixlora_"): value for name, value in vars(self).items() if value is not None}
         return PRESETS[given.pop("preset")](task_type="CAUSAL_LM", **given)
 
 

@@ -18,11 +18,11 @@ from ..refusal import Refusal
 from .yaml_file import read_yaml
 
 # The methods that the paper compares in Tables 1 and 2 and Figure 4, and the preset with tied pairs.
-TIED = MixLoRAConfig.tied()
+TIED = ConditionalMixLoRAConfig.tied()
 METHODS = {
     "lora": None,
     "mixlora": {"routing": "instance"},
-    "mixlora_tied": {"routing": "instance", "conditioning": TIED.conditioning, "gate": TIED.gate},
+    "mixlora_tied": {name: getattr(TIED, name) for name in ("routing", "conditioning", "gate", "pool", "balance")},
     "mixlora_unconditional": {"routing": "instance", "conditioning": "none"},
     "mixlora_task": {"routing": "task"},
     "mixlora_task_unconditional": {"routing": "task", "conditioning": "none"},
@@ -67,7 +67,8 @@ class Settings(BaseModel):
         num_factors: E, the number of factors in a pool.
         alpha: None means 2 E, or 2 r for LoRA, as in the paper.
         dropout: the probability of dropout of the input of ``lora_A``.
-        mixlora: further fields of ``MixLoRAConfig``: ``conditioning``, ``gate``, ``pool``, ``decode``.
+        mixlora: further fields of ``MixLoRAConfig``: ``conditioning``, ``gate``, ``pool``, ``decode``,
+            ``balance``.
         train_projector: whether the projector is trained in full.
         template: the conversation's template; see ``conversation.TEMPLATES``.
         max_length: the longest text in tokens, with the image counted as one.
