@@ -83,6 +83,9 @@ def mixlora(label: str, r: int = 4, num_factors: int = 16, **settings) -> Method
 TIED = {"conditioning": "tied"}
 NORMALIZED = {"gate": "normalized"}
 BALANCED = {"pool": "prompt", "balance": 0.3}
+RECOMMENDED = {
+    name: getattr(ConditionalMixLoRAConfig.tied(), name) for name in ("conditioning", "gate", "pool", "balance")
+}
 PUBLISHED = {"gate": "binary", "conditioning": "published", "pool": "all", "decode": "token"}
 
 METHODS = {
@@ -102,9 +105,7 @@ METHODS = {
     "tied_normalized_prompt": mixlora("the same, pooled over the prompt", **TIED, **NORMALIZED, pool="prompt"),
     "tied_text": mixlora("tied, normalized, pooled over the prompt's text", **TIED, **NORMALIZED, pool="text"),
     "tied_balanced": mixlora("tied, normalized, over the prompt, balanced", **TIED, **NORMALIZED, **BALANCED),
-    "tied_text_balanced": mixlora(
-        "tied, normalized, over the prompt's text, balanced", **TIED, **NORMALIZED, **BALANCED | {"pool": "text"}
-    ),
+    "tied_text_balanced": mixlora("ConditionalMixLoRAConfig.tied(): text and balance", **RECOMMENDED),
     "paper_prompt": mixlora("the paper's, pooled over the prompt", pool="prompt"),
     "unconditional": mixlora("without conditioning (Figure 4)", conditioning="none"),
     "random": mixlora("random routing (Table 2)", routing="random"),
@@ -126,6 +127,10 @@ METHODS = {
     "lora_r16_longer": lora(16, longer=3)._replace(label="LoRA r 16, three times the steps"),
     "paper_longer": mixlora("MixLoRA as in the paper, three times the steps", longer=3),
     "tied_normalized_longer": mixlora("tied, normalized, three times the steps", longer=3, **TIED, **NORMALIZED),
+    "lora_r24_scaling8_longer": lora_at_8(24)._replace(label="LoRA r 24 at scaling 8, three times the steps", longer=3),
+    "tied_text_balanced_longer": mixlora(
+        "ConditionalMixLoRAConfig.tied(), three times the steps", longer=3, **RECOMMENDED
+    ),
 }
 
 

@@ -14,9 +14,15 @@ from .tuning import SEARCHED, Run
 
 STEPS = {"conflict8": 400, "many": 400, "related": 200, "conflict32": 800}
 BEYOND = 2  # the most rates that a search tries beyond the first three, on each side
-HEADLINE = (
+EARLIER = (
     "untuned", "lora_r4", "lora_r16", "lora_r24", "paper", "normalized", "tied", "tied_normalized",
     "tied_normalized_prompt",
+)  # fmt: skip
+LATER = ("lora_r16_scaling8", "lora_r24_scaling8", "tied_text_balanced")  # added while the study ran
+HEADLINE = (*EARLIER, *LATER)
+LONGER = (
+    "lora_r24_scaling8_longer", "tied_text_balanced_longer", "lora_r4_longer", "lora_r16_longer", "paper_longer",
+    "tied_normalized_longer",
 )  # fmt: skip
 
 
@@ -36,26 +42,27 @@ FULL = (
     Wave(("conflict8",), ("tied_normalized_prompt", "normalized", "tied"), FIRST),
     Wave(("many",), ("lora_r16", "tied_normalized_prompt", "normalized", "tied"), FIRST),
     Wave(("conflict8",), ("fixed", "lora_r62", "random"), FIRST),
-    Wave(("related",), HEADLINE, FIRST),
-    Wave(("conflict8", "many"), HEADLINE, SECOND),
+    Wave(("related",), EARLIER, FIRST),
+    Wave(("conflict8", "many"), EARLIER, SECOND),
     Wave(("conflict8",), ("lora_r4", "tied_normalized"), FRESH),
     Wave(("conflict8", "many"), ("lora_r4_scaling8", "lora_r16_scaling8", "lora_r24_scaling8"), SECOND),
     Wave(("conflict8", "many", "related"), ("tied_text_balanced", "tied_text", "tied_balanced"), SECOND),
-    Wave(("conflict8", "many"), ("tied_text_balanced", "lora_r16_scaling8", "lora_r24_scaling8"), FRESH),
+    Wave(("conflict8", "many"), LATER, FRESH),
+    Wave(("related",), (*EARLIER, *LATER), SECOND),
+    Wave(("conflict8",), LONGER[:2], SECOND),
+    Wave(("conflict32",), (*LATER, "untuned", "lora_r4", "paper"), SECOND),
     Wave(("conflict8",), ("paper_scaling2", "unconditional", "released", "task"), SECOND),
-    Wave(("conflict8",), ("lora_r4_longer", "lora_r16_longer", "paper_longer", "tied_normalized_longer"), SECOND),
-    Wave(("related",), HEADLINE, SECOND),
     Wave(("conflict8",), ("fixed", "lora_r62", "random"), SECOND),
-    Wave(("conflict32",), HEADLINE, SECOND),
+    Wave(("conflict8",), LONGER[2:], SECOND),
     Wave(("many",), ("fixed", "lora_r62", "random", "unconditional"), SECOND),
     Wave(("conflict8",), ("specialists_r4", "paper_prompt", "lora_r2", "lora_r8", "lora_r32"), SECOND),
     Wave(("conflict8",), ("paper_e16_r2", "paper_e32_r2", "paper_e32_r4", "paper_e16_r8", "paper_e32_r8"), SECOND),
     Wave(("many",), ("paper_scaling2", "released", "task", "paper_prompt"), SECOND),
+    Wave(("conflict32",), EARLIER, SECOND),
     Wave(("many",), ("lora_r2", "lora_r8", "lora_r32", "paper_e16_r2", "paper_e32_r2", "paper_e32_r4"), SECOND),
-    Wave(("many",), ("paper_e16_r8", "paper_e32_r8", "lora_r4_longer", "lora_r16_longer"), SECOND),
-    Wave(("many",), ("paper_longer", "tied_normalized_longer"), SECOND),
+    Wave(("many",), ("paper_e16_r8", "paper_e32_r8", *LONGER), SECOND),
     Wave(("related",), ("specialists_r4", "fixed"), SECOND),
-    Wave(("conflict32",), HEADLINE, (7, 8)),
+    Wave(("related", "conflict32"), HEADLINE, (7, 8)),
 )
 QUICK = (Wave(("conflict8",), ("untuned", "lora_r4", "paper", "tied_normalized"), (1,)),)
 QUICK_STEPS = {"conflict8": 150}

@@ -21,9 +21,14 @@ PAIRS = (
     ("paper_scaling2", "paper"),
     ("specialists_r4", "lora_r4"),
     *[("tied_normalized_prompt", rival) for rival in (*RIVALS, *AT_8, "tied_normalized")],
+    *[("tied_text_balanced", rival) for rival in (*RIVALS, *AT_8, "tied_normalized_prompt", "tied_text", "fixed")],
+    *[("tied_text_balanced", rival) for rival in ("tied_balanced", "lora_r62")],
+    ("tied_text_balanced_longer", "lora_r24_scaling8_longer"),
+    ("tied_text_balanced_longer", "lora_r16_longer"),
     ("tied_normalized_longer", "lora_r4_longer"),
     ("tied_normalized_longer", "paper_longer"),
 )
+CONFIRMED = (PAIRS[0], *[("tied_text_balanced", rival) for rival in (*AT_8[1:], "tied_normalized")])
 Cells = dict[tuple[str, str], list[Record]]
 
 
@@ -84,14 +89,15 @@ def confirmation(found: list[Record]) -> str:
         if (suite, method) in first:
             rows.append([suite, METHODS[method].label, cell(first[suite, method]), cell(again)])
     lines = [grid(["suite", "method", "first seeds", "other seeds"], rows)] if rows else []
-    for suite, one, other in {(suite, *PAIRS[0]) for suite, _ in second}:
-        pair = [difference(*(by_seed(part.get((suite, m), [])) for m in (one, other))) for part in (first, second)]
-        if None not in pair and pair[0].low is not None:
-            inside = pair[0].low <= pair[1].mean <= pair[0].high
-            lines.append(
-                f"{METHODS[one].label} less {METHODS[other].label} on {suite}: first {points(pair[0])}, again "
-                f"{points(pair[1])}: {'within' if inside else 'NOT within'} the first interval."
-            )
+    for suite in dict.fromkeys(suite for suite, _ in second):
+        for one, other in CONFIRMED:
+            pair = [difference(*(by_seed(part.get((suite, m), [])) for m in (one, other))) for part in (first, second)]
+            if None not in pair and pair[0].low is not None:
+                inside = pair[0].low <= pair[1].mean <= pair[0].high
+                lines.append(
+                    f"{METHODS[one].label} less {METHODS[other].label} on {suite}: first {points(pair[0])}, again "
+                    f"{points(pair[1])}: {'within' if inside else 'NOT within'} the first interval."
+                )
     return "## A second time, with other seeds\n\n" + "\n\n".join(lines) if lines else ""
 
 
