@@ -6,6 +6,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
+from mixlora_kernels.peft import ConditionalMixLoRAConfig
+
 from . import digits
 
 
@@ -88,7 +90,8 @@ what the study measures, with seeds and intervals; its report is in the reposito
 
 ## Training
 
-Loss, mean of the first and the last ten steps: {_losses(figures["loss"])}.
+Loss, mean of the first and the last ten steps: {_losses(figures["loss"])}. MixLoRA's contains its load-balancing loss
+with the weight {ConditionalMixLoRAConfig.tied().balance}; where all factors are used alike, this adds about as much.
 
 ![loss](loss.png)
 

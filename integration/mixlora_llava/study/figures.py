@@ -13,7 +13,8 @@ from .methods import METHODS
 from .records import Record
 
 Cells = dict[tuple[str, str], list[Record]]
-COMPARED = ("lora_r4", "lora_r16", "paper", "tied_normalized")  # the methods whose choices of factors are drawn
+# the methods whose losses and interference are drawn
+COMPARED = ("lora_r4", "lora_r16", "lora_r24_scaling8", "paper", "tied_normalized", "tied_text_balanced")
 
 
 def draw(folder: Path, found: list[Record], table: Cells) -> dict[str, str]:
@@ -21,7 +22,10 @@ def draw(folder: Path, found: list[Record], table: Cells) -> dict[str, str]:
     made = {
         "accuracy.png": ("Accuracy on the reporting pictures; a point is a seed.", accuracies(table)),
         "rates.png": ("Accuracy on the choosing pictures by learning rate, seed 0.", rates(found)),
-        "loss.png": ("Loss on the answers while training, means over tenths and seeds.", losses(table)),
+        "loss.png": (
+            "Loss while training, with the load-balancing loss where there is one; means over tenths and seeds.",
+            losses(table),
+        ),
         "flips.png": ("Pairs that changed since the look before, over the training.", flips(table)),
         "usage.png": (
             "How often each factor of a layer was chosen, of all its choices; conflict8, one seed.",
@@ -37,7 +41,7 @@ def draw(folder: Path, found: list[Record], table: Cells) -> dict[str, str]:
         if heat := heat_maps(table, suite):
             interference.plot(heat, folder / f"interference_{suite}.png")
             drawn[f"interference_{suite}.png"] = f"Interference between instructions of {suite} (Figures 2 and 7)."
-    for method in ("paper", "tied_normalized"):
+    for method in ("paper", "tied_text_balanced"):
         if maps := selections(table, "many", method):
             name = f"tsne_{method}.png"
             choice_map(maps).savefig(folder / name, dpi=110)
@@ -70,7 +74,7 @@ def colour(method: str) -> str:
         return "tab:gray"
     if METHODS[method].kind == "lora":
         return "tab:orange"
-    return "tab:green" if method.startswith("tied_normalized") else "tab:blue"
+    return "tab:green" if method.startswith("tied_") else "tab:blue"
 
 
 def rates(found: list[Record]) -> Figure | None:
@@ -86,7 +90,9 @@ def rates(found: list[Record]) -> Figure | None:
             if not runs:
                 continue
             values = [choices[run] for run in runs]
-            panel.plot([run.rate for run in runs], values, "o-", color=f"C{number}", label=METHODS[method].label)
+            panel.plot(
+                [run.rate for run in runs], values, "o-", color=colormaps["tab20"](number), label=METHODS[method].label
+            )
         panel.set(xscale="log", xlabel="learning rate", title=suite)
         panel.set_xticks(tried, [f"{rate:.4g}" for rate in tried], rotation=45, fontsize=7)
         panel.minorticks_off()
@@ -132,7 +138,7 @@ def flips(table: Cells) -> Figure | None:
 def usage(table: Cells) -> Figure | None:
     """Draw which part of the choices fell on each factor: a panel for each method, a row for each layer and pool."""
     shown = {}
-    for method in ("paper", "normalized", "tied", "tied_normalized"):
+    for method in ("paper", "normalized", "tied", "tied_normalized", "tied_text_balanced"):
         if rows := table.get(("conflict8", method)):
             shown[method] = min(rows, key=lambda record: record.run.seed).found["usage"]
     if not shown:

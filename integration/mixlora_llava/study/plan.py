@@ -64,7 +64,7 @@ FULL = (
     Wave(("related",), ("specialists_r4", "fixed"), SECOND),
     Wave(("related", "conflict32"), HEADLINE, (7, 8)),
 )
-QUICK = (Wave(("conflict8",), ("untuned", "lora_r4", "paper", "tied_normalized"), (1,)),)
+QUICK = (Wave(("conflict8",), ("untuned", "lora_r4", "paper", "tied_text_balanced"), (1,)),)
 QUICK_STEPS = {"conflict8": 150}
 
 Found = Mapping[Run, float]  # the accuracy of finished runs on the split "choose"
