@@ -46,6 +46,26 @@ def test_training(model, backend):
     check(model, torch.compile(model, backend=backend, fullgraph=True))
 
 
+def test_the_load_balancing_loss():
+    """It is in the graph: the loss and the gradients are those of eager torch."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(**{**TEXT, "num_hidden_layers": 1}))
+    model = adapt(base, target_modules=["q_proj", "down_proj"], balance=0.5, conditioning="tied", pool="text").train()
+    ids, mask = pad(prompts(3), "right")
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100), "use_cache": False}
+    expected = model(**inputs).loss
+    expected.backward()
+    wanted = gradients(model)
+    loss = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).loss
+    loss.backward()
+    assert relative(loss.detach(), expected.detach()) < TOLERANCE
+    scale = max(value.abs().max() for value in wanted.values())
+    for name, gradient in gradients(model).items():
+        assert (gradient - wanted[name]).abs().max() < TOLERANCE * scale, name
+    torch.compiler.reset()
+
+
 @pytest.fixture
 def siblings(monkeypatch):
     """A model whose q, k and v are adapted, and the sizes of the groups that are computed."""
