@@ -35,7 +35,7 @@ class Wave(NamedTuple):
 
 
 FIRST, SECOND = (1, 2, 3), (4, 5, 6)  # seeds of the first base and of the second one: see results/plan.md
-FRESH = (11, 12, 13, 14, 15)  # of the second base, to confirm
+FRESH, MORE = (11, 12, 13, 14, 15), (16, 17, 18, 19, 20)  # of the second base, to confirm
 FULL = (
     Wave(("conflict8",), ("untuned", "lora_r4", "lora_r16", "lora_r24", "paper", "tied_normalized"), FIRST),
     Wave(("many",), ("untuned", "lora_r4", "lora_r24", "paper", "tied_normalized"), FIRST),
@@ -48,6 +48,7 @@ FULL = (
     Wave(("conflict8", "many"), ("lora_r4_scaling8", "lora_r16_scaling8", "lora_r24_scaling8"), SECOND),
     Wave(("conflict8", "many", "related"), ("tied_text_balanced", "tied_text", "tied_balanced"), SECOND),
     Wave(("conflict8", "many"), LATER, FRESH),
+    Wave(("conflict8", "many"), LATER, MORE),
     Wave(("related",), (*EARLIER, *LATER), SECOND),
     Wave(("conflict8",), LONGER[:2], SECOND),
     Wave(("conflict32",), (*LATER, "untuned", "lora_r4", "paper"), SECOND),

@@ -28,7 +28,7 @@ def write(folder: Path) -> Path:
     parts = [
         head(found),
         several_bases(found),
-        tables.headline(table),
+        tables.headline(found),
         tables.differences(table),
         tables.confirmation(found),
         tables.everything(table),

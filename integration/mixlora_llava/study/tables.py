@@ -53,7 +53,19 @@ def all_differences(table: Cells) -> list[tuple[str, str, str, Difference]]:
     return found
 
 
-def headline(table: Cells) -> str:
+def headline(found: list[Record]) -> str:
+    """The headline rows, in a table for each base: accuracies of different bases are not compared."""
+    by_base: dict[str, list[Record]] = defaultdict(list)
+    for record in sorted(found, key=lambda record: record.made["date"], reverse=True):
+        by_base[record.base].append(record)
+    parts = [
+        f"The base {base}:\n\n{rows}" if len(by_base) > 1 else rows
+        for base, records in by_base.items() if (rows := headline_rows(cells(records)))
+    ]  # fmt: skip
+    return "\n\n".join(["## The methods that matter most", *parts])
+
+
+def headline_rows(table: Cells) -> str:
     suites = [suite for suite in plan.STEPS if any((suite, method) in table for method in plan.HEADLINE)]
     columns = [(suite, "report") for suite in suites] + [("many", "unseen")] * ("many" in suites)
     rows = [
@@ -66,7 +78,7 @@ def headline(table: Cells) -> str:
         if any((suite, method) in table for suite in suites)
     ]
     names = [suite if kind == "report" else f"{suite}, unseen instructions" for suite, kind in columns]
-    return "## The methods that matter most\n\n" + grid(["method", "alpha / r", *names], rows)
+    return grid(["method", "alpha / r", *names], rows) if rows else ""
 
 
 def differences(table: Cells) -> str:
