@@ -74,8 +74,8 @@ def _warn_of_collapse(adapter: str, layers: dict[str, dict]) -> None:
         shown = ", ".join(collapsed[:3]) + (f" and {len(collapsed) - 3} more" if len(collapsed) > 3 else "")
         warnings.warn(
             f"the routing of adapter {adapter!r} has collapsed in {shown}: nearly all instances chose the same "
-            "factors, and the adapter is a plain LoRA of rank r there. If the instances are of different tasks, "
-            "train longer or with a higher learning rate, and see whether LoRA is as good",
+            "factors, and the adapter is a plain LoRA of rank r there. If the instances are of different tasks, train "
+            "with a load-balancing loss (balance=0.3), and see whether LoRA is as good",
             stacklevel=3,
         )
 
