@@ -27,9 +27,10 @@ from .tokens import (
 )
 
 WITHOUT_LABELS = (
-    "a training forward of an adapter with pool='prompt' came without labels, so each instance is routed by its whole "
-    "sequence, the answer included, while generation routes by the prompt. Let the trainer pass labels to the model "
-    "(label smoothing and loss functions of your own take them out), or set pool='sequence' if nothing is generated"
+    "a training forward of an adapter that routes by the prompt came without labels, so each instance is routed by its "
+    "whole sequence, the answer included, while generation routes by the prompt. Let the trainer pass labels to the "
+    "model (label smoothing and loss functions of your own take them out), or set pool='sequence' if nothing is "
+    "generated"
 )
 
 
