@@ -34,6 +34,30 @@ MUTATIONS = [
         "tests/peft/test_exact_pooling.py::test_a_training_forward_with_labels",
     ),
     Mutation(
+        "text: images are pooled as well", f"{_PEFT}/media.py",
+        "text, instance = prompt & ~media,", "text, instance = prompt.clone(),",
+        "tests/peft/test_text.py::test_the_mean_is_that_of_the_text",
+    ),
+    Mutation(
+        "text: the answer is pooled as well", f"{_PEFT}/forward_pass.py",
+        "mask = text_of_prompt(self.inputs.media, mask,", "mask = text_of_prompt(self.inputs.media, None,",
+        "tests/peft/test_text.py::test_training_routes_as_the_prompt_alone_does",
+    ),
+    Mutation(
+        "balance: the losses of the layers are summed, not averaged", f"{_PEFT}/balance.py",
+        "total.append(weight / count *", "total.append(weight *",
+        "tests/peft/test_balance.py::test_the_models_loss_has_it",
+    ),
+    Mutation(
+        "balance: every accumulated batch adds all of it", f"{_PEFT}/balance.py",
+        "loss = loss + _part(inputs) *", "loss = loss + 1.0 *",
+        "tests/peft/test_balance.py::test_accumulated_batches_add_their_parts",
+    ),
+    Mutation(
+        "balance: the probabilities are detached", "mixlora_kernels/balance.py",
+        "probs.mean(-2)", "probs.detach().mean(-2)", "tests/peft/test_balance.py::test_its_gradient",
+    ),
+    Mutation(
         "prompt: later turns belong to it", f"{_PEFT}/tokens.py",
         "prompt = (count == begin[instance]) & real", "prompt = (labels == IGNORED).flatten() & real",
         "tests/peft/test_exact_pooling.py::test_prompt_masks",

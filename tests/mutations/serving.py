@@ -24,7 +24,17 @@ MUTATIONS = [
     ),
     Mutation(
         "batch: a preempted request pools what it had generated", f"{_SERVING}/batch.py",
-        "Prompt(start, prompt)", "Prompt(start, length)", _UPDATE,
+        "Prompt(start, prompt, ", "Prompt(start, length, ", _UPDATE,
+    ),
+    Mutation(
+        "batch: images are pooled with the text", f"{_SERVING}/batch.py",
+        "return torch.from_numpy(text).to(self.blocks.device) if text.any() and not text.all() else None",
+        "return None", f"{_UPDATE}::test_a_prompt_is_routed_by_its_text",
+    ),
+    Mutation(
+        "batch: generated tokens count as the prompt's text", f"{_SERVING}/batch.py",
+        "if ids is None else ids[request, :prompt]", "if ids is None else ids[request, :length]",
+        f"{_UPDATE}::test_a_prompt_is_routed_by_its_text",
     ),
     Mutation(
         "batch: the first piece of a prompt is routed", f"{_SERVING}/batch.py",
@@ -35,7 +45,7 @@ MUTATIONS = [
         "first_blocks.repeat_interleave(", "first_blocks.roll(1).repeat_interleave(", _UPDATE,
     ),
     Mutation(
-        "operation: a prompt is summed up, not averaged", f"{_SERVING}/op.py", " * (1.0 / p.length)", "", _UPDATE,
+        "operation: a prompt is summed up, not averaged", f"{_SERVING}/op.py", " * (1.0 / len(x))", "", _UPDATE,
     ),
     Mutation(
         "layer: a process adds the update of all of x's columns", f"{_SERVING}/layer.py",

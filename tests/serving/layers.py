@@ -37,7 +37,7 @@ def make_parameters(config: mk.MixLoRAConfig, d_outs=D_OUTS, d_in=D_IN, seed=0) 
 
 
 def make_served(
-    config: mk.MixLoRAConfig, parameters: list[dict], *, group=None, columns=WHOLE, backend=None
+    config: mk.MixLoRAConfig, parameters: list[dict], *, group=None, columns=WHOLE, backend=None, media=()
 ) -> ServedLayer:
     stops = torch.tensor([p["lora_B"].shape[1] for p in parameters]).cumsum(0).tolist()
     members = [
@@ -46,7 +46,7 @@ def make_served(
     ]
     device = torch.device("cpu")
     layer = ServedLayer(
-        members, parameters, config, Batch(TOKENS, device), dtype=torch.float32, device=device, group=group,
+        members, parameters, config, Batch(TOKENS, device, media), dtype=torch.float32, device=device, group=group,
         backend=backend,
     )  # fmt: skip
     layer.reserve(BLOCKS)
@@ -54,10 +54,11 @@ def make_served(
 
 
 class Request:
-    """A request's hidden states [tokens, D_IN], the length of its prompt, and its first KV block."""
+    """A request's hidden states [tokens, D_IN], the length of its prompt, its first KV block, and its tokens' ids."""
 
     def __init__(self, prompt: int, generated: int, block: int, seed: int):
         self.x = torch.randn(prompt + generated, D_IN, generator=torch.Generator().manual_seed(seed))
+        self.ids = np.ones(prompt + generated, dtype=np.int64)
         self.prompt, self.block, self.computed = prompt, block, 0
 
 
@@ -70,6 +71,7 @@ def step(layer: ServedLayer, requests: list[tuple[Request, int]]) -> list[torch.
         computed=np.array([request.computed for request, _ in requests]),
         prompt_lengths=np.array([request.prompt for request, _ in requests]),
         first_blocks=torch.tensor([request.block for request, _ in requests]),
+        ids=np.stack([np.resize(request.ids, TOKENS) for request, _ in requests]),  # rows of one length, as vLLM's are
     )
     x = torch.cat(pieces)
     y = torch.zeros(len(x), layer.members[-1].stop)
@@ -80,10 +82,12 @@ def step(layer: ServedLayer, requests: list[tuple[Request, int]]) -> list[torch.
     return list(y.split(lengths.tolist()))
 
 
-def alone(request: Request, config: mk.MixLoRAConfig, parameters: list[dict]) -> tuple[torch.Tensor, list[mk.Routing]]:
+def alone(
+    request: Request, config: mk.MixLoRAConfig, parameters: list[dict], media=()
+) -> tuple[torch.Tensor, list[mk.Routing]]:
     """What the package adds to the request's tokens, routed by its prompt, and the routing of each member."""
     added, routings = [], []
-    mask = torch.arange(len(request.x)) < request.prompt
+    mask = (torch.arange(len(request.x)) < request.prompt) & torch.from_numpy(~np.isin(request.ids, media))
     for p in parameters:
         factors = mk.Factors(*(p.get(name) for name in mk.Factors._fields))
         base = F.linear(request.x, torch.zeros(p["lora_B"].shape[1], D_IN))

@@ -50,6 +50,28 @@ def test_a_preempted_request_keeps_the_routing_of_its_prompt(config):
     torch.testing.assert_close(torch.cat((again, last)), wanted, **CLOSE)
 
 
+def test_a_prompt_is_routed_by_its_text(config):
+    """Without the tokens that stand for images; by all of them where there is no text. Again after a preemption."""
+    parameters, media = make_parameters(config), (8, 9)
+    layer = make_served(config, parameters, media=media)
+    a, b, c = Request(6, 2, 4, 1), Request(4, 1, 7, 2), Request(3, 1, 9, 3)
+    a.ids[[1, 2, 4, 7]] = 9, 8, 9, 9  # the last one is generated
+    b.ids[:4] = 9
+    got = {a: [], b: [], c: []}
+    for tokens in ([(a, 6), (c, 3)], [(b, 4), (a, 1)], [(c, 1), (b, 1)]):
+        for (request, _), y in zip(tokens, step(layer, tokens)):
+            got[request].append(y)
+    a.computed = 0
+    got[a] = step(layer, [(a, 8)])
+    for request, left_out in ((a, media), (b, ()), (c, media)):
+        wanted, _ = alone(request, config, parameters, left_out)
+        torch.testing.assert_close(torch.cat(got[request]), wanted, **CLOSE)
+    layer.batch.media = ()
+    a.computed = 0
+    (whole,) = step(layer, [(a, 8)])
+    assert (whole - got[a][0]).abs().max() > 0.1
+
+
 def test_a_pool_over_generated_tokens_would_be_seen():
     """The control of the test above: with these parameters the routing of all tokens differs from the prompt's."""
     config = mk.MixLoRAConfig(r=3, num_factors=7)
