@@ -105,7 +105,7 @@ METHODS = {
     "tied_normalized_prompt": mixlora("the same, pooled over the prompt", **TIED, **NORMALIZED, pool="prompt"),
     "tied_text": mixlora("tied, normalized, pooled over the prompt's text", **TIED, **NORMALIZED, pool="text"),
     "tied_balanced": mixlora("tied, normalized, over the prompt, balanced", **TIED, **NORMALIZED, **BALANCED),
-    "tied_text_balanced": mixlora("ConditionalMixLoRAConfig.tied(): text and balance", **RECOMMENDED),
+    "tied_text_balanced": mixlora("preset tied(): text, balanced", **RECOMMENDED),
     "paper_prompt": mixlora("the paper's, pooled over the prompt", pool="prompt"),
     "unconditional": mixlora("without conditioning (Figure 4)", conditioning="none"),
     "random": mixlora("random routing (Table 2)", routing="random"),
@@ -128,9 +128,7 @@ METHODS = {
     "paper_longer": mixlora("MixLoRA as in the paper, three times the steps", longer=3),
     "tied_normalized_longer": mixlora("tied, normalized, three times the steps", longer=3, **TIED, **NORMALIZED),
     "lora_r24_scaling8_longer": lora_at_8(24)._replace(label="LoRA r 24 at scaling 8, three times the steps", longer=3),
-    "tied_text_balanced_longer": mixlora(
-        "ConditionalMixLoRAConfig.tied(), three times the steps", longer=3, **RECOMMENDED
-    ),
+    "tied_text_balanced_longer": mixlora("preset tied(), three times the steps", longer=3, **RECOMMENDED),
 }
 
 

@@ -73,8 +73,9 @@ seeds, their number in parentheses; intervals are Student's, {CONFIDENCE:.0%}, o
 
 Suites: `conflict8` and `conflict32`, as many code words, each with its own mapping of digits (every second also of
 inks, so that its answers have two words); `many`, fifty instructions of arithmetic and sight, a fifth of them unseen in
-training; `related`, six instructions that need the same sight. The size of the model and the pictures are one each: the
-intervals say nothing about others."""
+training; `related`, six instructions that need the same sight. "preset tied()" is `ConditionalMixLoRAConfig.tied()`:
+tied pairs, normalized gate, routed by the prompt's text, with a load-balancing loss. The size of the model and the
+pictures are one each: the intervals say nothing about others."""
 
 
 def several_bases(found: list[Record]) -> str:
