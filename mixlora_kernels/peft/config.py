@@ -30,8 +30,9 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
             ``logits_to_keep``. In training, the latter causes a warning. With ``"text"``, the tokens of ``input_ids``
             that stand for images or other media are left out of the prompt's mean; a prompt without text keeps them.
         balance: as in ``MixLoRAConfig``. In training, a forward with labels adds the load-balancing loss to the loss
-            that the model returns: this weight, times the mean over the layers. A forward that returns no loss, or
-            whose routings have no gradient, causes a warning.
+            that the model returns: this weight, times the mean over the layers. A trainer that computes its loss from
+            the logits (DPO, GRPO) does not see it. A forward that returns no loss, or whose routings have no gradient,
+            causes a warning.
         target_modules: names, or endings of names, of the linear layers to adapt; a regular expression for the whole
             name; or ``"all-linear"``. None: every linear layer inside the text decoder's layers. A vision tower, a
             projector and the head are then not adapted.
