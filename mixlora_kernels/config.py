@@ -91,7 +91,7 @@ class MixLoRAConfig:
         if self.balance and (self.routing == "random" or self.gate == "binary"):
             raise ValueError(
                 f"balance={self.balance!r} needs routers that are trained, which routing={self.routing!r} with "
-                f"gate={self.gate!r} does not have"
+                f"gate={self.gate!r} does not have: set balance=0"
             )
         if (self.routing == "task") != (self.task_dim is not None):
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config import MixLoRAConfig
 from ..routing import Instances, Routing, RoutingContext, find_instances
 from .cache import Past, unknown_cache_error, unseen_cache_error
-from .media import text_of_prompt
+from .media import find_media, text_of_prompt
 from .model_inputs import ModelInputs
 from .recorded import Recorded, join
 from .siblings import Siblings
@@ -172,7 +172,8 @@ class ForwardPass:
         if config.pool in ("prompt", "text") and config.routing == "instance" and not self.cached:
             mask = self._prompt(mask, starts)
             if config.pool == "text":
-                mask = text_of_prompt(self.inputs.media, mask, starts, (self.B, self.L))
+                media = find_media(self.inputs.media_ids, self.inputs.input_ids)
+                mask = text_of_prompt(media, mask, starts, (self.B, self.L))
         drafted = self.keep - 1  # an assistant's candidate tokens, which follow the accepted ones
         if not self.cached and 0 < drafted < self.L:
             last = self._last(drafted)

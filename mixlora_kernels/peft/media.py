@@ -26,7 +26,13 @@ def media_ids(config: Any) -> tuple[int, ...] | str:
 
 
 def find_media(ids: tuple[int, ...] | str, input_ids: Tensor | None) -> Tensor | str | None:
-    """The tokens that stand for media, as in ``ModelInputs``, from the result of ``media_ids``."""
+    """The tokens that stand for media, [B, L] bool; None if there are none; or a sentence that says why it is not known
+    which they are.
+
+    Args:
+        ids: the result of ``media_ids``.
+        input_ids: [B, L], if the model got them.
+    """
     if isinstance(ids, str):
         return ids
     if not ids:
@@ -40,7 +46,7 @@ def text_of_prompt(
     """Those tokens of each instance's prompt that are text, [B, L] bool. If an instance has none: its whole prompt.
 
     Args:
-        media: as in ``ModelInputs``.
+        media: the result of ``find_media``.
         prompt: [B, L] bool; None: all tokens.
         starts: the first tokens of packed instances, [B, L] bool; None: every row is one instance.
         shape: (B, L).

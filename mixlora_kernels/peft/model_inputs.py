@@ -14,19 +14,20 @@ class ModelInputs:
         logits_to_keep: the number of last tokens whose logits are computed.
         task, task_mask: a task embedding and its mask.
         generates: whether the model can generate. Only then are labels tokens.
-        media: [B, L] bool, the tokens that stand for images or other media; None: there are none; or a sentence that
-            says why it is not known which tokens they are.
+        media_ids: the result of ``media.media_ids`` for the model.
+        input_ids: [B, L], the ids of the tokens, if the model got them.
         items: the number of labelled tokens of a whole optimiser step, by which the loss is divided, if it is known.
     """
 
     def __init__(
         self, labels: Tensor | None = None, logits_to_keep: Any = None, task: Tensor | None = None,
-        task_mask: Tensor | None = None, generates: bool = True, media: Tensor | str | None = None, items: Any = None,
+        task_mask: Tensor | None = None, generates: bool = True, media_ids: tuple[int, ...] | str = (),
+        input_ids: Tensor | None = None, items: Any = None,
     ):  # fmt: skip
         self.labels = labels if generates and labels is not None and labels.dim() == 2 else None
         self.logits_to_keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
         self.task, self.task_mask, self.generates = task, task_mask, generates
-        self.media, self.items = media, items
+        self.media_ids, self.input_ids, self.items = media_ids, input_ids, items
 
 
 def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:

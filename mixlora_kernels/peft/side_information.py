@@ -18,7 +18,7 @@ from ..routing import Routing
 from .balance import add_balance_loss
 from .cache import KeptRouting, find_cache, find_past
 from .forward_pass import ForwardPass
-from .media import find_media, media_ids
+from .media import media_ids
 from .model_inputs import ModelInputs, by_name
 from .recorded import Recorded, detach
 from .siblings import expect_families
@@ -72,7 +72,7 @@ class SideInformation:
         self._last: dict[tuple[str, str], Recorded] = {}
         self.decoder_paths: tuple[str, ...] = ()
         self._generates = True
-        self._media: tuple[int, ...] | str = ()
+        self._media_ids: tuple[int, ...] | str = ()
         self._expects_families = False
         self._handles: list = []
         self._each_thread = EachThread()
@@ -110,7 +110,7 @@ class SideInformation:
         # Labels of a model that cannot generate (a classifier, a reward model) are no answers.
         can_generate = getattr(model, "can_generate", None)
         self._generates = can_generate is None or can_generate()
-        self._media = media_ids(getattr(model, "config", None))
+        self._media_ids = media_ids(getattr(model, "config", None))
         add = self._handles.append
         add(model.register_forward_pre_hook(self._enter_model, with_kwargs=True))
         for decoder in decoders:
@@ -148,8 +148,8 @@ class SideInformation:
             task, task_mask = kwargs.pop("task_embedding"), kwargs.pop("task_mask", None)
         running.forward_pass, running.passes = None, []
         running.inputs = ModelInputs(
-            named.get("labels"), named.get("logits_to_keep"), task, task_mask, self._generates,
-            find_media(self._media, named.get("input_ids")), named.get("num_items_in_batch"),
+            named.get("labels"), named.get("logits_to_keep"), task, task_mask, self._generates, self._media_ids,
+            named.get("input_ids"), named.get("num_items_in_batch"),
         )  # fmt: skip
         return args, kwargs
 
@@ -165,7 +165,10 @@ class SideInformation:
     def _enter_encoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         inputs = self.running.inputs
         if inputs is not None:  # all of the encoder's tokens are prompt; the labels belong to the decoder
-            inputs = ModelInputs(task=inputs.task, task_mask=inputs.task_mask, generates=False, media=inputs.media)
+            inputs = ModelInputs(
+                task=inputs.task, task_mask=inputs.task_mask, generates=False, media_ids=inputs.media_ids,
+                input_ids=inputs.input_ids,
+            )  # fmt: skip
         self._enter(module, args, kwargs, inputs)
 
     def _enter(self, module: nn.Module, args: tuple, kwargs: dict, inputs: ModelInputs | None) -> None:
@@ -178,8 +181,8 @@ class SideInformation:
         if inputs is None:  # called without the whole model
             task, task_mask = running.task
             inputs = ModelInputs(
-                task=task, task_mask=task_mask, generates=self._generates,
-                media=find_media(self._media, named.get("input_ids")),
+                task=task, task_mask=task_mask, generates=self._generates, media_ids=self._media_ids,
+                input_ids=named.get("input_ids"),
             )  # fmt: skip
         past = find_past(named, None if shape is None else shape[1])
         if not self._expects_families:

@@ -40,7 +40,7 @@ MUTATIONS = [
     ),
     Mutation(
         "text: the answer is pooled as well", f"{_PEFT}/forward_pass.py",
-        "mask = text_of_prompt(self.inputs.media, mask,", "mask = text_of_prompt(self.inputs.media, None,",
+        "mask = text_of_prompt(media, mask,", "mask = text_of_prompt(media, None,",
         "tests/peft/test_text.py::test_training_routes_as_the_prompt_alone_does",
     ),
     Mutation(
