@@ -2,7 +2,7 @@
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from .fields import check_fields
 
@@ -27,6 +27,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(f"{__name__}.{name} is now {_RENAMED[name]}", DeprecationWarning, stacklevel=2)
     return globals()[_RENAMED[name]]
+
+
+Config = TypeVar("Config", bound="MixLoRAConfig")
 
 
 @dataclass
@@ -112,7 +115,7 @@ class MixLoRAConfig:
         return cls(**{"gate": "binary", "conditioning": "published", "pool": "all", "decode": "token", **settings})
 
     @classmethod
-    def tied(cls, **settings: Any) -> "MixLoRAConfig":
+    def tied(cls: type[Config], **settings: Any) -> Config:
         """Tied pairs with the normalized gate: the router chooses the pair (a_e, b_e) as one, and its renormalised
         probability weights it. This departs from the paper, where B has a router of its own and the gate is 1.
         ``settings`` override these settings or add to them."""

@@ -86,7 +86,7 @@ class ConditionalMixLoRAConfig(MixLoRAConfig, PeftConfig):
     def tied(cls, **settings: Any) -> "ConditionalMixLoRAConfig":
         """The recommended settings: tied pairs with the normalized gate as in ``MixLoRAConfig.tied``, routed by the
         prompt's text, with the load-balancing loss. ``settings`` override these settings or add to them."""
-        return cls(**{"conditioning": "tied", "gate": "normalized", "pool": "text", "balance": 0.3, **settings})
+        return super().tied(**{"pool": "text", "balance": 0.3, **settings})
 
     def to_dict(self) -> dict[str, Any]:
         """As in peft. The result records the installed version of this package."""

@@ -74,9 +74,11 @@ def test_accumulated_batches_add_their_parts():
     counts = [(b["labels"][:, 1:] != -100).sum() for b in batches]
     total = sum(counts)
     for inputs, count in zip(batches, counts):
+        mean = plain(**inputs).loss.item()
         losses = [m(**inputs, num_items_in_batch=total).loss.item() for m in (balanced, plain)]
         part = 0.5 * expected(plain) * (count / total).item()
         assert losses[0] - losses[1] == pytest.approx(part, rel=1e-4)
+        assert losses[1] == pytest.approx(mean * (count / total).item(), rel=1e-5)  # the argument still has this name
 
 
 def test_checkpointing():
