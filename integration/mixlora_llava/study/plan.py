@@ -64,6 +64,7 @@ FULL = (
     Wave(("many",), ("paper_e16_r8", "paper_e32_r8", *LONGER), SECOND),
     Wave(("related",), ("specialists_r4", "fixed"), SECOND),
     Wave(("related", "conflict32"), HEADLINE, (7, 8)),
+    Wave(("many",), ("specialists_r4",), SECOND),
 )
 QUICK = (Wave(("conflict8",), ("untuned", "lora_r4", "paper", "tied_text_balanced"), (1,)),)
 QUICK_STEPS = {"conflict8": 150}

@@ -8,6 +8,7 @@ from statistics import mean, median
 from ..refusal import Refusal
 from . import figures, plan, records, tables, timing
 from .comparison import CONFIDENCE, by_seed, summary
+from .methods import METHODS
 from .pictures import SPLITS
 from .records import Record
 from .tables import Cells, all_differences, cells, grid
@@ -22,7 +23,10 @@ def write(folder: Path) -> Path:
     """
     found = records.read(folder / "runs")
     if not found:
-        raise Refusal(f"{folder / 'runs'} has no raw results: mixlora study run makes them")
+        raise Refusal(
+            f"{folder / 'runs'} has no raw results: give their folder with --results, or make them with "
+            "mixlora study run"
+        )
     table = cells(found)
     drawn = figures.draw(folder, found, table)
     parts = [
@@ -79,16 +83,20 @@ pictures are one each: the intervals say nothing about others."""
 
 
 def several_bases(found: list[Record]) -> str:
-    """Say which seeds belong to which base, if there are several."""
+    """Say which seeds belong to which base, and which methods ran with more than one, if there are several."""
     seeds: dict[str, set[int]] = defaultdict(set)
+    bases: dict[str, set[str]] = defaultdict(set)
     for record in sorted(found, key=lambda record: record.made["date"]):
         seeds[record.base].add(record.run.seed)
+        bases[record.run.method].add(record.base)
     if len(seeds) == 1:
         return ""
     said = "; ".join(f"{base} with the seeds {', '.join(map(str, sorted(own)))}" for base, own in seeds.items())
+    several = ", ".join(f'"{METHODS[method].label}"' for method in METHODS if len(bases[method]) > 1)
     return (
         f"There are {len(seeds)} bases, trained alike on different processors: {said}. Differences are paired by base "
-        "and seed, so that their intervals include the base. A rate that was searched with one base is used with all."
+        f"and seed. With more than one base ran {several}: the interval of a difference between two of these includes "
+        "the base, and that of any other does not. A rate that was searched with one base is used with all."
     )
 
 
@@ -129,7 +137,10 @@ def plan_text(folder: Path, seconds: float | None = None) -> str:
     if seconds is None:
         each = [400 * record.found["cpu_seconds"] / record.run.steps for record in done if "step_ms" in record.found]
         if not each:
-            raise Refusal("there is no finished run whose time could be used: give --seconds")
+            raise Refusal(
+                f"{folder} has no finished run whose time could be used: give a folder with raw results as --results, "
+                "or the time of a run of 400 steps as --seconds"
+            )
         seconds = median(each)
     rows, runs, total = [], 0, 0.0
     for number, (wave, count) in enumerate(plan.least().items(), 1):
