@@ -2,27 +2,28 @@
 
     python benchmarks/compile_report.py [--quick] [--targets sm_90 ...] [--kernels project ...]
 
-The stages are called with tensors of no memory, on the groups of siblings of a 7B and a 13B model; each launch is
-caught on its way, specialised as Triton would, and compiled for the target: registers, spilled bytes, shared memory,
-the matrix instructions found. The exit status is 1 if a kernel spills, wants more shared memory than the target has,
-or if ``project`` does without Hopper's matrix unit on sm_90 although its tile is large enough for it.
+The stages are called with tensors of no memory, on the groups of siblings of a 7B and a 13B model. Triton compiles what
+they launch for the target, and gives each compiled kernel to a driver that runs nothing, but looks at it: registers,
+spilled bytes, shared memory, the matrix instructions found. The exit status is 1 if a kernel spills, wants more shared
+memory than the target has, or if ``project`` does without Hopper's matrix unit on sm_90 although its tile is large
+enough for it; and if nothing was compiled.
 """
 
 import argparse
 import re
 import subprocess
 import sys
-import tempfile
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 from unittest import mock
 
 import torch
 import triton
+from launching.stand_in import Driver
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 from triton.runtime import JITFunction
+from triton.runtime.driver import driver as drivers
 
 from mixlora_kernels.backends.base import Factors, FrozenLinear, Group, Needs, Options
 from mixlora_kernels.backends.kernels import decode, expand, expand_backward, project, project_backward, tuning
@@ -70,61 +71,6 @@ TARGETS = {
 }
 
 
-class Variant(NamedTuple):
-    """One kernel as Triton specialises it: what it has to compile anew for."""
-
-    kernel: JITFunction
-    signature: tuple[tuple[str, str], ...]
-    constants: tuple[tuple[str, object], ...]
-    aligned: tuple[int, ...]
-    options: tuple[tuple[str, int], ...]
-
-
-def catch_launches(architecture: str, cases: list[tuple], E: int, r: int) -> list[Variant]:
-    """The variants that these cases would launch on that architecture, without launching them."""
-    caught = []
-
-    def record(kernel, *, grid, warmup, **arguments):
-        caught.append(specialise(kernel, arguments))
-
-    with ExitStack() as stack:
-        enter = stack.enter_context
-        enter(mock.patch.object(JITFunction, "run", record))
-        enter(mock.patch.object(tuning, "architecture", lambda device: architecture))
-        enter(mock.patch.object(Op, "on", lambda op, x: op.run))  # as on a device; on meta an op only allocates
-        for D, widths, mode in cases:
-            launch_everything(D, widths, E, r, mode)
-    return caught
-
-
-def specialise(kernel: JITFunction, values: dict) -> Variant:
-    """As Triton's launcher does: None and 1 are constants, what 16 divides is marked so; of a tuple, each item."""
-    signature, constants, aligned = [], [], []
-
-    def kind(value, parameter, path):
-        if parameter.is_constexpr or value is None or (fixed(value) and not parameter.do_not_specialize):
-            constants.append((path, value))
-            return "constexpr"
-        if isinstance(value, tuple):
-            return tuple(kind(item, parameter, (*path, i)) for i, item in enumerate(value))
-        if isinstance(value, torch.Tensor):
-            aligned.append(path)
-            return "*" + triton.runtime.jit.type_canonicalisation_dict[str(value.dtype).split(".")[-1]]
-        if type(value) is int and value % 16 == 0 and not parameter.do_not_specialize:
-            aligned.append(path)
-        return {bool: "i1", int: "i32", float: "fp32"}[type(value)]
-
-    for place, parameter in enumerate(kernel.params):
-        signature.append((parameter.name, kind(values[parameter.name], parameter, (place,))))
-    names = {parameter.name for parameter in kernel.params}
-    options = sorted((name, value) for name, value in values.items() if name not in names)
-    return Variant(kernel, tuple(signature), tuple(constants), tuple(aligned), tuple(options))
-
-
-def fixed(value) -> bool:
-    return type(value) is int and value == 1
-
-
 def launch_everything(D: int, widths: tuple[int, ...], E: int, r: int, mode: Mode) -> None:
     """One step of training and one of decoding of a group, with tensors on the meta device."""
     B, L = TOKENS
@@ -162,64 +108,83 @@ def launch_everything(D: int, widths: tuple[int, ...], E: int, r: int, mode: Mod
 class Cost(NamedTuple):
     registers: int
     spilled: int  # bytes of local memory
-    shared: int
     instructions: str  # the matrix instructions found
 
 
-def compile_variant(variant: Variant, target: Target) -> Cost:
-    source = ASTSource(
-        fn=variant.kernel,
-        signature=dict(variant.signature),
-        constexprs=dict(variant.constants),
-        attrs={path: [["tt.divisibility", 16]] for path in variant.aligned},
-    )
-    compiled = triton.compile(source, target=target.gpu, options=dict(variant.options))
-    measure = measure_hip if target.gpu.backend == "hip" else measure_cuda
-    return measure(compiled)
-
-
-def measure_cuda(compiled) -> Cost:
+def measure_cuda(files: dict[str, str]) -> Cost:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, sass = (
-            subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout
-            for option in ("--dump-resource-usage", "-sass")
-        )
+    usage, sass = (
+        subprocess.run([tool, option, files["cubin"]], check=True, capture_output=True, text=True).stdout
+        for option in ("--dump-resource-usage", "-sass")
+    )
     registers, stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL"))
-    return Cost(registers, stack + local, compiled.metadata.shared, find(r"\b(\w*GMMA|HMMA|UTC\w*MMA)\b", sass))
+    return Cost(registers, stack + local, find(r"\b(\w*GMMA|HMMA|UTC\w*MMA)\b", sass))
 
 
-def measure_hip(compiled) -> Cost:
-    assembly = compiled.asm["amdgcn"]
+def measure_hip(files: dict[str, str]) -> Cost:
+    assembly = Path(files["amdgcn"]).read_text(encoding="utf-8")
     registers, spilled = (
         sum(int(n) for n in re.findall(rf"\.{name}_count: *(\d+)", assembly)) for name in ("vgpr", "vgpr_spill")
     )
-    return Cost(registers, 4 * spilled, compiled.metadata.shared, find(r"\bv_(mfma)_\w+", assembly).upper())
+    return Cost(registers, 4 * spilled, find(r"\bv_(mfma)_\w+", assembly).upper())
 
 
 def find(pattern: str, text: str) -> str:
     return " ".join(sorted(set(re.findall(pattern, text)))) or "-"
 
 
-def short_name(variant: Variant) -> str:
-    return variant.kernel.__name__.removesuffix("_kernel")
+class Kernel(NamedTuple):
+    """One kernel as Triton specialised and compiled it.
+
+    Attributes:
+        constants: its arguments that are constants, by name. signature: the types of all, in Triton's words.
+    """
+
+    name: str
+    signature: dict[str, object]
+    constants: dict[str, object]
+    num_warps: int
+    shared: int
+    cost: Cost
 
 
-def named_constants(variant: Variant) -> dict[str, object]:
-    return {variant.kernel.params[path[0]].name: value for path, value in variant.constants}
+class Compiler(Driver):
+    """A driver of one target after another. It hands on each kernel that Triton compiled for it and would now load."""
+
+    def __init__(self, hand_on: Callable[[Kernel], None], wanted: list[str] | None):
+        super().__init__()
+        self.hand_on, self.sources = hand_on, {}
+        self.utils.shared = sys.maxsize  # Triton would refuse a kernel that wants more; here it is a fault
+        triton.knobs.runtime.jit_cache_hook = lambda *, fn, **_: bool(wanted) and short_name(fn.name) not in wanted
+
+    def turn_to(self, name: str) -> None:
+        self.device, self.target = list(TARGETS).index(name), TARGETS[name].gpu  # Triton keeps kernels by device
+
+    def launcher_cls(self, source, metadata) -> Callable:
+        self.sources[metadata.hash] = source, metadata
+        return lambda *_: None
+
+    def read(self, name: str, files: dict[str, str], key: str) -> None:
+        source, metadata = self.sources.pop(key)
+        constants = {source.fn.arg_names[path[0]]: value for path, value in source.constants.items() if len(path) == 1}
+        measure = measure_hip if self.target.backend == "hip" else measure_cuda
+        cost = measure({file.removeprefix(f"{name}."): path for file, path in files.items()})
+        shared, warps = metadata.shared, metadata.num_warps
+        self.hand_on(Kernel(short_name(name), source.signature, constants, warps, shared, cost))
 
 
-def find_fault(variant: Variant, name: str, target: Target, cost: Cost) -> str | None:
-    constants = named_constants(variant)
-    if cost.spilled:
-        return f"spills {cost.spilled} bytes"
-    if cost.shared > target.shared:
-        return f"{cost.shared} bytes of shared memory, {target.shared} there"
-    if name == "sm_90" and variant.kernel.__name__ == "project_kernel" and "GMMA" not in cost.instructions:
-        half = dict(variant.signature)["x"] in ("*bf16", "*fp16")  # products of float32 are exact, and not the unit's
-        if half and constants["BLOCK_N"] >= HOPPER_ROWS:
+def short_name(name: str) -> str:
+    return name.removesuffix("_kernel")
+
+
+def find_fault(kernel: Kernel, name: str, target: Target) -> str | None:
+    if kernel.cost.spilled:
+        return f"spills {kernel.cost.spilled} bytes"
+    if kernel.shared > target.shared:
+        return f"{kernel.shared} bytes of shared memory, {target.shared} there"
+    if name == "sm_90" and kernel.name == "project" and "GMMA" not in kernel.cost.instructions:
+        half = kernel.signature["x"] in ("*bf16", "*fp16")  # products of float32 are exact, and not the unit's
+        if half and kernel.constants["BLOCK_N"] >= HOPPER_ROWS:
             return "does not use the matrix unit"
     return None
 
@@ -235,24 +200,32 @@ def main() -> int:
         cases += [(*GROUPS[0], mode) for mode in MODES[1:]]
     row = "{:24} {:7} {:>3} {:>3} {:>9} {:>8} {:>8} {:>8}  {:20} {}"
     print(row.format("kernel", "target", "E", "R", "tile", "warps", "regs", "shared", "instructions", "fault"))
-    seen, faults = set(), 0
+    verdicts: list[str | None] = []  # a fault or None for each variant
+
+    def show(kernel: Kernel) -> None:
+        fault = find_fault(kernel, name, TARGETS[name])
+        verdicts.append(fault)
+        tile = "x".join(str(kernel.constants[k]) for k in ("BLOCK_N", "BLOCK_D", "BLOCK_W") if k in kernel.constants)
+        cost = kernel.cost
+        print(row.format(
+            kernel.name, name, E, r, tile, kernel.num_warps, cost.registers, kernel.shared, cost.instructions,
+            fault or "",
+        ), flush=True)  # fmt: skip
+
+    compiler, run = Compiler(show, options.kernels), JITFunction.run
+    drivers.set_active(compiler)
+    ops_run = mock.patch.object(Op, "on", lambda op, x: op.run)  # on meta an op only allocates
+    # A launch would keep what was compiled for the first target.
+    nothing_is_kept = mock.patch.object(JITFunction, "run", lambda *args, **kwargs: (run(*args, **kwargs), None)[1])
     for name in options.targets:
-        for E, r in POOLS[:2] if options.quick else POOLS:
-            for variant in catch_launches(name, cases, E, r):
-                if (name, variant) in seen or short_name(variant) not in (options.kernels or [short_name(variant)]):
-                    continue
-                seen.add((name, variant))
-                cost = compile_variant(variant, TARGETS[name])
-                fault = find_fault(variant, name, TARGETS[name], cost)
-                faults += fault is not None
-                constants, settings = named_constants(variant), dict(variant.options)
-                tile = "x".join(str(constants[k]) for k in ("BLOCK_N", "BLOCK_D", "BLOCK_W") if k in constants)
-                print(row.format(
-                    short_name(variant), name, E, r,
-                    tile, settings["num_warps"], cost.registers, cost.shared, cost.instructions, fault or "",
-                ), flush=True)  # fmt: skip
-    print(f"{len(seen)} variants, {faults} faults")
-    return 1 if faults else 0
+        compiler.turn_to(name)
+        with ops_run, nothing_is_kept, mock.patch.object(tuning, "architecture", return_value=name):
+            for E, r in POOLS[:2] if options.quick else POOLS:
+                for D, widths, mode in cases:
+                    launch_everything(D, widths, E, r, mode)
+    faults = sum(fault is not None for fault in verdicts)
+    print(f"{len(verdicts)} variants, {faults} faults")
+    return 1 if faults or not verdicts else 0
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from .backends.base import Factors, FrozenLinear
 from .backends.select import check_name
+from .checks import factor_shapes
 from .config import MixLoRAConfig
 from .op import mixlora
 from .routing import Routing, RoutingContext
@@ -25,6 +26,9 @@ class MixLoRAAdapter(nn.Module):
         config: what to compute.
         device, dtype: of the parameters. The default dtype is float32, whatever the frozen layer's dtype is.
         backend: see ``MixLoRALinear``.
+
+    Raises:
+        TypeError: ``config`` is not a ``MixLoRAConfig``.
     """
 
     lora_A: nn.Parameter
@@ -44,6 +48,8 @@ class MixLoRAAdapter(nn.Module):
         backend: str | None = None,
     ):
         super().__init__()
+        if not isinstance(config, MixLoRAConfig):
+            raise TypeError(f"config must be a MixLoRAConfig, got {type(config).__name__}")
         self.in_features, self.out_features, self.config = in_features, out_features, config
         self.backend = backend
         dtype = dtype or torch.float32
@@ -57,15 +63,7 @@ class MixLoRAAdapter(nn.Module):
     @staticmethod
     def shapes(in_features: int, out_features: int, config: MixLoRAConfig) -> dict[str, tuple[int, ...] | None]:
         """The shape of each parameter by name, or None for a parameter that the configuration does not use."""
-        E = config.num_factors
-        d_route = in_features if config.task_dim is None else config.task_dim
-        return {
-            "lora_A": (E, in_features),
-            "lora_B": (E, out_features),
-            "router_A": (E, d_route) if config.has_routers else None,
-            "router_B": (E, d_route) if config.has_routers and config.chooses_b else None,
-            "router_AB": (config.r, E, in_features) if config.has_conditioning else None,
-        }
+        return factor_shapes(config, in_features, out_features)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
@@ -116,14 +114,18 @@ def can_fuse(base: nn.Module) -> TypeGuard[nn.Linear]:
     It may for a plain nn.Linear with its own forward, without hooks (some hooks fetch the weight), whose parameters are
     plain tensors and frozen.
     """
-    return (
-        type(base) is nn.Linear
-        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-        and "forward" not in base.__dict__
-        and all(
-            type(t) in (Tensor, nn.Parameter) and not t.requires_grad
-            for t in base._parameters.values()
-            if t is not None
-        )
-        and base._parameters.get("weight") is not None
+    if type(base) is not nn.Linear or "forward" in base.__dict__ or has_hooks(base):
+        return False
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    return weight is not None and _is_frozen(weight) and (bias is None or _is_frozen(bias))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def _is_frozen(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and not tensor.requires_grad

@@ -13,9 +13,14 @@ BLOCK_N, BLOCK_D = 320, 256  # a few MiB of float32 at a time, whatever the size
 
 
 def frozen_product(x: Tensor, weight: Tensor, bias: Tensor | None, onto: Tensor | None = None) -> Tensor:
-    """W x + bias with the bits of ``nn.Linear``, [N, d_in] -> [N, d_out]. With ``onto``: added to it in place."""
+    """W x + bias with the bits of ``nn.Linear``, [N, d_in] -> [N, d_out]. With ``onto``: added to it in place.
+
+    Under autocast x has another dtype than the weight or the bias. Each is cast to x's, as ``nn.Linear``'s are.
+    """
     if weight.dtype is not x.dtype:
-        weight, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        weight = weight.to(x.dtype)
+    if bias is not None and bias.dtype is not x.dtype:
+        bias = bias.to(x.dtype)
     if onto is None:
         return F.linear(x, weight, bias)
     onto.addmm_(x, weight.T)

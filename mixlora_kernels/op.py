@@ -13,7 +13,7 @@ from torch import Tensor
 from .backends.base import Factors, FrozenLinear, Group, Options
 from .backends.node import autocasts
 from .backends.select import select
-from .checks import check_input, check_routing
+from .checks import check_context, check_input, check_routing
 from .config import MixLoRAConfig
 from .dropout import draw_seeds, dropped_levels, keep_scale
 from .routing import Routing, RoutingContext, find_instances, find_task
@@ -47,11 +47,11 @@ def mixlora(
     Raises:
         TypeError, ValueError: x, base or context do not fit. Nothing was computed.
     """
-    given = None if context is None else context.routing
-    if context is not None and given is not None:
-        context = context._replace(routing=given.unsqueeze())
-    (y,), routing = mixlora_siblings(x, (base,), (factors,), config, context, training=training, backend=backend)
-    return y, routing.member(0) if given is None else given
+    context = check_context(context)
+    (y,), routing = mixlora_siblings(
+        x, (base,), (factors,), config, context.unsqueeze(), training=training, backend=backend
+    )
+    return y, routing.member(0) if context.routing is None else context.routing
 
 
 def mixlora_siblings(
@@ -82,8 +82,8 @@ def mixlora_siblings(
     Raises:
         TypeError, ValueError: x, the bases or the context do not fit. Nothing was computed.
     """
-    check_input(x, bases, factors, config)
-    context = context or RoutingContext()
+    context = check_context(context)
+    check_input(x, bases, factors, config, routes=context.routing is None and config.has_routers)
     scope: AbstractContextManager = nullcontext()
     if autocasts(x.device.type) and x.dtype != torch.float64:
         x, scope = x.to(torch.get_autocast_dtype(x.device.type)), torch.autocast(x.device.type, enabled=False)
@@ -109,11 +109,13 @@ def _group(
     instances = context.instances or find_instances(x, context, needs_mean=reads_x)
     read = None
     if routes and config.task_dim is not None:
-        read = find_task(context, instances.count, config.task_dim).to(torch.promote_types(x.dtype, torch.float32))
+        read = find_task(context, instances.count, config.task_dim)
+        read = read.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
     p = config.dropout if training and dropped_levels(config.dropout) else 0.0
     given, seeds = context.routing, None
     if given is not None:
         check_routing(given, config, G, instances.count)
+        given = given.contiguous()
     elif not routes:
         given, seeds = _draw(G, instances.count, config, x, bool(p))
     if p and seeds is None:

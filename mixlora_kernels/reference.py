@@ -106,14 +106,15 @@ def mixlora(
 
     Args:
         h: hidden states [L, d_in].
-        frozen: ``W h`` (and bias), [L, d_out].
+        frozen: ``W h`` (and bias), [L, d_out], in any floating dtype.
         mask: tokens that Equation 5 averages over, [L]; None means all.
         task: task embedding [T, d_task] to route by instead of h (Appendix A); ``task_mask`` [T] likewise.
         chosen: ``(index_a, index_b, gate)`` to use; None: route.
         dropped: A's input after dropout, [L, d_in]; None means h.
 
     Returns:
-        y [L, d_out], and ``(index_a, index_b, gate, p_a, p_b)``. p_a and p_b are None if ``chosen`` is given.
+        y [L, d_out] in frozen's dtype, and ``(index_a, index_b, gate, p_a, p_b)``. p_a and p_b are None if ``chosen``
+        is given.
     """
     # Routing is computed in float32 or float64: in half precision, ties at the border of the top r are common.
     precise = torch.promote_types(h.dtype, torch.float32)
@@ -128,4 +129,5 @@ def mixlora(
         routing = route(pooled, lora_A.to(precise), a, *routers[1:], r=r, conditioning=conditioning, gate=gate)
     index_a, index_b, weight = routing[:3]
     A, B = lora_A[index_a].to(h.dtype), lora_B[index_b].to(h.dtype)
-    return frozen + scaling * update(h if dropped is None else dropped, A, B, weight.to(h.dtype)), routing
+    delta = scaling * update(h if dropped is None else dropped, A, B, weight.to(h.dtype))
+    return (frozen + delta).to(frozen.dtype), routing

@@ -27,6 +27,12 @@ class Routing(NamedTuple):
         """The same routing without its autograd graph, to be kept beyond one step."""
         return Routing(*(tensor.detach() for tensor in self))
 
+    def contiguous(self) -> "Routing":
+        """The same routing with contiguous tensors; itself if they are."""
+        if all(tensor.is_contiguous() for tensor in self):
+            return self
+        return Routing(*(tensor.contiguous() for tensor in self))
+
     def member(self, g: int) -> "Routing":
         """The routing of sibling g, from a group's routing with tensors [G, B, ...]."""
         return Routing(*(tensor[g] for tensor in self))
@@ -56,7 +62,6 @@ class Instances(NamedTuple):
     mask: Tensor | None = None
     mean_weights: Tensor | None = None
 
-    @property
     def mean_weight(self) -> Tensor | float:
         """The weight of one token in its instance's mean: [B, 1], or one number for all."""
         return 1.0 / (self.length or 1) if self.mean_weights is None else self.mean_weights
@@ -106,6 +111,25 @@ class RoutingContext(NamedTuple):
     routing: Routing | None = None
     instances: Instances | None = None
 
+    # Not _replace, which torch 2.6 cannot compile.
+
+    def unsqueeze(self) -> "RoutingContext":
+        """The same context as that of a group of one sibling, whose routing has tensors [1, B, ...]."""
+        given = None if self.routing is None else self.routing.unsqueeze()
+        return RoutingContext(self.mask, self.cu_seqlens, self.task, self.task_mask, given, self.instances)
+
+    def to(self, device: torch.device) -> "RoutingContext":
+        """The same context with its masks, lengths and task embedding on this device."""
+        tensors = (self.mask, self.cu_seqlens, self.task, self.task_mask)
+        if all(tensor is None or tensor.device == device for tensor in tensors):
+            return self
+        mask, cu_seqlens, task, task_mask = (None if tensor is None else tensor.to(device) for tensor in tensors)
+        return RoutingContext(mask, cu_seqlens, task, task_mask, self.routing, self.instances)
+
+    def with_instances(self, instances: Instances) -> "RoutingContext":
+        """The same context with these instances, which need not be found again."""
+        return RoutingContext(self.mask, self.cu_seqlens, self.task, self.task_mask, self.routing, instances)
+
 
 def find_instances(x: Tensor, context: RoutingContext, needs_mean: bool) -> Instances:
     """Find the instances in a layer's input [B, ..., d_in] or [L, d_in], with the help of its context.
@@ -114,10 +138,13 @@ def find_instances(x: Tensor, context: RoutingContext, needs_mean: bool) -> Inst
         needs_mean: whether Equation 5's mean will be computed. Every instance then needs a token in its mean.
 
     Raises:
-        TypeError: ``mask`` or ``cu_seqlens`` has a wrong dtype.
+        TypeError: ``mask`` or ``cu_seqlens`` is no tensor or has a wrong dtype.
         ValueError: the shape, device or values of one of them do not fit the input.
     """
     tokens = x.shape[:-1].numel()
+    for name, tensor in (("mask", context.mask), ("cu_seqlens", context.cu_seqlens)):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     given = context.cu_seqlens
     packed = given is not None
     if packed and x.dim() > 2 and x.shape[:-2].numel() != 1:
@@ -135,7 +162,8 @@ def find_instances(x: Tensor, context: RoutingContext, needs_mean: bool) -> Inst
     if not needs_mean:
         return instances
     _check_pooled(instances)
-    return instances._replace(mean_weights=_find_mean_weights(instances, torch.promote_types(x.dtype, torch.float32)))
+    mean_weights = _find_mean_weights(instances, torch.promote_types(x.dtype, torch.float32))
+    return Instances(count, length, cu_seqlens, segment, mask, mean_weights)
 
 
 def packed(tensor: Tensor | None) -> Tensor:
@@ -206,7 +234,7 @@ def _check_mask(mask: Tensor, x: Tensor, count: int, packed: bool) -> Tensor:
     if tuple(mask.shape) not in shapes:
         raise ValueError(f"mask must have the shape {shapes[0]} of x without d_in, got {tuple(mask.shape)}")
     _check_device(mask, x, "mask")
-    return _as_bool(mask, "mask").reshape(-1)
+    return _as_bool(mask, "mask").reshape(-1).contiguous()
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, tokens: int) -> Tensor:
@@ -219,7 +247,7 @@ def _check_cu_seqlens(cu_seqlens: Tensor, x: Tensor, tokens: int) -> Tensor:
         starts = cu_seqlens.tolist()
         if starts[0] != 0 or starts[-1] != tokens or min(b - a for a, b in pairwise(starts)) < 1:
             raise ValueError(f"cu_seqlens must rise from 0 to the {tokens} tokens of x, got {starts}")
-    return cu_seqlens.long()
+    return cu_seqlens.long().contiguous()
 
 
 def _check_pooled(instances: Instances) -> None:

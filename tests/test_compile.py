@@ -75,3 +75,4 @@ def test_registered_operators(dtype):
     torch.library.opcheck(dropout.project_dropped, (x, lora_A, seed, 0.3))
     torch.library.opcheck(dropout.project_dropped_backward, (dx, x, du, lora_A, seed, 0.3))
     torch.library.opcheck(dropout.project_dropped_backward, (None, x, du, lora_A, seed, 0.3))
+    torch.library.opcheck(dropout.project_dropped_backward, (dx, None, du, lora_A, seed, 0.3))

@@ -31,6 +31,19 @@ def test_the_backward_drops_what_the_forward_dropped(tokens):
     assert relative_error(through_x, update) < 1e-11
 
 
+@pytest.mark.parametrize("learns", ["lora_B", "lora_A", "router_A", "x lora_B", "x", "x router_B"])
+def test_what_is_frozen_changes_no_other_gradient(learns):
+    """A part of the adapter is trained; or all is frozen, and passes x's gradient on."""
+    layer, x, names = make_layer(dropout=0.4), make_input(2, 6, 12), learns.split()
+    _, _, everything = run(layer, x)
+    for name, parameter in layer.adapter.named_parameters():
+        parameter.requires_grad_(name in names)
+    _, _, gradients = run(layer, x.detach().requires_grad_("x" in names))
+    assert [name.removeprefix("adapter.") for name in gradients] == names
+    for name, gradient in gradients.items():
+        assert torch.equal(gradient, everything[name]), name
+
+
 def test_a_seed_gives_a_mask_and_another_gives_another():
     x = torch.empty(200, 37)
     torch.manual_seed(0)

@@ -2,8 +2,27 @@
 
 import pytest
 import torch
+from torch import nn
 
+import mixlora_kernels as mk
 from mixlora_kernels import frozen
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.bfloat16])
+def test_the_product_has_the_bits_of_a_linear_layer_under_autocast(weight_dtype, bias_dtype):
+    """Whatever the dtypes of weight and bias, each on its own."""
+    torch.manual_seed(0)
+    linear, x = nn.Linear(40, 30), torch.randn(7, 40)
+    linear.weight.data, linear.bias.data = linear.weight.data.to(weight_dtype), linear.bias.data.to(bias_dtype)
+    layer = mk.MixLoRALinear.from_linear(linear)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = linear(x)
+        assert torch.equal(layer(x), expected)
+    onto = torch.ones(7, 30, dtype=torch.bfloat16)
+    frozen.frozen_product(x.bfloat16(), linear.weight, linear.bias, onto=onto)
+    # Three sums of up to 4 are rounded, by at most 2^-8 of each: the product onto 1, with the bias, and ``expected``.
+    assert (onto - 1 - expected).abs().max() <= 3 * 4 * 2**-8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -93,6 +93,29 @@ def test_an_instance_does_not_see_its_neighbours():
     assert torch.equal(layer(x)[1], expected)
 
 
+@pytest.mark.parametrize("layout", ["rows", "masked", "packed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_does_not_see_the_neighbours(layout, backend):
+    """x's gradient, of which a part comes through the mean of the instance: masked tokens have no such part."""
+    layer, x, mask = make_layer(backend=backend), make_input(3, 6, 12).detach(), make_mask(3, 6)
+    context = {
+        "rows": mk.RoutingContext(),
+        "masked": mk.RoutingContext(mask=mask),
+        "packed": mk.RoutingContext(cu_seqlens=torch.tensor([0, 6, 12, 18]), mask=mask.reshape(1, 18)),
+    }[layout]
+
+    def gradient(first, last):
+        spoilt = x.clone()
+        spoilt[0, mask[0].nonzero()[0]], spoilt[2] = first, last
+        spoilt.requires_grad_()
+        y = layer(spoilt.reshape(1, 18, 12) if layout == "packed" else spoilt, context)
+        return torch.autograd.grad(y.sum(), spoilt)[0]
+
+    expected, actual = gradient(1.0, 1.0), gradient(float("inf"), float("nan"))
+    assert torch.equal(actual[1], expected[1]) and expected[1].abs().min() > 0
+    assert actual[0].isnan().any()
+
+
 def test_one_instance_may_come_without_a_batch_dimension():
     layer, x = make_layer(), make_input(6, 12)
     assert torch.equal(layer(x), layer(x[None])[0])
@@ -140,17 +163,30 @@ def test_a_factor_that_nobody_chose_has_an_exactly_zero_gradient(conditioning, t
         assert (gradient[chosen] != 0).any(dim=1).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_ties_go_to_the_lower_index(backend):
-    """Equal router rows give equal probabilities; the factors must come in order of their index."""
-    layer = make_layer(backend=backend, num_factors=32, r=9, conditioning="none")
+def test_ties_go_to_the_lower_index(backend, dtype):
+    """Router rows of zeros give equal probabilities; the factors must come in order of their index."""
+    layer = make_layer(70, dtype=dtype, backend=backend, num_factors=33, r=9, conditioning="none")
+    row = layer.adapter.router_B[20].detach().clone()
     with torch.no_grad():
-        layer.adapter.router_A.copy_(layer.adapter.router_A[:1].expand(32, -1))
-        layer.adapter.router_B.copy_(layer.adapter.router_B[:1].expand(32, -1))
-        layer.adapter.router_B[20] = 0  # a logit apart from the rest: first or last
-    x = make_input(4, 6, 12)
+        layer.adapter.router_A.zero_()
+        layer.adapter.router_B.zero_()[20] = row  # a logit apart from the rest: first or last
+    x = make_input(7, 6, 70, dtype=dtype)
     _, routing = layer(x, return_routing=True)
-    assert routing.index_a.tolist() == [list(range(9))] * 4
-    mean_logit = x.mean(1) @ layer.adapter.router_B[0]
-    for row, logit in zip(routing.index_b.tolist(), mean_logit.tolist()):
-        assert row == ([20, *range(8)] if logit < 0 else list(range(9)))
+    assert routing.index_a.tolist() == [list(range(9))] * 7
+    first = (x.mean(1) @ row > 0).tolist()
+    assert routing.index_b.tolist() == [[20, *range(8)] if it else list(range(9)) for it in first]
+    assert len(set(first)) == 2
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_rows_of_a_router_tie_up_to_rounding(backend):
+    """A sum of 70 products in float32 is off by at most 70 * 6e-8 of the sum of their sizes."""
+    layer = make_layer(70, dtype=torch.float32, backend=backend, num_factors=33, conditioning="none")
+    with torch.no_grad():
+        layer.adapter.router_A[16:32] = layer.adapter.router_A[:16]
+    x = make_input(7, 6, 70, dtype=torch.float32)
+    probs = layer(x, return_routing=True)[1].probs_a
+    size = (x.mean(1).abs() @ layer.adapter.router_A.abs().T).max()
+    assert (probs[:, 16:32] / probs[:, :16]).log().abs().max() <= 2 * 70 * 6e-8 * size

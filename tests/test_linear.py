@@ -269,3 +269,17 @@ def test_backend_by_assignment():
     with pytest.raises(ValueError, match="backend must be one of 'reference', 'torch', 'triton' or None, got 'cuda'"):
         layer.backend = "cuda"
     assert layer.backend == "reference"
+
+
+@pytest.mark.parametrize("tokens", [4, 40])  # each way of adding the update
+@pytest.mark.parametrize("fused", [True, False])
+def test_an_output_may_be_changed_in_place(fused, tokens):
+    """As Falcon adds its residual."""
+    layer, x = make_layer(backend="torch"), make_input(2, tokens, 12)
+    if not fused:
+        layer.base_layer.register_forward_hook(lambda _module, _args, y: None)
+    wanted = torch.autograd.grad((layer(x) * 3 + 1).square().sum(), [x, layer.adapter.lora_B])
+    y = layer(x)
+    y.mul_(3).add_(1)
+    got = torch.autograd.grad(y.square().sum(), [x, layer.adapter.lora_B])
+    assert all(relative_error(a, b) < 1e-12 for a, b in zip(got, wanted))

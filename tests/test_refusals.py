@@ -1,6 +1,7 @@
 """What is refused, in which words, and that a refused call changes nothing."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from torch import nn
 
 import mixlora_kernels as mk
 
-from .cases import TASK_DIM, make_layer
+from .cases import TASK_DIM, make_input, make_layer
 
 Context = mk.RoutingContext
 
@@ -124,6 +125,87 @@ def test_task(case):
     refuse(
         make_layer(routing="task", dropout=0.5), f64(2, 6, 12), Context(task=task, task_mask=task_mask), error, message
     )
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (([[1.0] * 12] * 6,), "x must be a tensor, got list"),
+    ((f64(2, 6, 12), torch.ones(2, 6) > 0), "context must be a RoutingContext or None, got Tensor"),
+    ((f64(2, 6, 12), Context(mask=[[1] * 6] * 2)), "mask must be a tensor, got list"),
+    ((f64(6, 12), Context(cu_seqlens=[0, 6])), "cu_seqlens must be a tensor, got list"),
+])  # fmt: skip
+def test_arguments_of_another_type(arguments, message):
+    with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
+        make_layer()(*arguments)
+
+
+def test_a_configuration_that_is_none():
+    with pytest.raises(TypeError, match=r"^config must be a MixLoRAConfig, got dict$"):
+        mk.MixLoRALinear.from_linear(nn.Linear(12, 9), {"r": 4})
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("name, shape", [
+    ("lora_A", (6, 12)), ("lora_B", (6, 9)), ("router_A", (7, 13)), ("router_B", (8, 12)), ("router_AB", (2, 7, 12)),
+    ("router_A", None), ("router_B", None), ("router_AB", None),
+])  # fmt: skip
+def test_factors(name, shape, backend):
+    layer = make_layer(backend=backend)
+    factors = layer.adapter.factors
+    wanted = tuple(getattr(factors, name).shape)
+    wrong = factors._replace(**{name: None if shape is None else f64(*shape)})
+    message = f"the configuration needs {name}, got None"
+    if shape is not None:
+        message = f"{name} must have the shape {wanted}, got {shape}"
+    base = mk.FrozenLinear(layer.base_layer.weight, None)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        mk.mixlora(f64(2, 6, 12), base, wrong, layer.config, backend=backend)
+
+
+def test_factors_of_integers():
+    layer = make_layer()
+    wrong = layer.adapter.factors._replace(router_B=torch.ones(7, 12, dtype=torch.int64))
+    with pytest.raises(TypeError, match=r"^router_B must have a floating dtype, got torch\.int64$"):
+        mk.mixlora(f64(2, 6, 12), mk.FrozenLinear(layer.base_layer.weight, None), wrong, layer.config)
+
+
+def test_routers_that_a_given_routing_makes_needless():
+    layer, x = make_layer(), make_input(2, 6, 12)
+    y, routing = layer(x, return_routing=True)
+    pools = mk.Factors(layer.adapter.lora_A, layer.adapter.lora_B, None, None, None)
+    base = mk.FrozenLinear(layer.base_layer.weight, layer.base_layer.bias)
+    again, _ = mk.mixlora(x, base, pools, layer.config, Context(routing=routing))
+    assert torch.equal(again, y)
+
+
+def test_a_configuration_that_was_changed():
+    layer = make_layer()
+    layer.config.r = 2
+    with pytest.raises(ValueError, match=r"router_AB must have the shape \(2, 7, 12\), got \(3, 7, 12\)"):
+        layer(f64(2, 6, 12))
+
+
+def test_a_base_that_is_to_be_trained():
+    """It would get no gradient."""
+    layer = make_layer()
+    weight = layer.base_layer.weight.detach().clone().requires_grad_()
+    with pytest.raises(ValueError, match="the base's weight and bias must be frozen"):
+        mk.mixlora(f64(2, 6, 12), mk.FrozenLinear(weight, None), layer.adapter.factors, layer.config)
+
+
+def test_an_output_of_integers():
+    layer = make_layer()
+    y = torch.ones(2, 6, 9, dtype=torch.int64)
+    with pytest.raises(TypeError, match=r"the base's output must have a floating dtype, got torch\.int64"):
+        mk.mixlora(f64(2, 6, 12), y, layer.adapter.factors, layer.config)
+
+
+@pytest.mark.parametrize("conditioning", ["factors", "tied"])
+def test_a_second_derivative(conditioning):
+    """What the stages keep for the backward has no graph of its own."""
+    layer, x = make_layer(conditioning=conditioning, backend="torch"), make_input(2, 6, 12)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
 
 
 def test_a_base_that_is_no_module_or_has_no_known_size():

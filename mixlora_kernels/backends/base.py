@@ -61,6 +61,8 @@ class Group(NamedTuple):
         seeds: the seeds of dropout [G] int64, or None.
         instances: how the N tokens divide into B instances.
         options: what to compute.
+
+    All tensors but x, the bases' and the factors' are contiguous.
     """
 
     x: Tensor

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..frozen import frozen_product, frozen_product_backward
 from ..routing import Instances, Routing
@@ -82,11 +83,11 @@ class Node(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.stages, ctx.options, ctx.routed, ctx.device_type = stages, options, given is None, x.device.type
         ctx.first = first
-        ctx.shapes = [y.shape for y in ys]
+        ctx.ys = [(y.shape, y.dtype) for y in ys]
         learned = any(ctx.needs_input_grad[9 + i] for i in range(len(own)) if i % OWN in (3, 5, 6, 7))
         kept = [tensor for i, tensor in enumerate(own) if i % OWN not in (0, 2)]
-        ctx.count, ctx.length = instances[:2]
-        ctx.save_for_backward(x if learned else None, read, seeds, *instances[2:], *routing, *kept, *saved)
+        ctx.count, ctx.length, *divided = instances
+        ctx.save_for_backward(x if learned else None, read, seeds, *divided, *routing, *kept, *saved)
         if given is not None:
             return ys[0] if len(ys) == 1 else tuple(ys)
         index_a, index_b, gate, probs_a, _ = routing
@@ -95,10 +96,14 @@ class Node(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if torch.is_grad_enabled():
+            # create_graph=True: a second derivative would lack what the stages keep, which has no graph, and is an
+            # error.
+            return once_differentiable(Node.backward)(ctx, *grads)
         if autocasts(ctx.device_type):  # if backward() is called under autocast
             with torch.autocast(ctx.device_type, enabled=False):
                 return Node.backward(ctx, *grads)
-        options, stages, G = ctx.options, ctx.stages, len(ctx.shapes)
+        options, stages, G = ctx.options, ctx.stages, len(ctx.ys)
         x, read, seeds, *tensors = ctx.saved_tensors
         divided, routing, kept, saved = _cut(tensors, len(Instances._fields) - 2, len(Routing._fields), G * KEPT)
         routing, rows = Routing(*routing), [kept[i : i + KEPT] for i in range(0, len(kept), KEPT)]
@@ -112,8 +117,8 @@ class Node(torch.autograd.Function):
         silent = all(gradient is None for gradient in drouting)
         unused = [dy is None and silent for dy in grads[:G]]
         dys = [
-            own.lora_B.new_zeros(shape, dtype=options.dtype) if dy is None else dy
-            for dy, own, shape in zip(grads, factors, ctx.shapes)
+            own.lora_B.new_zeros(shape, dtype=dtype) if dy is None else dy
+            for dy, own, (shape, dtype) in zip(grads, factors, ctx.ys)
         ]
         need_x, need_read, _, need_gate = ctx.needs_input_grad[3:7]
         wanted = [ctx.needs_input_grad[9 + g * OWN : 9 + (g + 1) * OWN] for g in range(G)]

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..dropout import keep_scale
 from ..frozen import frozen_product
-from ..routing import Routing, packed
+from ..routing import Instances, Routing, packed
 from .base import FrozenLinear, Group
 from .eager.dropout import keep_mask
 
@@ -22,6 +23,9 @@ class Reference:
 
     def apply(self, group: Group) -> tuple[Sequence[Tensor], Routing]:
         """``Backend.apply``."""
+        if group.instances.count == 0:
+            ys, routing = self.apply(_with_one_instance(group))
+            return [y[:0] for y in ys], Routing(*(t[:, :0] for t in routing))
         pairs = [self._apply_one(group, g) for g in range(len(group.factors))]
         ys, routings = zip(*pairs)
         if group.given is not None:
@@ -55,8 +59,7 @@ class Reference:
             )  # fmt: skip
             ys.append(y)
             routings.append(routing)
-        y = torch.cat(ys) if ys else frozen
-        return y, None if given is not None else Routing(*map(torch.stack, zip(*routings)))
+        return torch.cat(ys), None if given is not None else Routing(*map(torch.stack, zip(*routings)))
 
     @staticmethod
     def _rows(group: Group) -> list[slice]:
@@ -65,6 +68,22 @@ class Reference:
             starts = packed(instances.cu_seqlens).tolist()
             return [slice(start, end) for start, end in pairwise(starts)]
         return [slice(b * instances.length, (b + 1) * instances.length) for b in range(instances.count)]
+
+
+def _with_one_instance(group: Group) -> Group:
+    """For a group without instances: the same with one, of a token of zeros. What it gives is cut off again, and leaves
+    the shapes, the dtypes and the autograd graph."""
+
+    def one(tensor: Tensor) -> Tensor:
+        return F.pad(tensor, (0, 0, 0, 1))
+
+    return group._replace(
+        x=one(group.x),
+        bases=[base if isinstance(base, FrozenLinear) else one(base) for base in group.bases],
+        read=None if group.read is None else one(group.read),
+        given=None if group.given is None else Routing(*map(one, group.given)),
+        instances=Instances(1, 1),
+    )
 
 
 REFERENCE = Reference()

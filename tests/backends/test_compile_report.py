@@ -41,7 +41,7 @@ def test_no_kernel_spills_or_asks_for_too_much():
 
 LITTLE_MEMORY = "report.TARGETS['sm_90'] = report.TARGETS['sm_90']._replace(shared=1024)"
 LARGE_TILES = "report.tuning.collect = lambda *a, **k: report.tuning.Tile(64, 256, 512, 4, 3, 40)"
-OTHER_UNIT = "report.measure_cuda = lambda compiled: report.Cost(1, 0, 0, 'HMMA')"
+OTHER_UNIT = "report.measure_cuda = lambda files: report.Cost(1, 0, 'HMMA')"
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,7 @@ def test_a_fault_is_reported_and_fails(kernel, change, fault):
     done = report("--targets", "sm_90", "--kernels", kernel, change=change)
     assert done.returncode == 1 and fault in done.stdout, done.stdout + done.stderr
     assert {line.split()[0] for line in done.stdout.splitlines()[1:-1]} == {kernel}
+
+
+def test_nothing_compiled_is_no_success():
+    assert report("--targets", "sm_90", "--kernels", "no_such_kernel").returncode == 1

@@ -1,4 +1,4 @@
-"""What a launch keeps, with a driver of Triton's that compiles and launches nothing (benchmarks/stand_in.py)."""
+"""What a launch keeps, with a driver that compiles and launches nothing (benchmarks/launching/stand_in.py)."""
 
 import os
 import subprocess

@@ -10,7 +10,18 @@ from hypothesis import HealthCheck, given, settings
 
 import mixlora_kernels as mk
 
-from ..cases import MODES, assert_same, make_input, make_layer, make_mask, make_task, mode_id, mostly_slow, run
+from ..cases import (
+    MODES,
+    assert_same,
+    make_input,
+    make_layer,
+    make_mask,
+    make_task,
+    mode_id,
+    mostly_slow,
+    relative_error,
+    run,
+)
 
 # The design's bound for float32: sums of some hundred products, each rounded to 6e-8 of its own size, in another
 # order than the reference's; the softmax's exponents, which reach a few tens here, multiply what the logits lack.
@@ -146,6 +157,23 @@ def test_gradients_that_nobody_needs(frozen, backend, device):
         return run(layer, x)
 
     assert_same(shortened(backend), shortened("reference"), CLOSE)
+
+
+@pytest.mark.parametrize("name", mostly_slow(["router_A", "router_B", "router_AB", "lora_A", "lora_B"], 1))
+def test_a_parameter_of_another_dtype(name, backend, device):
+    """A parameter in bfloat16 among others in float32: its gradient is rounded to it, by 2^-8 at most; and the
+    reference rounds the sum over instances at each of them, so that 2^-7 lies between."""
+
+    def result(backend):
+        layer = make_layer(20, 37, dtype=torch.float32, backend=backend).to(device)
+        getattr(layer.adapter, name).data = getattr(layer.adapter, name).data.bfloat16()
+        y, routing, gradients = run(layer, make_input(2, 19, 20, dtype=torch.float32).detach().to(device))
+        own = gradients.pop(f"adapter.{name}")
+        return (y, routing, gradients), own
+
+    (actual, own), (expected, rounded) = result(backend), result("reference")
+    assert_same(actual, expected, CLOSE)
+    assert own.dtype == torch.bfloat16 and relative_error(own, rounded) <= 2**-7
 
 
 def test_gradients_of_the_probabilities_and_of_a_kept_gate(backend, device):

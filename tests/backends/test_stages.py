@@ -180,3 +180,13 @@ def test_workspaces_are_bounded(widths, r, monkeypatch):
     EXPAND_BACKWARD.run(dys, u, lora_B, index, index, gate, *nothing, 1.0, "weighted", None, B, L, True, True, False)
     used = sum(seen[name].numel() * 4 for name in ("planes", "parts"))
     assert used <= sum(dy.numel() * 2 for dy in dys) * (1 / 4 if r <= 16 else 1)
+
+
+@pytest.mark.parametrize("tokens", [200, 4_097, 12_800, 100_000])
+@pytest.mark.parametrize("width", [4096, 3 * 4096, 2 * 11008])
+def test_a_backward_pass_is_cut_no_finer_than_it_has_to_be(width, tokens):
+    """Spans grow as long as two programs are left for each multiprocessor, and no longer."""
+    for tile in (tuning.collect("sm_90", tokens, width, 4, 2), tuning.walk("sm_90", tokens, width, 16, 2, False)):
+        programs = tokens / tile.span * tuning.divide(width, tile.columns)
+        assert tile.span == tile.rows or programs >= tuning.PROGRAMS
+        assert tile.span == tuning.LONGEST or programs / 2 < tuning.PROGRAMS

@@ -75,6 +75,11 @@ MUTATIONS = [
         "tests/backends/test_layer.py::test_shapes",
     ),
     Mutation(
+        "expand, back: a given routing is of tied pairs", f"{_KERNELS}/expand_backward.py",
+        "None if options.tied and group.given is None else", "None if options.tied else",
+        "tests/backends/test_given.py::test_tied_pairs_may_be_untied",
+    ),
+    Mutation(
         "walk: x's gradient is not dropped", f"{_KERNELS}/walk.py", "step = tl.where(keep, step, 0.0)", "step = step",
         "tests/backends/test_dropout.py::test_the_layer_with_its_mask",
     ),
@@ -119,5 +124,9 @@ MUTATIONS = [
     Mutation(
         "decode: the first instance's choice for all", f"{_KERNELS}/decode.py",
         "row = (g * B + b) * R", "row = g * B * R + 0 * b", "tests/backends/test_ops.py::test_decoding_is_one_launch",
+    ),
+    Mutation(
+        "launch: later launches pass their arguments in another order", f"{_KERNELS}/launch.py",
+        "run(*arguments.values())", "run(*{**tensors, **arguments}.values())", "tests/backends/test_launcher.py",
     ),
 ]  # fmt: skip

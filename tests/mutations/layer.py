@@ -112,6 +112,14 @@ MUTATIONS = [
         "tests/test_invariances.py::test_packed_equals_separate",
     ),
     Mutation(
+        "torch: of two slots of one factor the last is kept", f"{_EAGER}/rank_r.py", "scatter_add_(", "scatter_(",
+        "tests/backends/test_given.py::test_a_factor_may_be_paired_twice",
+    ),
+    Mutation(
+        "torch: a masked token gets a share of the mean's gradient", f"{_EAGER}/project.py",
+        "token.masked_fill(~mask, instances.count)", "token", _EVERY_MODE,
+    ),
+    Mutation(
         "dropout: the backward forgets the mask", f"{_EAGER}/dropout.py",
         "dlora_A += du[rows].T @ part", "dlora_A += du[rows].T @ x[rows]",
         "tests/test_dropout.py::test_the_backward_drops_what_the_forward_dropped",

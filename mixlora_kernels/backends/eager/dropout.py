@@ -16,15 +16,16 @@ from ...dropout import LEVELS, dropped_levels
 BLOCK = 64  # tokens in a block
 
 
-def keep_blocks(seed: Tensor, x: Tensor, p: float) -> Iterator[tuple[slice, Tensor]]:
-    """Yield for each block of tokens of x [N, D] its rows and its mask [rows, D], in x's dtype: 1 for elements that are
-    kept, 0 for those that are dropped. The next block overwrites the mask."""
-    N, D = x.shape
+def keep_blocks(seed: Tensor, shape: tuple[int, int], p: float, like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield for each block of tokens of the ``shape`` [N, D] its rows and its mask [rows, D], in the dtype and on the
+    device of ``like``: 1 for elements that are kept, 0 for those that are dropped. The next block overwrites the mask.
+    """
+    N, D = shape
     start = int(seed)
-    generator = torch.Generator(x.device)
-    words = torch.empty(-(-BLOCK * D // 4), dtype=torch.int64, device=x.device)
+    generator = torch.Generator(like.device)
+    words = torch.empty(-(-BLOCK * D // 4), dtype=torch.int64, device=like.device)
     levels = words.view(torch.int16)[: BLOCK * D].view(BLOCK, D)
-    keep = x.new_empty(BLOCK, D)  # x's dtype, because a product with a bool mask is several times slower
+    keep = like.new_empty(BLOCK, D)  # this dtype, because a product with a bool mask is several times slower
     for number, first in enumerate(range(0, N, BLOCK)):
         rows = slice(first, min(first + BLOCK, N))
         words.random_(-(1 << 63), None, generator=generator.manual_seed(start + number))
@@ -33,16 +34,21 @@ def keep_blocks(seed: Tensor, x: Tensor, p: float) -> Iterator[tuple[slice, Tens
 
 
 def keep_mask(seed: Tensor, x: Tensor, p: float) -> Tensor:
-    """The whole mask [N, D] in x's dtype, for the reference and the tests."""
-    return torch.cat([keep.clone() for _, keep in keep_blocks(seed, x, p)])
+    """The whole mask of x [N, D] in x's dtype, for the reference and the tests."""
+    N, D = x.shape
+    mask = torch.empty_like(x)
+    for rows, keep in keep_blocks(seed, (N, D), p, x):
+        mask[rows] = keep
+    return mask
 
 
 @torch.library.custom_op("mixlora_kernels::project_dropped", mutates_args=())
 def project_dropped(x: Tensor, lora_A: Tensor, seed: Tensor, p: float) -> Tensor:
     """drop(x) · lora_Aᵀ without the scale 1 / (1 - p): [N, d_in], [E, d_in] -> [N, E]."""
-    u = x.new_empty(x.shape[0], lora_A.shape[0])
-    block = x.new_empty(BLOCK, x.shape[1])
-    for rows, keep in keep_blocks(seed, x, p):
+    N, D = x.shape
+    u = x.new_empty(N, lora_A.shape[0])
+    block = x.new_empty(BLOCK, D)
+    for rows, keep in keep_blocks(seed, (N, D), p, x):
         part = torch.mul(x[rows], keep, out=block[: len(keep)])
         torch.mm(part, lora_A.T, out=u[rows])
     return u
@@ -55,19 +61,23 @@ def _(x: Tensor, lora_A: Tensor, seed: Tensor, p: float) -> Tensor:
 
 @torch.library.custom_op("mixlora_kernels::project_dropped_backward", mutates_args={"dx"})
 def project_dropped_backward(
-    dx: Tensor | None, x: Tensor, du: Tensor, lora_A: Tensor, seed: Tensor, p: float
+    dx: Tensor | None, x: Tensor | None, du: Tensor, lora_A: Tensor, seed: Tensor, p: float
 ) -> Tensor:
-    """Return the gradient of lora_A [E, d_in] without the scale, and add x's gradient to dx if it is given."""
-    dlora_A = x.new_zeros(lora_A.shape, dtype=torch.promote_types(x.dtype, torch.float32))
-    block = x.new_empty(BLOCK, x.shape[1])
-    for rows, keep in keep_blocks(seed, x, p):
-        part = torch.mul(x[rows], keep, out=block[: len(keep)])
-        dlora_A += du[rows].T @ part
+    """Add x's gradient to dx if it is given, and return the gradient of lora_A [E, d_in] without the scale, which is
+    zero if x is not given."""
+    N, D = du.shape[0], lora_A.shape[1]
+    dlora_A = du.new_zeros(lora_A.shape, dtype=torch.promote_types(du.dtype, torch.float32))
+    block = du.new_empty(BLOCK, D)
+    for rows, keep in keep_blocks(seed, (N, D), p, du):
+        part = block[: len(keep)]
+        if x is not None:
+            torch.mul(x[rows], keep, out=part)
+            dlora_A += du[rows].T @ part
         if dx is not None:
             dx[rows] += torch.mm(du[rows], lora_A, out=part).mul_(keep)
     return dlora_A
 
 
 @project_dropped_backward.register_fake
-def _(dx: Tensor | None, x: Tensor, du: Tensor, lora_A: Tensor, seed: Tensor, p: float) -> Tensor:
-    return x.new_empty(lora_A.shape, dtype=torch.promote_types(x.dtype, torch.float32))
+def _(dx: Tensor | None, x: Tensor | None, du: Tensor, lora_A: Tensor, seed: Tensor, p: float) -> Tensor:
+    return du.new_empty(lora_A.shape, dtype=torch.promote_types(du.dtype, torch.float32))

@@ -35,6 +35,7 @@ def expand_backward(
     vs = []
     for g, dy in enumerate(dys):
         chosen = _chosen_rows(group, routing, g)
+        dy = dy.to(group.options.dtype)  # y has the base's dtype, in which the update was added
         vs.append(products(dy, chosen))
         if needs.lora_B:
             dlora_B[g] = collect(parts[g], dy, chosen)
@@ -43,7 +44,7 @@ def expand_backward(
     if needs.gate or (needs.routers and group.options.gate != "binary"):
         B, instances = group.instances.count, group.instances
         dgate_y = instances.sum(instances.by_token(u * v), routing.gate.dtype) * group.options.scale
-        dgate_y = dgate_y.view(B, G, -1).transpose(0, 1)
+        dgate_y = dgate_y.view(B, G, group.options.r).transpose(0, 1)
         dgate = dgate_y if dgate is None else dgate_y + dgate
     return dlora_B, dgate if needs.gate else None, (_weigh(v, group, routing), dgate, *dprobs)
 

@@ -5,7 +5,7 @@ from it. That reads x once more, which costs less than a product of all tokens w
 even if x is not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .dropout import project_dropped, project_dropped_backward
 from .rank_r import add, choose_rows, collect, pick, products
 from .route import required, route, route_backward
 
-BLOCK = 128  # tokens that are converted at a time, if x cannot be summed in its own dtype
+BLOCK = 128  # tokens that are converted, or get a copy of their instance's gradient, at a time
 
 
 def project(group: Group) -> tuple[Routing, Saved]:
@@ -51,22 +51,24 @@ def project_backward(
     dlora_A: Sequence[Tensor] = ()
     pools = [factors.lora_A for factors in group.factors]
     chosen = choose_rows(pools, routing.index_a, instances, du.dtype)
-    if group.seeds is not None:
-        dx = torch.zeros_like(x) if needs.x and dx is None else dx
-        parts = chosen.pool.chunk(G), chosen.place(du).chunk(G, -1), group.seeds.split(1)
-        dlora_A = [
-            project_dropped_backward(dx if needs.x else None, x, du_g, pool, seed, options.p)
-            for pool, du_g, seed in zip(*parts)
-        ]
-    else:
-        if needs.x:
-            dx = add(du.new_zeros(len(du), chosen.pool.shape[1]) if dx is None else dx, du, chosen)
+    if needs.x and dx is None:
+        dx = du.new_zeros(len(du), chosen.pool.shape[1])
+    if group.seeds is None:
+        if dx is not None and needs.x:
+            dx = add(dx, du, chosen)
         if needs.lora_A:
             dlora_A = collect(du, x, chosen).chunk(G)
+    elif needs.x or needs.lora_A:
+        parts = chosen.pool.chunk(G), chosen.place(du).chunk(G, -1), group.seeds.split(1)
+        gradients = [
+            project_dropped_backward(dx if needs.x else None, x if needs.lora_A else None, du_g, pool, seed, options.p)
+            for pool, du_g, seed in zip(*parts)
+        ]
+        dlora_A = gradients if needs.lora_A else ()
     if not needs.routers:
         return Gradients(dx, dlora_A or nothing, nothing, nothing, nothing, None)
     routers = route_backward((dgate, dprobs_a, dprobs_b), read, group.factors, routing, kept, options)
-    if routers.lora_A is not None and needs.lora_A:
+    if routers.lora_A is not None:
         dlora_A = [d.to(table.dtype).add_(table) for d, table in zip(dlora_A, routers.lora_A)]
     if options.reads_x and dx is not None:
         _mean_backward(dx, routers.read, instances)
@@ -78,31 +80,39 @@ def project_backward(
 
 def mean(x: Tensor, instances: Instances, dtype: torch.dtype) -> Tensor:
     """Equation 5, the mean over each instance's tokens: x [N, D] -> [B, D] in ``dtype``."""
-    N, mask, look = x.shape[0], instances.mask, can_look(x)
+    mask, look = instances.mask, can_look(x)
     # Sum x directly if that makes no copy. On a CPU, a sum in another dtype first converts all of x.
     if mask is None and instances.length is not None and (x.dtype == dtype or not look):
-        return instances.by_token(x).sum(dim=1, dtype=dtype) * instances.mean_weight
-    block = BLOCK if look else max(N, 1)  # a compiled graph needs no blocks: it makes no copy
+        return instances.by_token(x).sum(dim=1, dtype=dtype) * instances.mean_weight()
     total = x.new_zeros(instances.count, x.shape[1], dtype=dtype)
     instance = instances.instance_of_token(x.device)
-    for first in range(0, N, block):
-        rows = slice(first, first + block)
+    for rows in _blocks(x):
         part = x[rows].to(dtype)
         if mask is not None and not (look and mask[rows].all()):
             # Not multiplied by 0, because padding may hold infinite values.
             part = part.masked_fill(~mask[rows, None], 0)
         total.index_add_(0, instance[rows], part)
-    return total * instances.mean_weight
+    return total * instances.mean_weight()
 
 
 def _mean_backward(dx: Tensor, dpooled: Tensor, instances: Instances) -> None:
     """Add the gradient of each instance's mean, [B, D], to the gradients dx of the tokens it runs over, in place."""
-    dpooled = (dpooled * instances.mean_weight).to(dx.dtype)
-    if instances.mask is None and instances.length is not None:
+    dpooled, mask = (dpooled * instances.mean_weight()).to(dx.dtype), instances.mask
+    if mask is None and instances.length is not None:
         instances.by_token(dx).add_(dpooled.unsqueeze(1))
-    else:  # a product with a membership matrix, which makes no copy of dpooled for each token
-        tokens = instances.instance_of_token(dx.device)
-        member = tokens[:, None] == torch.arange(instances.count, device=dx.device)  # [N, B]
-        if instances.mask is not None:
-            member &= instances.mask[:, None]
-        dx.addmm_(member.to(dx.dtype), dpooled)
+        return
+    # Looked up, not multiplied by 0 or 1: another instance's gradient may be infinite. A masked token looks up zeros.
+    token = instances.instance_of_token(dx.device)
+    if mask is not None:
+        dpooled = torch.cat((dpooled, dpooled.new_zeros(1, dpooled.shape[1])))
+        token = token.masked_fill(~mask, instances.count)
+    for rows in _blocks(dx):
+        dx[rows] += dpooled.index_select(0, token[rows])
+
+
+def _blocks(x: Tensor) -> Iterator[slice]:
+    """The rows of x [N, D], BLOCK at a time on a CPU. Elsewhere all at once: blocks would be a launch each, and a
+    compiled graph makes no copy."""
+    N = x.shape[0]
+    block = BLOCK if can_look(x) else max(N, 1)
+    return (slice(first, first + block) for first in range(0, N, block))

@@ -34,17 +34,17 @@ class ChosenRows(NamedTuple):
 
     def rows(self) -> Tensor:
         """[B, K, W]"""
-        return self.pool.index_select(0, self.columns.flatten()).view(*self.columns.shape, -1)
+        return self.pool.index_select(0, self.columns.flatten()).view(*self.columns.shape, self.pool.shape[1])
 
     def batched(self, m: Tensor) -> Tensor:
         """[N, W] -> [B, L, W]"""
         return self.instances.by_token(m)
 
     def place(self, s: Tensor) -> Tensor:
-        """Scatter s [N, K] to the columns of the chosen rows: [N, G * E], zero elsewhere."""
+        """Add s [N, K] up in the columns of the chosen rows: [N, G * E], zero elsewhere. A row may be chosen twice."""
         placed = s.new_zeros(s.shape[0], self.pool.shape[0])
         by_token = self.instances.by_token
-        by_token(placed).scatter_(-1, self.instances.expand(self.columns), by_token(s))
+        by_token(placed).scatter_add_(-1, self.instances.expand(self.columns), by_token(s))
         return placed
 
 
@@ -82,14 +82,15 @@ def pick(p: Tensor, chosen: ChosenRows) -> Tensor:
 
 
 def add(m: Tensor, s: Tensor, chosen: ChosenRows, in_place: bool = True) -> Tensor:
-    """m + s · rows, in place or not: [N, W], [N, K] -> [N, W]"""
+    """m + s · rows in m's dtype, in place or not: [N, W], [N, K] -> [N, W]"""
+    if m.dtype is not s.dtype:  # a base may give its output in another dtype than x's
+        return (m + add(s.new_zeros(m.shape), s, chosen)).to(m.dtype)
     if not chosen.gathers:
         return m.addmm_(chosen.place(s), chosen.pool) if in_place else torch.addmm(m, chosen.place(s), chosen.pool)
-    batch, s, rows = chosen.batched(m), chosen.batched(s), chosen.rows()
-    if in_place:
-        batch.baddbmm_(s, rows)
-        return m
-    return torch.baddbmm(batch, s, rows).view(m.shape)
+    if not in_place:
+        m = m.clone()  # not torch.baddbmm: its result would be a view here, which a model may not change in place
+    chosen.batched(m).baddbmm_(chosen.batched(s), chosen.rows())
+    return m
 
 
 def collect(s: Tensor, m: Tensor, chosen: ChosenRows) -> Tensor:

@@ -52,8 +52,13 @@ def route(read: Tensor, factors: Sequence[Factors], options: Options) -> tuple[R
 
 
 def router_logits(read: Tensor, router: Tensor) -> Tensor:
-    """read [B, d_route] · router [E, d_route]ᵀ, computed as router · readᵀ. Equal rows of a router must give equal
-    logits, and the bits of a product depend on the number of its columns and on a column's position."""
+    """read [B, d_route] · router [E, d_route]ᵀ, computed as router · readᵀ -> [B, E].
+
+    Each router has a product of its own, so that a sibling has the bits of a single layer. Rows of zeros give logits of
+    exactly 0. Other equal rows give logits that are equal up to rounding, because a product may add up a row's terms in
+    an order that depends on its place. A sum for each logit would not, but takes several times as long and
+    [B, E, d_route] numbers.
+    """
     return (router.to(read.dtype) @ read.T).T
 
 

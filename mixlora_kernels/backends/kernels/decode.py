@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ...frozen import frozen_product
 from ..base import FrozenLinear, Group
@@ -23,8 +24,9 @@ MOST_PAIRS = 64
 
 
 def decodes(group: Group) -> bool:
-    """``Backend.decodes``."""
-    return len(group.x) * group.options.r <= MOST_PAIRS
+    """``Backend.decodes``. Not for forward-mode differentiation, which the kernel knows nothing of; ``Node`` refuses
+    it."""
+    return len(group.x) * group.options.r <= MOST_PAIRS and forward_ad.unpack_dual(group.x).tangent is None
 
 
 def decode(group: Group) -> Sequence[Tensor]:

@@ -32,11 +32,11 @@ def expand_backward(
     """``Stages.expand_backward``; what it carries is du [G, N, R], and the gradients of the logits [1 or 2, G, B, E]
     and of the looked-up rows of T [G, B, R, E], all float32, None where there are none."""
     instances, options, (chosen, _, kept, _) = group.instances, group.options, saved
+    index_b = None if options.tied and group.given is None else routing.index_b  # a given routing may pair others
     du, *rest = EXPAND_BACKWARD.on(chosen)(
-        dys, chosen, [own.lora_B for own in group.factors], routing.index_a,
-        None if options.tied else routing.index_b, routing.gate, *drouting, routing.probs_a, routing.probs_b, kept,
-        options.scale, options.gate, instances.cu_seqlens, instances.count, instances.length or 0,
-        needs.lora_B, needs.gate, needs.routers,
+        dys, chosen, [own.lora_B for own in group.factors], routing.index_a, index_b, routing.gate, *drouting,
+        routing.probs_a, routing.probs_b, kept, options.scale, options.gate, instances.cu_seqlens,
+        instances.count, instances.length or 0, needs.lora_B, needs.gate, needs.routers,
     )  # fmt: skip
     dgate = rest.pop(0) if needs.gate else None
     dlogits = rest.pop(0) if needs.routers else None
@@ -266,7 +266,7 @@ def plan_expand_backward(
 ) -> tuple[Launch, Launch, int, int, int]:  # fmt: skip
     """Both launches; and the chunks of tokens, the pieces of columns, and all siblings' columns."""
     G, N, R = u_shape
-    tile = tuning.collect(arch, N, max(widths), R, itemsize)
+    tile = tuning.collect(arch, N, sum(widths), R, itemsize)
     chunks, pieces = count_tiles(N, B, L, packed, tile.span), count_pieces(widths, tile.columns)
     shared = {
         "scale": scale, "B": B, "L": L, "N": N, "widths": widths, "total": sum(widths), "G": G, "R": R,

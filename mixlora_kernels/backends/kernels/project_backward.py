@@ -33,8 +33,9 @@ def project_backward(
         dx = du.new_empty(du.shape[1], group.factors[0].lora_A.shape[1], dtype=options.dtype)
     lora_A, *routers = zip(*((own.lora_A, own.router_A, own.router_B, own.router_AB) for own in group.factors))
     routers = [[t for t in own if t is not None and needs.routers] for own in routers]
+    router_A, router_B, router_AB = routers
     outs = [torch.empty_like(pooled)] if needs.routers and not options.reads_x else []
-    for tensors in (lora_A if needs.lora_A else (), *routers):
+    for tensors in (lora_A if needs.lora_A else (), router_A + router_B, router_AB):
         outs += [torch.empty_like(own) for own in as_pools(tensors)]
     PROJECT_BACKWARD.on(du)(
         outs, dx if needs.x else None, x if needs.lora_A else None, du, lora_A, *routers, pooled, dlogits, dlooked,
@@ -107,7 +108,8 @@ def run_project_backward(
     if routes:
         if pools and dx is not None:
             spread = du.new_empty(B, D)
-        routers = as_pools(router_A), as_pools(router_B) if router_B else None
+        both = as_pools([*router_A, *router_B])  # of one dtype, because a program picks a pointer among all
+        routers = both[:G], both[G:] or None
         dtable = launch_routers_backward(
             dlogits, dlooked, pooled, routers, mean_weights if pools else None, 1.0 / (L or 1) if pools else 1.0,
             index_a, lora_A, row_sums, drouters, spread,

@@ -1,10 +1,11 @@
 """The shipped choices of tiles. Nothing is tried at run time: a new sequence length must not stall a step.
 
 A choice depends on the device's architecture, the layer's width, the padded size of the pool, the element size and
-the *bucket* of the number of tokens, so that few variants are compiled. The numbers for GPUs follow from counting:
-a tile's loads in flight should cover memory latency (some 32 KiB on each of 132 multiprocessors), a pass should
-start at least two programs for each of them, and what the tiles of a split pass hand on in partial sums should stay
-below a tenth of what the pass reads. benchmarks/compile_report.py shows that they fit registers and shared memory.
+the *bucket* of the number of tokens, so that few variants are compiled. A span of tokens, which is one of few powers of
+two, depends on their exact number. The numbers for GPUs follow from counting: a tile's loads in flight should cover
+memory latency (some 32 KiB on each of 132 multiprocessors), a pass should start at least two programs for each of them,
+and what the tiles of a split pass hand on in partial sums should stay below a tenth of what the pass reads.
+benchmarks/compile_report.py shows that they fit registers and shared memory.
 """
 
 from functools import cache
@@ -13,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 PROGRAMS = 264  # two for each multiprocessor of an H200
+LONGEST = 1024  # tokens of a span; twice as many would save 0.4 % of what a pass reads at r = 4 in half precision
 BLOCK_E = 32  # factors at a time where a product runs over them: a float32 product keeps all of its length in registers
 BUCKETS = (16, 128, 1024, 4096)
 SPILLING = ("sm_90", "sm_100")  # whose compiler spills sums to fit one program more, unless it has a budget
@@ -126,7 +128,8 @@ def add(arch: str, tokens: int, slots: int, itemsize: int) -> Tile:
 
 
 def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Tile:
-    """Each piece of the width leaves a plane [N, R] and each chunk of tokens sums [R, O]: neither may be small.
+    """``width``: of all siblings together. Each piece of it leaves a plane [N, R] and each chunk of tokens sums [R, O]:
+    neither may be small.
 
     Together they stay below a quarter of dy for up to 16 slots, and below dy for up to 64 (``hands_on``).
     """
@@ -136,8 +139,7 @@ def collect(arch: str, tokens: int, width: int, slots: int, itemsize: int) -> Ti
     span = rows(tokens)
     while hands_on(slots, itemsize, columns, span) > (1 / 4 if slots <= 16 else 1):
         span *= 2
-    while span < 512 and divide(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
-        span *= 2
+    span = lengthen(span, tokens, divide(width, columns))
     long = is_long(slots, itemsize)
     block = 16 if long else rows(tokens)
     if gfx:
@@ -150,15 +152,20 @@ def hands_on(slots: int, itemsize: int, columns: int, span: int) -> float:
     return 4 * slots / itemsize * (1 / columns + 1 / span)
 
 
+def lengthen(span: int, tokens: int, pieces: int) -> int:
+    """Double a program's span of tokens, up to ``LONGEST``, as long as the pieces of the width leave ``PROGRAMS``."""
+    while span < LONGEST and pieces * tokens >= 2 * PROGRAMS * span:
+        span *= 2
+    return span
+
+
 def walk(arch: str, tokens: int, width: int, slots: int, itemsize: int, drops: bool) -> Tile:
     if arch == "interpreter":
         return Tile(rows(tokens), 32, 2 * rows(tokens), 4, 1)
     columns, block, gfx = 128 // itemsize, rows(tokens), arch.startswith("gfx")
     if drops and is_long(slots, itemsize) and not gfx:
         columns //= 2
-    span = block  # as long as the device stays full
-    while span < 512 and divide(width, columns) * bucket(tokens) >= 4 * PROGRAMS * span:
-        span *= 2
+    span = lengthen(block, tokens, divide(width, columns))
     # The draws of dropout take the registers that a larger tile, or a second one on its way, would need. On sm_80 the
     # larger tile spills without them, too.
     if drops:
