@@ -5,7 +5,7 @@ The name has changed: ``past_key_values`` up to transformers 5.23, ``cache`` fro
 generated token would be routed anew. Therefore an argument that looks like a cache of an unknown kind is refused.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,8 @@ import transformers
 from torch import Tensor
 from transformers import Cache
 
-from .recorded import Recorded
+from ..routing import Routing
+from .recorded import Recorded, join
 
 PLAIN = (Tensor, bool, int, float, str, type(None))  # types that are never a cache
 # Models pass states that are no ``Cache``, such as tuples of tensors, under these names.
@@ -29,12 +30,14 @@ class KeptRouting:
     Attributes:
         length: number of tokens of the prefill.
         routings: the routing of each layer, by (layer, adapter).
+        repeated: the layers that ran more than once in the prefill, of which only the last routing is known.
+        seen: number of tokens that followed the prefill.
     """
 
     ATTRIBUTE = "_mixlora_routing"
 
-    def __init__(self, length: int, routings: dict[tuple[str, str], Recorded]):
-        self.length, self.routings = length, routings
+    def __init__(self, length: int, routings: dict[tuple[str, str], Recorded], repeated: frozenset[str] = frozenset()):
+        self.length, self.routings, self.repeated, self.seen = length, routings, repeated, 0
 
 
 class Past(NamedTuple):
@@ -51,6 +54,60 @@ class Past(NamedTuple):
     length: int = 0
     kept: KeptRouting | None = None
     unknown: str | None = None
+
+    def note_step(self, tokens: int) -> None:
+        """Count tokens that followed the prefill."""
+        if self.kept is not None and not torch.compiler.is_compiling():  # each number would compile another graph
+            self.kept.seen += tokens
+
+    def check_chunks(self, tokens: int, verifies: bool) -> None:
+        """Refuse further tokens of a prompt after its first chunk, which shows in that no token was decoded yet.
+
+        Args:
+            tokens: of the running forward.
+            verifies: whether these are an assistant's candidates, all of whose logits are computed.
+        """
+        kept = self.kept
+        if kept is None or verifies or self.length > kept.length or (self.length == kept.length and kept.seen):
+            return
+        raise ValueError(
+            f"{tokens} tokens follow {self.length} cached ones, of which no token was decoded: a prompt prefilled in "
+            "chunks cannot be routed as one instance. Prefill it at once (prefill_chunk_size=None). A turn after an "
+            "answer of one token, and an assistant model with a MixLoRA adapter, look the same: start the turn with an "
+            "empty cache, and assist with a model without such an adapter"
+        )
+
+    def routing_of(self, keys: Sequence[str], name: str, rows: int) -> Routing:
+        """The routing that the prefill found for the G layers, [G, rows, ...].
+
+        Raises:
+            ValueError: the prefill found none, or none for so many rows, or several.
+        """
+        routings = {} if self.kept is None else self.kept.routings
+        found = [routings[key, name] for key in keys if (key, name) in routings]
+        if self.kept is None or len(found) < len(keys):
+            lacking = next(key for key in keys if (key, name) not in routings)
+            raise ValueError(
+                f"the cache holds {self.length} tokens, but no routing of adapter {name!r} for {lacking}: it was "
+                "filled without this adapter. Start with an empty cache, or use decode='token'"
+            )
+        if self.length < self.kept.length:
+            raise ValueError(
+                f"the cache holds {self.length} tokens of a prompt of {self.kept.length}, whose routing is of all of "
+                "them: compute the shorter prompt anew"
+            )
+        if not self.kept.repeated.isdisjoint(keys):
+            raise ValueError(
+                f"{keys[0]} runs more than once in a forward, so that MixLoRA cannot keep its routing for generated "
+                "tokens: leave it out of target_modules, or use decode='token'"
+            )
+        routing = join(found)
+        kept_rows = routing.index_a.shape[-2]
+        if kept_rows == 1 and rows > 1:  # one instance with several continuations
+            return Routing(*(tensor.expand(-1, rows, -1) for tensor in routing))
+        if kept_rows != rows:
+            raise ValueError(f"the cache was filled for {kept_rows} rows, the forward has {rows}")
+        return routing
 
 
 def find_cache(values: Iterable[Any]) -> Any:
@@ -70,13 +127,27 @@ def find_past(named: Mapping[str, Any], new_tokens: int | None) -> Past:
     return Past(cache, _length(cache, kept, new_tokens), kept)
 
 
-def unseen_cache_error(evidence: str) -> ValueError:
+def unseen_cache_error(evidence: str, training: bool = False) -> ValueError:
     """The error for a forward that continues a sequence, if the method does not find its cache."""
+    if training:
+        return ValueError(
+            f"{evidence}, so the forward continues a sequence, but the decoder got no cache with tokens in it: in "
+            "training mode, gradient checkpointing turns the cache off. Call model.eval() before model.generate()"
+        )
     return ValueError(
         f"{evidence}, so the forward continues a sequence, but the decoder got no cache with tokens in it, and "
         f"MixLoRA cannot find the prompt's routing. transformers {transformers.__version__} may hand the cache over in "
         "a way that this version of mixlora_kernels does not know: install a version of transformers that it was "
         "tested with. In a loop of your own, pass the cache of the first forward on to the next"
+    )
+
+
+def uncached_error() -> ValueError:
+    """The error for generating without a cache, where no forward knows which of its tokens were the prompt."""
+    return ValueError(
+        "a forward without a cache (use_cache=False) continues the tokens of the one before it, and MixLoRA cannot "
+        "tell which of them are the prompt, whose routing a generated token keeps: generate with use_cache=True. To "
+        "score a text that grows token by token, leave use_cache out"
     )
 
 
@@ -99,7 +170,10 @@ def _unknown_cache(named: Mapping[str, Any]) -> str | None:
 
 
 def _length(cache: Any, kept: KeptRouting | None, new_tokens: int | None) -> int:
-    length = cache.get_seq_length()
+    try:
+        length = cache.get_seq_length()
+    except ValueError:  # a cache of states alone, such as Mamba's, does not know; only single tokens follow in it
+        return 0 if kept is None or new_tokens != 1 else kept.length + kept.seen
     if isinstance(length, Tensor):
         if torch.compiler.is_compiling():
             # A static cache keeps its length on the device. Only single steps are compiled, never a prefill.

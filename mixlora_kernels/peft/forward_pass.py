@@ -9,14 +9,16 @@ from torch import Tensor
 
 from ..config import MixLoRAConfig
 from ..routing import Instances, Routing, RoutingContext, find_instances
-from .cache import Past, unknown_cache_error, unseen_cache_error
+from .cache import KeptRouting, Past, uncached_error, unknown_cache_error, unseen_cache_error
 from .media import find_media, text_of_prompt
 from .model_inputs import ModelInputs
-from .recorded import Recorded, join
+from .recorded import Recorded
 from .siblings import Siblings
 from .tokens import (
     IGNORED,
+    MASKS,
     check_undivided,
+    check_unmasked,
     cumulative_lengths,
     late_start,
     longer_mask,
@@ -54,6 +56,7 @@ class ForwardPass:
         self.B, self.L = shape or (0, 0)
         self._device = next((value.device for value in named.values() if isinstance(value, Tensor)), None)
         self.inputs, self.training, self.past, self.cached = inputs, training, past, past.length
+        self._masks = {name: named.get(name) for name in MASKS}
         self.mask, self.position_ids = named.get("attention_mask"), named.get("position_ids")
         self.cache_position = named.get("cache_position")
         self.cu_seq_lens, self.seq_idx = named.get("cu_seq_lens_q"), named.get("seq_idx")
@@ -65,11 +68,19 @@ class ForwardPass:
         self.siblings = Siblings()
         self._contexts: dict[tuple[str, str, str], RoutingContext] = {}
         self._instances: dict[tuple, Instances] = {}
+        self._repeated: set[str] = set()
         self._tokens: tuple[Tensor | None, Tensor | None] | None = None
 
     def record(self, key: str, name: str, routing: Routing, g: int) -> None:
         """Record a layer's routing: that of its group, and the layer's index g in the group."""
+        if (key, name) in self.routings:
+            self._repeated.add(key)
         self.routings[key, name] = Recorded(routing, g)
+
+    def keep_routing(self, cache: Any) -> None:
+        """Keep the recorded routings in a cache that this forward has filled, for the tokens that follow."""
+        prompt = self.L - max(self.keep - 1, 0)
+        setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, self.routings, frozenset(self._repeated)))
 
     def prepare(
         self, keys: Sequence[str], name: str, config: MixLoRAConfig, x: Tensor, rows: list[int] | None = None
@@ -86,6 +97,7 @@ class ForwardPass:
                 arguments contradict one another, or one is missing.
         """
         x, context = self._prepare(keys, name, config, x, rows)
+        context = context.to(x.device)  # the model's layers may be on several devices
         if rows is not None:
             return x, context
         self.balances[name] = config.balance
@@ -94,30 +106,40 @@ class ForwardPass:
         instances = self._instances.get(place)
         if instances is None:
             instances = self._instances[place] = find_instances(x, context, reads_x)
-        return x, context._replace(instances=instances)
+        return x, context.with_instances(instances)
 
     def _prepare(
         self, keys: Sequence[str], name: str, config: MixLoRAConfig, x: Tensor, rows: list[int] | None
     ) -> tuple[Tensor, RoutingContext]:
         if self._is_encoded(x):
-            context = self._context(config)._replace(mask=self._encoder_padding(config), cu_seqlens=None)
+            context = self._context(config)
+            context = RoutingContext(self._encoder_padding(config), task=context.task, task_mask=context.task_mask)
             return (x, context) if rows is None else (x[rows], _of_rows(context, rows))
         if rows is not None:
             x = x[rows]
         if self.shape is None:
             context = self._context(config)
+            if self.cached:
+                raise ValueError(
+                    f"the decoder of {keys[0]} has {self.cached} tokens in its cache, and got neither input_ids nor "
+                    "inputs_embeds, so that MixLoRA cannot keep the prompt's routing: leave its layers out of "
+                    "target_modules"
+                )
             return rows_as_instances(x), context if rows is None else _of_rows(context, rows)
         B, fits = self.B if rows is None else len(rows), True
         if x.shape[:-1] != (B, self.L):
-            if x.dim() == 2 and x.shape[0] == B * self.L:
-                x = x.view(B, self.L, x.shape[-1])
+            if x.shape[:-1].numel() == B * self.L and (x.dim() == 2 or x.shape[0] == B):
+                x = x.reshape(B, self.L, x.shape[-1])
             else:
                 fits = False
         if self.cached and config.decode == "prompt":
-            return (x if fits else rows_as_instances(x)), RoutingContext(routing=self._kept_routing(keys, name, B))
+            if self.L > 1:
+                self.past.check_chunks(self.L, verifies=self.keep == self.L)
+            routing = self.past.routing_of(keys, name, B)
+            return (x if fits else rows_as_instances(x)), RoutingContext(routing=routing)
         context = self._context(config)
         if not fits:
-            if context.mask is None and context.cu_seqlens is None:
+            if context.mask is None and context.cu_seqlens is None and x.shape[0] == B and x.dim() <= 3:
                 return rows_as_instances(x), context if rows is None else _of_rows(context, rows)
             raise ValueError(
                 f"{keys[0]} gets an input of shape {tuple(x.shape)}, the forward's tokens are {(B, self.L)}: MixLoRA "
@@ -161,11 +183,13 @@ class ForwardPass:
                     "[B, d_task] or [B, T, d_task] to the model, or generate within "
                     "`with mixlora_kernels.peft.task_embedding(model, ...)`"
                 )
-        self._check_past()
+        self._check_past(config)
         if self.shape is None:
+            if config.routing == "instance" and config.pool != "all":
+                check_unmasked(self._masks)
             return RoutingContext(task=task, task_mask=task_mask)
         if self.cached and self.L > 1:
-            self._check_chunks()
+            self.past.check_chunks(self.L, verifies=self.keep == self.L)
         mask, starts = self._find_tokens()
         if config.pool == "all":
             mask = None
@@ -193,16 +217,18 @@ class ForwardPass:
         """A mask of the last ``count`` new tokens, [L] bool."""
         return torch.arange(self.L, device=self._device) >= self.L - count
 
-    def _check_past(self) -> None:
+    def _check_past(self, config: MixLoRAConfig) -> None:
         """Refuse a forward that continues a sequence without a cache that holds the routing of its prompt."""
         if self.past.unknown is not None:
             raise unknown_cache_error(self.past.unknown)
+        if self.inputs.continues and config.routing != "task":
+            raise uncached_error()
         if self.cached or self.shape is None or not self.inputs.generates:
             return
         evidence = longer_mask(self.mask, self.L) if self.past.cache is None else None
         evidence = evidence or late_start(self.position_ids, self.cache_position, self.L)
         if evidence is not None:
-            raise unseen_cache_error(evidence)
+            raise unseen_cache_error(evidence, self.training)
 
     def _find_tokens(self) -> tuple[Tensor | None, Tensor | None]:
         """The new tokens that are not padding, and the first tokens of packed instances, each [B, L] bool or None."""
@@ -241,37 +267,6 @@ class ForwardPass:
         if self.training and self.inputs.generates and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             warnings.warn(WITHOUT_LABELS, stacklevel=2)
         return mask
-
-    def _kept_routing(self, keys: Sequence[str], name: str, B: int) -> Routing:
-        """The routing that the prefill found for the G layers, [G, B, ...]."""
-        if self.L > 1:
-            self._check_chunks()
-        routings = {} if self.past.kept is None else self.past.kept.routings
-        found = [routings[key, name] for key in keys if (key, name) in routings]
-        if len(found) < len(keys):
-            lacking = next(key for key in keys if (key, name) not in routings)
-            raise ValueError(
-                f"the cache holds {self.cached} tokens, but no routing of adapter {name!r} for "
-                f"{lacking}: it was filled without this adapter. Start with an empty cache, or use "
-                "decode='token'"
-            )
-        routing = join(found)
-        rows = routing.index_a.shape[-2]
-        if rows == 1 and B > 1:  # one instance with several continuations
-            return Routing(*(tensor.expand(-1, B, -1) for tensor in routing))
-        if rows != B:
-            raise ValueError(f"the cache was filled for {rows} rows, the forward has {B}")
-        return routing
-
-    def _check_chunks(self) -> None:
-        """Refuse further tokens of a prompt after its first chunk, which shows in that nothing was decoded yet."""
-        kept = self.past.kept
-        verifies = self.keep == self.L  # an assistant's candidates, all of whose logits are computed
-        if kept is not None and self.cached <= kept.length and not verifies:
-            raise ValueError(
-                f"{self.L} tokens follow {self.cached} cached ones, of which no token was decoded: a prompt prefilled "
-                "in chunks cannot be routed as one instance. Prefill it at once (prefill_chunk_size=None)"
-            )
 
 
 def _kind(config: MixLoRAConfig) -> tuple[str, str, str]:

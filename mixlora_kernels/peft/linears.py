@@ -10,6 +10,9 @@ from transformers.pytorch_utils import Conv1D
 # Libraries whose subclasses of nn.Linear are linear layers with quantised weights. They are not tried out: their
 # kernels need certain devices, and some change the weight in their first run.
 QUANTISING = ("bitsandbytes", "torchao", "gptqmodel", "hqq", "aqlm", "eetq", "optimum", "transformers.integrations")
+# Modules of torch that compute with the weights of their linear layers without calling these: attention always, the
+# encoder's layer in its fast path for inference.
+WEIGHT_READERS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -93,6 +96,30 @@ def _stacks(module: nn.Module) -> dict[str, Tensor]:
         return {}
     own = module.named_parameters(recurse=False)
     return {name: value for name, value in own if value.dim() >= 3 and min(value.shape) > 1}
+
+
+def read_weights(model: nn.Module) -> dict[str, str]:
+    """The linear layers whose weights the module around them reads without calling them, by name, each with that
+    module's class. An adapter in them has no effect."""
+    return {
+        f"{name}.{child}" if name else child: type(module).__name__
+        for name, module in outside_adapters(model)
+        if isinstance(module, WEIGHT_READERS)
+        for child, inner in module.named_children()
+        if is_linear(inner)
+    }
+
+
+def adaptable_linears(model: nn.Module) -> set[str]:
+    """The names of all linear layers that can be adapted: not routers, not inside experts, and called by the model."""
+    experts = expert_modules(model)
+    apart = expert_routers(model, experts) | read_weights(model).keys()
+    inside = tuple(f"{place}." for place in experts) or "\0"
+    return {
+        name
+        for name, module in outside_adapters(model)
+        if name and is_linear(module) and name not in apart and not name.startswith(inside)
+    }
 
 
 def outside_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:

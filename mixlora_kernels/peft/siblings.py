@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adapter import frozen_map
+from ..adapter import frozen_map, has_hooks
 from ..backends.base import FrozenLinear
 from ..op import mixlora_siblings
 
@@ -203,15 +203,9 @@ def _readable(layer: "MixLoRALayer", name: str) -> bool:
     adapter = layer.mixlora_adapter._modules.get(name)
     return (
         type(adapter) is layer.adapter_cls
-        and not _has_hooks(adapter)
-        and not _has_hooks(layer.base_layer)
+        and not has_hooks(adapter)
+        and not has_hooks(layer.base_layer)
         and all(type(p) is nn.Parameter and p.numel() for p in adapter._parameters.values() if p is not None)
-    )
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

@@ -6,7 +6,6 @@ again during the backward: after its forward has ended, perhaps after another fo
 Therefore each checkpointing function is wrapped, and remembers the forward in which it was called.
 """
 
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -16,11 +15,12 @@ from torch import Tensor, nn
 
 from ..routing import Routing
 from .balance import add_balance_loss
-from .cache import KeptRouting, find_cache, find_past
+from .cache import find_cache, find_past
 from .forward_pass import ForwardPass
 from .media import media_ids
-from .model_inputs import ModelInputs, by_name
+from .model_inputs import ModelInputs, by_name, grows, uncached_ids
 from .recorded import Recorded, detach
+from .running import EachThread, Running
 from .siblings import expect_families
 from .targets import find_decoders
 
@@ -29,31 +29,6 @@ if TYPE_CHECKING:
 
 # The attributes in which transformers and torch keep the function that checkpoints a layer.
 CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
-
-
-class Running:
-    """The forward that one thread runs.
-
-    Attributes:
-        inputs: the arguments of the whole model's forward; None if none runs.
-        forward_pass: the decoder's forward; None if none runs.
-        passes: the forwards of the decoder, and of the encoder, in the whole model's forward.
-        task: a task embedding and its mask for every forward, set by ``task_embedding``.
-    """
-
-    def __init__(self) -> None:
-        self.inputs: ModelInputs | None = None
-        self.forward_pass: ForwardPass | None = None
-        self.passes: list[ForwardPass] = []
-        self.task: tuple[Tensor | None, Tensor | None] = (None, None)
-
-
-class EachThread(threading.local):
-    """Holds the ``Running`` of each thread. It is a separate object, because torch.compile cannot trace assignments to
-    attributes of a thread-local one."""
-
-    def __init__(self) -> None:
-        self.running = Running()
 
 
 class SideInformation:
@@ -146,17 +121,17 @@ class SideInformation:
         if "task_embedding" in kwargs:
             kwargs = dict(kwargs)
             task, task_mask = kwargs.pop("task_embedding"), kwargs.pop("task_mask", None)
-        running.forward_pass, running.passes = None, []
-        running.inputs = ModelInputs(
+        ids = uncached_ids(named, module.training)
+        inputs = ModelInputs(
             named.get("labels"), named.get("logits_to_keep"), task, task_mask, self._generates, self._media_ids,
-            named.get("input_ids"), named.get("num_items_in_batch"),
+            named.get("input_ids"), named.get("num_items_in_batch"), grows(ids, running.uncached),
         )  # fmt: skip
+        running.enter(inputs)
+        running.uncached = ids
         return args, kwargs
 
     def _leave_model(self, _module: nn.Module, _args: tuple, output: Any) -> Any:
-        running = self.running
-        passes, inputs = running.passes, running.inputs
-        running.forward_pass, running.inputs, running.passes = None, None, []
+        inputs, passes = self.running.leave()
         return output if inputs is None or output is None else add_balance_loss(output, passes, inputs)
 
     def _enter_decoder(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -206,18 +181,19 @@ class SideInformation:
         if forward_pass is None:
             return
         forward_pass.siblings.end()
-        if output is None or not forward_pass.routings:
+        if output is None:
             return
-        self._last = detach(forward_pass.routings)
+        if forward_pass.routings:
+            self._last = detach(forward_pass.routings)
         if forward_pass.past.length or forward_pass.shape is None:
+            forward_pass.past.note_step(forward_pass.L)
             return
         cache = forward_pass.past.cache
         if cache is None:  # the decoder may have made one
             parts = output if isinstance(output, tuple) else output.values() if isinstance(output, dict) else ()
             cache = find_cache(parts)
         if cache is not None:
-            prompt = forward_pass.L - max(forward_pass.keep - 1, 0)
-            setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward_pass.routings))
+            forward_pass.keep_routing(cache)
 
     def _guard_checkpoints(self, decoder: nn.Module) -> None:
         """Wrap the checkpointing functions below a decoder.

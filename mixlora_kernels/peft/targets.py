@@ -3,7 +3,7 @@
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeGuard
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,7 +11,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHO
 from torch import nn
 
 from .config import ConditionalMixLoRAConfig
-from .linears import expert_modules, expert_routers, is_linear, outside_adapters
+from .linears import adaptable_linears, expert_modules, is_linear, outside_adapters, read_weights
 
 
 def choose_targets(model: nn.Module, config: ConditionalMixLoRAConfig) -> None:
@@ -56,24 +56,17 @@ def left_alone(model: nn.Module) -> dict[str, str]:
 
 
 def all_linears(model: nn.Module) -> set[str]:
-    """The names of all linear layers except the head, routers, and layers inside experts."""
+    """The names of all linear layers that can be adapted, except the head."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    experts = expert_modules(model)
-    routers = expert_routers(model, experts)
-    return {
-        name
-        for name, module in outside_adapters(model)
-        if name and is_linear(module) and module is not head and name not in routers
-        if not name.startswith(tuple(f"{place}." for place in experts) or "\0")
-    }
+    return {name for name in adaptable_linears(model) if model.get_submodule(name) is not head}
 
 
 def decoder_linears(model: nn.Module, config: ConditionalMixLoRAConfig) -> str:
     """A regular expression for every linear layer inside the text decoder's layers, or the encoder's if there is no
     decoder.
 
-    The expression contains the decoder's path, because vision towers use the same names for their layers. Experts and
-    routers of mixtures of experts are not included.
+    The expression contains the decoder's path, because vision towers use the same names for their layers. Layers that
+    cannot be adapted are not included (see ``linears.adaptable_linears``).
 
     Raises:
         ValueError: the model has no ``get_decoder``, the decoder has no list of layers, or the requested layers do not
@@ -93,15 +86,13 @@ def decoder_linears(model: nn.Module, config: ConditionalMixLoRAConfig) -> str:
         raise ValueError(f"Please specify `target_modules`: {type(decoder).__name__} has no list of layers, so {ask}")
     indices = config.layers_to_transform
     indices = [indices] if isinstance(indices, int) else indices
-    experts = expert_modules(decoder)
-    routers = expert_routers(decoder, experts)
+    adaptable = adaptable_linears(decoder)
     inside: dict[bool, set[str]] = {}  # paths below a layer, by whether they are linear layers to adapt
-    for name, module in outside_adapters(decoder):
+    for name, _ in outside_adapters(decoder):
         head = next((head for head in lists if name.startswith(f"{head}.")), name)
         index, _, rest = name[len(head) + 1 :].partition(".")
         if rest and (not indices or int(index) in indices):
-            apart = name in routers or name.startswith(tuple(f"{place}." for place in experts) or "\0")
-            inside.setdefault(is_linear(module) and not apart, set()).add(rest)
+            inside.setdefault(name in adaptable, set()).add(rest)
     adapted = inside.get(True, set()) - inside.get(False, set())
     if not adapted:
         raise ValueError(
@@ -122,7 +113,12 @@ def _lists_of_layers(decoder: nn.Module) -> list[str]:
 
 
 def check_targets(model: nn.Module, config: ConditionalMixLoRAConfig, matches: Callable) -> None:
-    """Raise a ValueError if no module has a target's name, or if a target is not a linear layer."""
+    """Check the targets before a layer is replaced.
+
+    Raises:
+        ValueError: no module has a target's name, a target is not a linear layer, or it is one whose weight another
+            module reads without calling it.
+    """
     targets = config.target_modules
     if targets == DUMMY_TARGET_MODULES:
         return
@@ -133,10 +129,19 @@ def check_targets(model: nn.Module, config: ConditionalMixLoRAConfig, matches: C
         )
         if unknown:
             raise ValueError(f"Target modules {unknown} not found in the base model {type(model).__name__}")
+    reading = read_weights(model)
     for name, module in modules:
-        if name and matches(config, name) and not is_linear(module):
+        if not name or not matches(config, name):
+            continue
+        if not is_linear(module):
             raise ValueError(
                 f"Target module {name} is not supported: MixLoRA adapts linear layers, got {type(module).__name__}"
+            )
+        if name in reading:
+            raise ValueError(
+                f"Target module {name} is not supported: {reading[name]} reads its weight and does not call it, so "
+                f"that an adapter in it has no effect. Add {name!r} to exclude_modules, or leave it out of "
+                "target_modules"
             )
 
 
@@ -146,7 +151,22 @@ def find_decoders(model: nn.Module) -> list[nn.Module]:
     of_transformers: Any = model  # whose methods nn.Module does not declare
     if not hasattr(model, "get_decoder"):
         return [model]
-    decoders = [of_transformers.get_decoder()]
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        decoders.append(of_transformers.get_encoder())
-    return list(dict.fromkeys(decoders))
+    decoder = of_transformers.get_decoder()
+    while _has_both(decoder):  # BLIP-2 and Florence-2 give their whole T5 or BART
+        decoder = decoder.get_decoder()
+    # The encoder stands beside the decoder, in the model or in a part of it.
+    modules: Iterable[Any] = model.modules()
+    owners = [module for module in modules if _has_both(module) and module.get_decoder() is decoder]
+    return [decoder, *(owner.get_encoder() for owner in owners[:1])]
+
+
+def _has_both(module: Any) -> bool:
+    """Whether a module consists of an encoder and a decoder."""
+    of_both = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
+    # BART's encoder and decoder have BART's configuration, and each gives itself for what it lacks.
+    return (
+        of_both
+        and hasattr(module, "get_decoder")
+        and module.get_decoder() is not module
+        and module.get_encoder() is not module
+    )

@@ -13,6 +13,8 @@ from torch import Tensor
 from .cache import unseen_cache_error
 
 IGNORED = -100  # the label of a token that the model does not learn to predict
+#: The arguments of models of sounds and pictures that say where their input is padding.
+MASKS = ("attention_mask", "pixel_attention_mask", "padding_mask")
 FIRST = 1  # the highest first position of a sequence: most models count from 0, PaliGemma from 1
 
 
@@ -60,6 +62,25 @@ def check_undivided(mask: Any, L: int) -> None:
             "attention_mask divides the tokens of a row into several instances: for packed instances give "
             "position_ids that start anew (or cu_seq_lens_q, or seq_idx) and no attention_mask"
         )
+
+
+def check_unmasked(masks: Mapping[str, Any]) -> None:
+    """Refuse padding in a model whose input is not tokens, such as sounds: its mask does not fit the hidden states.
+
+    Args:
+        masks: a forward's arguments of the names in ``MASKS``.
+
+    Raises:
+        ValueError: one of them masks something.
+    """
+    if torch.compiler.is_compiling():  # a compiled graph cannot branch on values
+        return
+    for name, mask in masks.items():
+        if isinstance(mask, Tensor) and mask.dim() == 2 and not bool((mask != 0).all()):
+            raise ValueError(
+                f"{name} marks padding in an input that is not tokens, and MixLoRA cannot tell which hidden states are "
+                "padding: give inputs of one length, or set pool='all' to let the routers read the padding too"
+            )
 
 
 def segment_starts(

@@ -7,7 +7,7 @@ _PEFT = "mixlora_kernels/peft"
 MUTATIONS = [
     Mutation(
         "cache: the prompt's routing is not kept", f"{_PEFT}/side_information.py",
-        "setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, forward_pass.routings))", "pass",
+        "forward_pass.keep_routing(cache)", "pass",
         "tests/peft/test_exact_generation.py::test_one_routing_from_prefill_to_the_end",
     ),
     Mutation(
@@ -21,13 +21,39 @@ MUTATIONS = [
         "tests/peft/test_cache.py::test_caches_of_an_unknown_kind",
     ),
     Mutation(
-        "cache: a missing one is not noticed", f"{_PEFT}/forward_pass.py", "raise unseen_cache_error(evidence)", "pass",
+        "cache: a missing one is not noticed", f"{_PEFT}/forward_pass.py",
+        "raise unseen_cache_error(evidence, self.training)", "pass",
         "tests/peft/test_cache.py::test_a_step_without_a_cache",
     ),
     Mutation(
-        "cache: a prompt in chunks is let through", f"{_PEFT}/forward_pass.py",
-        "if kept is not None and self.cached <= kept.length and not verifies:", "if False:",
-        "tests/peft/test_refused_inputs.py",
+        "cache: a prompt in chunks is let through", f"{_PEFT}/cache.py",
+        "if kept is None or verifies or self.length > kept.length or (self.length == kept.length and kept.seen):",
+        "if True:", "tests/peft/test_refused_inputs.py::test_a_prompt_in_chunks",
+    ),
+    Mutation(
+        "cache: a generation without one is let through", f"{_PEFT}/model_inputs.py",
+        "return before.device == ids.device and torch.equal(ids[:, :-1], before)", "return False",
+        "tests/peft/test_refused_inputs.py::test_generation_without_a_cache",
+    ),
+    Mutation(
+        "cache: one that was cut keeps its routing", f"{_PEFT}/cache.py",
+        "if self.length < self.kept.length:", "if False:",
+        "tests/peft/test_refused_inputs.py::test_a_cache_that_was_cut_or_reset",
+    ),
+    Mutation(
+        "shapes: hidden states that begin with the tokens are instances", f"{_PEFT}/forward_pass.py",
+        "and context.cu_seqlens is None and x.shape[0] == B and x.dim() <= 3:", "and context.cu_seqlens is None:",
+        "tests/peft/test_refused_inputs.py::test_hidden_states_that_begin_with_the_tokens",
+    ),
+    Mutation(
+        "devices: the mask stays where it was", f"{_PEFT}/forward_pass.py",
+        "context = context.to(x.device)", "pass",
+        "tests/peft/test_unusual_models.py::test_layers_on_several_devices",
+    ),
+    Mutation(
+        "running: a forward within a forward takes its place", f"{_PEFT}/running.py",
+        "self._outer.append((self.inputs, self.forward_pass, self.passes))", "pass",
+        "tests/peft/test_unusual_models.py::test_a_forward_within_a_forward",
     ),
     Mutation(
         "prompt: the answer is pooled as well", f"{_PEFT}/forward_pass.py", "mask = self._prompt(mask, starts)", "pass",
@@ -90,7 +116,7 @@ MUTATIONS = [
     ),
     Mutation(
         "siblings: a layer's hooks do not run", f"{_PEFT}/siblings.py",
-        "and not _has_hooks(layer.base_layer)", "", "tests/peft/test_siblings.py",
+        "and not has_hooks(layer.base_layer)", "", "tests/peft/test_siblings.py",
     ),
     Mutation(
         "siblings: results outlive the forward", f"{_PEFT}/siblings.py",

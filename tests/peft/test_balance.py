@@ -4,12 +4,13 @@ import warnings
 
 import pytest
 import torch
+import transformers as hf
 
 import mixlora_kernels as mk
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
 from mixlora_kernels.peft.side_information import find_side_information
 
-from .models import adapt, build, gradients, pad, prompts
+from .models import TEXT, adapt, build, gradients, pad, prompts
 
 TIED = {"conditioning": "tied", "gate": "normalized"}
 
@@ -134,3 +135,17 @@ def test_adapters_have_weights_of_their_own():
 def test_refusals(settings, message):
     with pytest.raises(ValueError, match=message):
         mk.MixLoRAConfig(**settings)
+
+
+def test_a_classifiers_loss_has_it():
+    """Its labels are classes, not tokens."""
+    config = hf.LlamaConfig(**{**TEXT, "num_hidden_layers": 1}, num_labels=3)
+    ids, mask = pad(prompts(3), "right")
+    given = {"input_ids": ids, "attention_mask": mask, "labels": torch.tensor([0, 2, 1])}
+    losses = []
+    for weight in (0.5, 0.0):
+        torch.manual_seed(0)
+        classifier = hf.LlamaForSequenceClassification(config)
+        model = adapt(classifier, balance=weight, task_type="SEQ_CLS", **TIED).train()
+        losses.append(model(**given).loss.item())
+    assert losses[0] - losses[1] == pytest.approx(0.5 * expected(model), rel=1e-4)

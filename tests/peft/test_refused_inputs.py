@@ -4,9 +4,14 @@ import copy
 
 import pytest
 import torch
+import transformers as hf
+from packaging.version import Version
 from peft import inject_adapter_in_model
 
 from mixlora_kernels.peft import ConditionalMixLoRAConfig, routing_report, task_embedding
+from mixlora_kernels.peft.cache import find_past
+from mixlora_kernels.peft.forward_pass import ForwardPass
+from mixlora_kernels.peft.model_inputs import ModelInputs
 
 from .models import adapt, build
 from .test_refusals import IDS, assert_same, state
@@ -133,3 +138,115 @@ def test_a_report_before_a_forward():
         adapt(build()).routing_report()
     with pytest.raises(ValueError, match="no MixLoRA layers"):
         routing_report(build())
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("decode", ["prompt", "token"])
+def test_generation_without_a_cache(decode, beams):
+    """Each of its forwards has all tokens so far, of which nothing tells the prompt."""
+    model, options = adapt(build(), decode=decode), {"max_new_tokens": 3, "eos_token_id": None, "num_beams": beams}
+    with pytest.raises(ValueError, match=r"without a cache.*generate with use_cache=True"):
+        model.generate(input_ids=IDS, use_cache=False, **options)
+    model.generate(input_ids=IDS, use_cache=True, **options)
+    injected = inject_adapter_in_model(ConditionalMixLoRAConfig(r=1, num_factors=2), model.unload())
+    injected.generation_config.use_cache = False
+    with pytest.raises(ValueError, match=r"without a cache.*generate with use_cache=True"):
+        injected.generate(input_ids=IDS, **options)
+
+
+def test_generation_without_a_cache_where_it_changes_nothing():
+    """A task's embedding routes each forward alike."""
+    model, task = adapt(build(), routing="task", task_dim=4), torch.randn(2, 4)
+    options = {"max_new_tokens": 4, "eos_token_id": None}
+    with task_embedding(model, task):
+        answers = [model.generate(input_ids=IDS, use_cache=cached, **options) for cached in (False, True)]
+    assert torch.equal(*answers)
+
+
+def test_forwards_of_other_lengths_without_a_cache():
+    model = adapt(build())
+    model(input_ids=IDS[:, :3], use_cache=False)
+    model(input_ids=IDS[:, 1:5], use_cache=False)  # other tokens
+    model(input_ids=IDS, use_cache=False)  # two more tokens
+    model(input_ids=IDS[:, :5])
+    model(input_ids=IDS)  # makes a cache
+
+
+def test_a_cache_that_was_cut_or_reset():
+    model = adapt(build())
+    cache = model(input_ids=IDS, use_cache=True).past_key_values
+    cache.crop(-2)
+    with pytest.raises(ValueError, match="4 tokens of a prompt of 6, whose routing is of all of them"):
+        model(input_ids=IDS[:, 4:5], past_key_values=cache)
+    cache = hf.StaticCache(config=model.config, max_cache_len=12)
+    model(input_ids=IDS, past_key_values=cache)
+    cache.reset()
+    with model.disable_adapter():
+        model(input_ids=IDS.flip(0), past_key_values=cache)
+    with pytest.raises(ValueError, match="filled without this adapter"):
+        model(input_ids=IDS[:, :1], past_key_values=cache)
+
+
+def test_a_layer_that_runs_twice():
+    """Of its routings in the prompt's forward only the last one would be kept."""
+    model = build()
+    model.model.layers[1].mlp = model.model.layers[0].mlp
+    model = adapt(model, target_modules=["q_proj", "up_proj"])
+    model(input_ids=IDS)
+    with pytest.raises(ValueError, match=r"up_proj runs more than once in a forward.*leave it out of target_modules"):
+        model.generate(input_ids=IDS, max_new_tokens=3, eos_token_id=None)
+
+
+def test_hidden_states_that_begin_with_the_tokens():
+    """XLNet's are [L, B, d]: each token would become an instance."""
+    sizes = {"d_model": 32, "n_layer": 1, "n_head": 2, "d_inner": 48, "vocab_size": 96}
+    model = adapt(hf.XLNetModel(hf.XLNetConfig(**sizes)), task_type=None)
+    with pytest.raises(ValueError, match=r"gets an input of shape \(6, 2, 32\), the forward's tokens are \(2, 6\)"):
+        model(input_ids=IDS)
+
+
+def sound_model(**settings):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    convolutions = {"conv_dim": [16, 16], "conv_stride": [5, 2], "conv_kernel": [10, 2], "num_feat_extract_layers": 2}
+    config = hf.Wav2Vec2Config(
+        vocab_size=32, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, feat_extract_norm="layer",
+        do_stable_layer_norm=True, **sizes, **convolutions,
+    )  # fmt: skip
+    return adapt(hf.Wav2Vec2ForCTC(config), task_type=None, **settings)
+
+
+def test_padding_of_sounds():
+    """The mask is of samples, the hidden states are of frames."""
+    sounds, mask = torch.randn(2, 400), torch.ones(2, 400, dtype=torch.long)
+    model = sound_model()
+    together = model(input_values=sounds, attention_mask=mask).logits
+    alone = model(input_values=sounds[:1]).logits
+    assert torch.allclose(together[:1], alone, atol=1e-5)
+    mask[0, 200:] = 0
+    with pytest.raises(ValueError, match="attention_mask marks padding in an input that is not tokens"):
+        model(input_values=sounds, attention_mask=mask)
+    sound_model(pool="all")(input_values=sounds, attention_mask=mask)
+
+
+def test_a_cache_beside_an_input_without_tokens():
+    cache = hf.DynamicCache()
+    cache.update(torch.zeros(2, 2, 3, 4), torch.zeros(2, 2, 3, 4), 0)
+    named = {"past_key_values": cache}
+    forward_pass = ForwardPass(None, named, ModelInputs(), False, find_past(named, None))
+    with pytest.raises(ValueError, match=r"decoder of layers\.0\.q has 3 tokens in its cache, and got neither"):
+        forward_pass.prepare(["layers.0.q"], "default", ConditionalMixLoRAConfig(), torch.zeros(2, 1, 4))
+
+
+def test_generation_in_training_mode_with_checkpointing():
+    """transformers up to 5.23 turns the cache off then; 5.24 keeps it, and the answer is that of evaluation mode."""
+    model, options = adapt(build()), {"max_new_tokens": 3, "eos_token_id": None}
+    expected = model.generate(input_ids=IDS, **options)
+    model.train().gradient_checkpointing_enable()
+    try:
+        answer = model.generate(input_ids=IDS, **options)
+    except ValueError as error:
+        assert "Call model.eval() before model.generate()" in str(error)
+    else:
+        assert Version(hf.__version__) >= Version("5.24")
+        assert torch.equal(answer, expected)
