@@ -4,9 +4,9 @@
 
 It runs in an environment of tests/serving/environment.sh. Servers of one random Llama run side by side, with a thread
 each, and vLLM's own benchmark client asks them in turn: a round is the same requests, of ragged prompts, put to each so
-that what the machine does meanwhile falls on all. Reported are the medians over the rounds, and the medians of the
-rounds' ratios to the server without an adapter. Before that, each server has answered a prompt with as many tokens as
-it was asked for.
+that what the machine does meanwhile falls on all. Reported are the medians over the rounds, the medians of the rounds'
+ratios to the server without an adapter, and how much the memory of each server has grown from the first round to the
+last. Before that, each server has answered a prompt with as many tokens as it was asked for.
 """
 
 import argparse
@@ -42,6 +42,7 @@ FIGURES = {
     "time per token, ms": "median_tpot_ms",
     "99th percentile of a token, ms": "p99_itl_ms",
 }
+MEMORY = "memory, MiB"
 
 
 def save_models(folder: Path, width: int) -> None:
@@ -151,14 +152,21 @@ def ask(name: str, folder: Path, port: int, requests: int, at_a_time: int, seed:
     return {figure: result[key] for figure, key in FIGURES.items()}
 
 
-def ask_in_turn(arguments, folder: Path, ports: dict[str, int]) -> list[dict]:
+def memory(process: subprocess.Popen) -> float:
+    """MiB that a server's processes hold and share with no other process."""
+    import psutil  # of vLLM's requirements
+
+    parent = psutil.Process(process.pid)
+    return sum(p.memory_full_info().uss for p in (parent, *parent.children(recursive=True))) / 2**20
+
+
+def ask_in_turn(arguments, folder: Path, ports: dict[str, int], servers: dict[str, subprocess.Popen]) -> list[dict]:
     """The figures of each server in each round; the first round, which warms up, is left out."""
     names, rounds = list(ports), []
     for seed in range(arguments.rounds + 1):
         order = names[seed % len(names) :] + names[: seed % len(names)]
-        rounds.append(
-            {name: ask(name, folder, ports[name], arguments.requests, arguments.at_a_time, seed) for name in order}
-        )
+        found = {name: ask(name, folder, ports[name], arguments.requests, arguments.at_a_time, seed) for name in order}
+        rounds.append({name: found[name] | {MEMORY: memory(servers[name])} for name in names})
     return rounds[1:]
 
 
@@ -171,7 +179,7 @@ def measure(arguments) -> dict:
         servers = {name: stack.enter_context(serving(name, folder, ports[name], arguments.core)) for name in names}
         for name, (log, process) in servers.items():
             await_answer(name, ports[name], log, process)
-        rounds = ask_in_turn(arguments, folder, ports)
+        rounds = ask_in_turn(arguments, folder, ports, {name: process for name, (_, process) in servers.items()})
         state = re.search(r"keeps (\d+) bytes for (\d+) KV blocks", servers[names[1]][0].read_text())
     return summarise(names, rounds) | {
         "width": arguments.width, "layers": LAYERS, "r": R, "num_factors": FACTORS, "requests": arguments.requests,
@@ -189,6 +197,8 @@ def summarise(names: list[str], rounds: list[dict]) -> dict:
         ratios = [found[name][throughput] / found["base"][throughput] for found in rounds]
         rows[name]["throughput / base"] = statistics.median(ratios)
         rows[name]["least"], rows[name]["most"] = min(ratios), max(ratios)
+        rows[name][MEMORY] = rounds[-1][name][MEMORY]
+        rows[name]["grown, MiB"] = rounds[-1][name][MEMORY] - rounds[0][name][MEMORY]
     return {"rows": rows}
 
 
@@ -196,7 +206,7 @@ def table(result: dict) -> str:
     figures = list(next(iter(result["rows"].values())))
     lines = ["| server | " + " | ".join(figures) + " |", "|---" * (len(figures) + 1) + "|"]
     for name, row in result["rows"].items():
-        lines.append(f"| {name} | " + " | ".join(f"{row[figure]:.3g}" for figure in figures) + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{row[figure]:.4g}" for figure in figures) + " |")
     share = result["state_bytes"] / result["kv_bytes"]
     lines.append(
         f"\nState of the adapter: {result['state_bytes']} bytes for {result['kv_blocks']} KV blocks of "

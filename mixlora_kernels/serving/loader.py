@@ -20,8 +20,9 @@ from .layer import AdaptedMethod, ServedLayer
 from .op import NAME
 from .placement import group_of, place
 from .runner import ATTRIBUTE, follow_first_runner, follow_second_runner
-from .saved import SavedAdapter, read_adapter
+from .saved import SavedAdapter, read_adapter, read_config
 from .scheduler import check_hook
+from .trained import trained_model, weights_of
 
 logger = init_logger(f"vllm.{__name__}")  # a child of vLLM's logger, to use its handlers
 LAYER = re.compile(r".*\.\d+(?=\.)")
@@ -59,15 +60,21 @@ class MixLoRAModelLoader(BaseModelLoader):
     def load_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
         # The version comes first: the other checks read the configuration, whose fields depend on it.
         refusals.refuse(refusals.of_version(vllm.__version__))
-        self.adapter = read_adapter(self.folder)
+        config = read_config(self.folder)
         refusals.refuse(
-            refusals.of_adapter(self.adapter.config),
+            refusals.of_adapter(config),
             refusals.of_scheduler(vllm_config),
             refusals.of_model(vllm_config),
+            refusals.of_architecture(model_config.hf_config),
             refusals.of_parallelism(vllm_config),
             refusals.of_images(vllm_config),
-            refusals.of_text(self.adapter.config, vllm_config),
+            refusals.of_text(config, vllm_config),
         )
+        trained = trained_model(model_config.hf_config, model_config.dtype)
+        expected = weights_of(trained, config)
+        full = [name for name, weight in expected.items() if not weight.own]
+        refusals.refuse(refusals.of_tied(full, trained.all_tied_weights_keys))
+        self.adapter = read_adapter(self.folder, config, expected)
         model = super().load_model(vllm_config, model_config, prefix)
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
         specs = {name: spec for name, layer in layers.items() if (spec := layer.get_kv_cache_spec(vllm_config))}

@@ -116,6 +116,37 @@ def of_model(config: Any) -> Iterator[Refusal]:
         )
 
 
+def of_architecture(config: Any) -> Iterator[Refusal]:
+    """Refuse a model, given by its Hugging Face configuration, whose layers' names in training are not known."""
+    import transformers
+
+    name = (config.architectures or [None])[0]
+    if not hasattr(transformers, str(name)):
+        yield Refusal(
+            f"architecture {name!r} is not a class of the installed transformers, whose model tells which weights an "
+            "adapter has to bring",
+            "Serve a model of transformers' own code",
+        )
+
+
+def of_tied(trained: Iterable[str], tied: Mapping[str, str]) -> Iterator[Refusal]:
+    """Refuse weights of ``modules_to_save`` that the frozen model shares between two modules. Training in full gives a
+    module weights of its own and leaves the other as it was; vLLM would give both the trained ones.
+
+    Args:
+        trained: the names of the weights of ``modules_to_save``.
+        tied: for each weight that is another's, the other's name (transformers' ``all_tied_weights_keys``).
+    """
+    both = {**tied, **{source: name for name, source in tied.items()}}
+    for name in sorted(set(trained) & both.keys()):
+        yield Refusal(
+            f"modules_to_save trained {name}, which the model ties to {both[name]}; vLLM would use the trained weights "
+            "for both",
+            "Serve a copy of the model that is saved with tie_word_embeddings=False, so that each has weights of its "
+            "own",
+        )
+
+
 def of_parallelism(config: Any) -> Iterator[Refusal]:
     """Refuse settings of a VllmConfig for several processes, except tensor parallelism."""
     parallel = config.parallel_config

@@ -4,14 +4,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
-from ..adapter import MixLoRAAdapter
 from ..peft import ConditionalMixLoRAConfig, ConditionalMixLoRAModel
 from ..peft.config import PEFT_TYPE
-from ..peft.files import Expected, Given, check_fits, opened, without_prefix
+from ..peft.files import Expected, check_fits, opened, without_prefix
 
 MARK = f".{ConditionalMixLoRAModel.prefix}adapter."
 
@@ -32,12 +30,12 @@ class SavedAdapter(NamedTuple):
     trained: dict[str, Tensor]
 
 
-def read_adapter(folder: str) -> SavedAdapter:
-    """Read an adapter's folder.
+def read_config(folder: str) -> ConditionalMixLoRAConfig:
+    """Read an adapter's configuration.
 
     Raises:
         FileNotFoundError: the folder lacks the configuration or the weights.
-        ValueError: they do not belong to a MixLoRA adapter or do not fit each other, or a weight is not finite.
+        ValueError: it is not the configuration of a MixLoRA adapter.
     """
     path = Path(folder)
     for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
@@ -53,11 +51,26 @@ def read_adapter(folder: str) -> SavedAdapter:
             f"{path} holds an adapter of the kind {kind}, load_format='mixlora' serves {PEFT_TYPE.value}: serve others "
             "with vLLM's own --enable-lora"
         )
+    return config
+
+
+def read_adapter(folder: str, config: ConditionalMixLoRAConfig, expected: Mapping[str, Expected]) -> SavedAdapter:
+    """Read an adapter's weights.
+
+    Args:
+        folder: the adapter's folder.
+        config: its configuration.
+        expected: the weights that it has to bring (see ``trained.weights_of``).
+
+    Raises:
+        ValueError: a weight is missing or unknown, has another shape or dtype, or is not finite.
+    """
+    path = Path(folder)
     layers: dict[str, dict[str, Tensor]] = {}
     trained: dict[str, Tensor] = {}
     with opened(path / SAFETENSORS_WEIGHTS_NAME) as file:
         given = without_prefix(file, "")
-        check_fits(expected_of(given, config), given, path.name)
+        check_fits(expected, given, path.name)
         for key, entry in given.items():
             layer, mark, name = key.rpartition(MARK)
             if mark:
@@ -67,23 +80,3 @@ def read_adapter(folder: str) -> SavedAdapter:
     if not layers:
         raise ValueError(f"{path / SAFETENSORS_WEIGHTS_NAME} holds no parameter of a MixLoRA adapter")
     return SavedAdapter(path, config, layers, trained)
-
-
-def expected_of(given: Mapping[str, Given], config: ConditionalMixLoRAConfig) -> dict[str, Expected]:
-    """The tensors that a file of weights has to hold: all parameters of each layer that it names, in the shapes that
-    follow from the configuration and the layer's d_in and d_out; and the weights of ``modules_to_save``."""
-    expected = {}
-    for layer in {key.rpartition(MARK)[0] for key in given if MARK in key}:
-        # If lora_A or lora_B is missing or has no dimensions, use 1: the comparison will name it.
-        d_in, d_out = (
-            given[key].shape[-1] if (key := f"{layer}{MARK}{name}") in given and given[key].shape else 1
-            for name in ("lora_A", "lora_B")
-        )
-        for name, parameter in MixLoRAAdapter(d_in, d_out, config, device="meta").named_parameters():
-            expected[f"{layer}{MARK}{name}"] = Expected(tuple(parameter.shape))
-    modules = tuple(f".{module}." for module in config.modules_to_save or ())
-    for key, entry in given.items():
-        if MARK not in key and any(module in f".{key}" for module in modules):
-            dtype = entry.dtype if isinstance(entry.dtype, torch.dtype) else torch.int64
-            expected[key] = Expected(None, dtype, own=False)
-    return expected

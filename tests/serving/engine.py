@@ -12,10 +12,12 @@ Importing vLLM takes longer than most jobs, so that ``serve`` imports it once an
     cut         true: vLLM's own way with pictures that do not fit, in a scheduler that was not refused
     piecewise   true: graphs in pieces, as on a GPU, which vLLM takes for other graphs on a CPU
     second      true: vLLM's second model runner
+    again       further rounds of the same prompts (of an engine in the job's process)
 
 and its result ``tokens`` and ``logprobs`` for each prompt, ``preemptions``, ``runner`` (the module of the model runner
 of an engine in the job's process), ``row by row`` (whether few tokens take the kernel that reads chosen rows, in such
-an engine), ``compiled`` (what vLLM counted of its graphs), or ``error``.
+an engine), ``compiled`` (what vLLM counted of its graphs), ``held`` (after each round of ``again``, what ``held``
+counts), or ``error``.
 
 A job with ``serve``, arguments of ``vllm serve`` with which it ends by itself, such as those that are refused, has a
 server with forked processes instead, and the result ``log``, what it wrote, and ``exit``, its exit code.
@@ -31,8 +33,10 @@ import os
 import sys
 import tempfile
 import traceback
+import tracemalloc
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 # In the process that starts vLLM, before it is imported.
 ENVIRONMENT = {
@@ -221,6 +225,12 @@ def run(job: dict) -> dict:
         result = {"error": f"{type(error).__name__}: {error}"}
     result["preemptions"] = sum(metric.value for metric in llm.get_metrics() if metric.name == "vllm:num_preemptions")
     result["compiled"] = {name: count - before[name] for name, count in vars(compilation_counter).items()}
+    if "again" in job:
+        result["held"] = []
+        tracemalloc.start(3)  # frames, as a call of the package's may allocate in a function of Python's library
+        for _ in range(job["again"]):
+            llm.generate(prompts_of(job), sampling, use_tqdm=False)
+            result["held"].append(held())
     if not job.get("processes"):
         runner = core.engine_core.model_executor.driver_worker.worker.model_runner
         layers = [module for module in runner.get_model().modules() if isinstance(module, ServedLayer)]
@@ -229,6 +239,21 @@ def run(job: dict) -> dict:
     if job.get("processes"):
         core.shutdown()  # ends them
     return result
+
+
+def held() -> tuple[int, int]:
+    """The bytes that this process holds in tensors, and in what the package's lines, or what they call, have allocated
+    since tracemalloc was started. Tensors that vLLM has frozen after it started are not among them."""
+    import torch
+
+    import mixlora_kernels
+
+    gc.collect()
+    files = tracemalloc.Filter(True, str(Path(mixlora_kernels.__file__).parent / "*"), all_frames=True)
+    own = tracemalloc.take_snapshot().filter_traces([files])
+    storages = (t.untyped_storage() for t in gc.get_objects() if isinstance(t, torch.Tensor))
+    tensors = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sum(tensors.values()), sum(statistic.size for statistic in own.statistics("filename"))
 
 
 def result_of(outputs: list) -> dict:

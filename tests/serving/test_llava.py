@@ -120,3 +120,14 @@ def test_tokens_are_those_of_generate_from_separate_processes(llava, engines):
     result = engines.run({"preempted": job(llava, 9) | {"processes": True}})["preempted"]
     compare(result, llava[2]["prompt"])
     assert result["preemptions"] > 0
+
+
+def test_requests_leave_nothing_behind(llava, engines):
+    """Counted, because the memory of a whole process also grows with each new size of a step."""
+    held = engines.run({"again": job(llava, 9) | {"new": 8, "again": 40}})["again"]["held"][10:]
+    assert len({tensors for tensors, _ in held}) == 1
+    own, requests = [own for _, own in held], (len(held) - 1) * len(PICTURES)
+    assert min(own) > 0  # or the package's files were not found
+    # Python reuses small blocks that were allocated for the package, so that what they take comes and goes. A
+    # ``Prompt`` takes 80 bytes.
+    assert own[-1] - own[0] < 40 * requests, own

@@ -108,12 +108,24 @@ def test_the_configuration_of_the_exact_tests_is_not_refused(saved):
             "dual batch overlap cuts a step in two, and prompts with it. Leave out --enable-dbo",
         ),
         (
+            lambda config: setattr(config.model_config.hf_config, "architectures", ["Own"]),
+            "architecture 'Own' is not a class of the installed transformers, whose model tells which weights an "
+            "adapter has to bring. Serve a model of transformers' own code",
+        ),
+        (
             lambda config: record_whole_steps(config),
             "cudagraph_mode=FULL records whole steps; an adapter's operation has to run outside of graphs. "
             'Add --enforce-eager, or --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\' (tested on CPUs only)',
         ),
     ],
-    ids=["batched tokens", "decode context parallel", "prefill context parallel", "dual batch overlap", "full graphs"],
+    ids=[
+        "batched tokens",
+        "decode context parallel",
+        "prefill context parallel",
+        "dual batch overlap",
+        "code of its own",
+        "full graphs",
+    ],
 )
 def test_a_configuration_that_vllm_makes_elsewhere(saved, change, message):
     """These vLLM refuses itself on a CPU, or only for some models: they are set afterwards."""
