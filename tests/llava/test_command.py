@@ -40,7 +40,7 @@ def test_help_lists_every_subcommand(capsys):
     said = capsys.readouterr().out
     assert stopped.value.code == 0 and all(re.search(rf"^    {name} +\w", said, re.MULTILINE) for name in COMMANDS)
     files = {file.stem for file in (ROOT / "integration/mixlora_llava/command").glob("*.py")}
-    assert files == {*COMMANDS, "__init__", "main", "model_arguments"}
+    assert files == {*COMMANDS, "__init__", "main", "model_arguments", "values"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -52,6 +52,9 @@ def test_help_of_a_subcommand_explains_each_argument(name, capsys):
     parser = subparsers(build_parser())[name]
     assert parser.description and parser.description.splitlines()[0] in said
     assert all(option in said for action in parser._actions for option in action.option_strings)
+    for paragraph in parser.description.split("\n\n"):  # a line that is indented alone was broken by an editor
+        indents = {len(line) - len(line.lstrip()) for line in paragraph.strip("\n").splitlines()}
+        assert len(indents) == 1, paragraph
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["--print-completion", "bash"]])

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 
 import pytest
 import torch
@@ -100,6 +101,68 @@ def test_refuses_other_adapters(tmp_path):
         convert.to_released(tmp_path / "ours", tmp_path / "back")
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pool": "prompt"}, "pool='prompt'"),
+        ({"decode": "prompt"}, "decode='prompt'"),
+        ({"routing": "random", "decode": "prompt"}, "routing='random', .* decode='prompt'"),
+        ({"conditioning": "factors"}, "conditioning='factors'"),
+    ],
+)
+def test_refuses_what_the_released_code_does_not_compute(tmp_path, settings, message):
+    config = ConditionalMixLoRAConfig.published(r=2, num_factors=4, **settings)
+    patch_llava(tiny_llava(), config).model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=f"no counterpart .*{message}"):
+        convert.to_released(tmp_path / "adapter", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_task_adapter_of_any_pool_goes_back(tmp_path):
+    """Its routing reads the task's embedding, and no tokens."""
+    config = ConditionalMixLoRAConfig(
+        r=2, num_factors=4, routing="task", task_dim=8, conditioning="none", gate="binary"
+    )
+    patch_llava(tiny_llava(), config).model.save_pretrained(tmp_path / "adapter")
+    assert convert.to_released(tmp_path / "adapter", tmp_path / "back") == {"layers": 14, "copied": 0}
+    assert reading.load(tmp_path / "back/cmoa_args.bin").cond_type == "task_embed"
+
+
+@pytest.mark.parametrize(("act", "fits"), [("linear", True), ("gelu", False)])
+def test_a_trained_projector_of_two_maps_does_not_go_back(tmp_path, act, fits):
+    """The released projector is one linear map. The second map and the activation would be lost."""
+    model = tiny_llava(projector_hidden_act=act)
+    patched = patch_llava(model, ConditionalMixLoRAConfig.published(r=2, num_factors=4), train_projector=True)
+    patched.model.save_pretrained(tmp_path / "adapter")
+    if fits:
+        convert.to_released(tmp_path / "adapter", tmp_path / "back")
+        back = torch.load(tmp_path / "back/pytorch_model.bin", weights_only=True)
+        trained = model.model.multi_modal_projector.linear_1.modules_to_save["default"]
+        assert torch.equal(back["base_model.model.model.mm_projector.weight"], trained.weight)
+        return
+    with pytest.raises(ValueError, match=r"no place for \(.*linear_2\.weight.*\).*projector_hidden_act='linear'"):
+        convert.to_released(tmp_path / "adapter", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+def test_the_command_refuses_folders_without_a_checkpoint_or_an_adapter(tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    released_checkpoint(tmp_path / "released")
+    convert.to_adapter(tmp_path / "released", tmp_path / "adapter")
+    (tmp_path / "adapter/adapter_model.safetensors").unlink()
+    for source, back, message in [
+        ("nope", (), "source must be a folder, and .*nope is missing"),
+        ("empty", (), "missing: .*empty/cmoa_args.bin"),
+        ("empty", ("--back",), "empty holds no adapter"),
+        ("adapter", ("--back",), "missing: .*adapter_model.safetensors"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            main(["convert", str(tmp_path / source), str(tmp_path / "out"), *back])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2 and said.count("\n") == 1 and re.search(f"convert: error: .*{message}", said)
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_every_unused_key(tmp_path):
     state = released_checkpoint(tmp_path / "released")
     report = convert.to_adapter(tmp_path / "released", tmp_path / "adapter")
@@ -117,7 +180,11 @@ def test_back_to_the_released_layout_bit_for_bit(tmp_path, kind):
     assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
     arguments = reading.load(tmp_path / "back" / "cmoa_args.bin")
     assert (arguments.n_experts, arguments.n_selected, arguments.cond_type) == (12, 3, kind)
-    assert arguments.lora_alpha == 24 and report["unused"] == []
+    assert arguments.lora_alpha == 24
+    assert report == {
+        "layers": 7 * LAYERS,
+        "copied": sum("vision" in k or "lm_head" in k or "_proj.weight" in k for k in state),
+    }
 
 
 def test_layout_of_the_original_llava(tmp_path):
@@ -129,7 +196,7 @@ def test_layout_of_the_original_llava(tmp_path):
     assert "base_model.model.model.layers.0.mlp.up_proj.mixlora_adapter.router_AB" in keys
     assert "base_model.model.model.mm_projector.weight" in keys
     back = convert.to_released(tmp_path / "adapter", tmp_path / "back")
-    assert back == {"layers": 14, "copied": 0, "unused": []}
+    assert back == {"layers": 14, "copied": 0}
 
 
 @pytest.mark.parametrize(

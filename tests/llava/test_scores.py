@@ -149,6 +149,19 @@ def test_pope_pairs_to_the_shorter_and_counts_all_answers():
     assert score["accuracy"] == 1 and score["yes_ratio"] == 0.25
 
 
+def test_pope_leaves_out_images_that_could_not_be_used():
+    """Their answers are empty, which the script would count as yes."""
+    said, failed = {"predict": "No", "target": "No", "metadata": {}}, {"metadata": {"error": "no such image"}}
+    rows = [said, failed | {"predict": "", "target": "Yes"}, said | {"predict": "Yes", "target": "Yes"}]
+    score = pope.score_predictions(rows)
+    assert score == {
+        "accuracy": 1.0, "precision": 1.0, "recall": 1.0, "f1": 1.0, "yes_ratio": 0.5, "tp": 1, "fp": 0, "tn": 1,
+        "fn": 0, "errors": 1,
+    }  # fmt: skip
+    none = pope.score_predictions(rows[1:2])
+    assert none["errors"] == 1 and none["accuracy"] is none["recall"] is none["yes_ratio"] is None
+
+
 def test_pope_without_a_yes_has_no_precision():
     score = pope.score(["No", "No"], ["yes", "no"])
     assert score["precision"] is None and score["f1"] is None

@@ -89,7 +89,7 @@ def test_an_adapter_that_routes_by_task_is_evaluated_analysed_and_asked(folder, 
     asked = [*model, "--output", str(tmp_path / "out"), "--max-new-tokens", "2"]
     with pytest.raises(SystemExit):  # it was not tuned on this task, and the task's embedding was not saved
         main(["evaluate", *asked, "--questions", str(eval_folder / "pope_pop.jsonl")])
-    assert "pope_pop has no embedding" in capsys.readouterr().err
+    assert "no embedding of the tasks pope_pop" in capsys.readouterr().err
     main(["evaluate", *asked, "--questions", str(eval_folder), "--task-definitions", str(tmp_path / "more.json")])
     assert json.loads((tmp_path / "out/scores.json").read_text())["tasks"]["pope_pop"]["count"] == 8
     for file in eval_folder.glob("pope*"):
@@ -122,7 +122,7 @@ def test_killed_and_resumed_ends_with_the_same_weights(folder):
     file.write_text(yaml.safe_dump(vars(settings(folder, "killed", **changes))))
     for stop in (3, 9):
         train_until_killed(file, stop)
-        assert train.last_checkpoint(folder / "killed").name == f"checkpoint-{stop - 1}"
+        assert train.last_checkpoint(folder / "killed").folder.name == f"checkpoint-{stop - 1}"
     assert not (folder / "killed" / "adapter_model.safetensors").exists()
     train.train(settings(folder, "killed", **changes))
     one, other = weights(folder / "whole"), weights(folder / "killed")
@@ -156,7 +156,7 @@ def test_a_half_written_checkpoint_is_not_used(folder):
     (output / "checkpoint-10").mkdir()
     (output / "checkpoint-4" / "trainer_state.json").write_text("{}")
     (output / "checkpoint-10" / "trainer_state.json").write_text('{"global')
-    assert train.last_checkpoint(output) == output / "checkpoint-4"
+    assert train.last_checkpoint(output).folder == output / "checkpoint-4"
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from mixlora_kernels.peft.side_information import SideInformation, find_side_inf
 
 from ..data.images import find_image, load_image
 from ..model.generate import build_prompt
+from ..model.task_embeddings import of_tasks
 from ..refusal import Refusal
 
 
@@ -45,9 +46,10 @@ def forward_prompts(
         For each batch its task, its number of questions, and the routing of each layer, by the layer's name.
 
     Raises:
-        ValueError: the model has no MixLoRA layers, or an image cannot be used.
+        ValueError: the model has no MixLoRA layers, a task has no embedding, or an image cannot be used.
     """
     side, first = routing_side(model), next(model.parameters())
+    embedding = of_tasks(model, embeddings, questions)
     processor.tokenizer.padding_side = "right"
     for task, rows in questions.items():
         for start in range(0, len(rows), batch_size):
@@ -58,8 +60,8 @@ def forward_prompts(
             inputs = {name: value for name, value in inputs.items() if name != "token_type_ids"}
             inputs["pixel_values"] = inputs["pixel_values"].to(first.dtype)
             told = nullcontext()
-            if embeddings is not None:
-                told = task_embedding(model, embeddings[task].to(first.device).expand(len(batch), -1))
+            if (known := embedding[task]) is not None:
+                told = task_embedding(model, known.to(first.device).expand(len(batch), -1))
             with told:
                 model(**inputs, use_cache=False)
             yield task, len(batch), {name: routing for (name, _), routing in side.last.items()}

@@ -17,6 +17,7 @@ from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
 from torch import nn
 
+from ..refusal import Refusal
 from .prompts import forward_prompts
 
 LAYER = re.compile(r"layers\.(\d+)\.(self_attn|mlp)\.(\w+)$")
@@ -76,6 +77,22 @@ class Selections(NamedTuple):
     def _place(name: str) -> tuple[int, str]:
         match = LAYER.search(name)
         return int(match[1]), match[2]
+
+
+def check_layers(model: nn.Module, layers: list[int]) -> None:
+    """Check that an adapter has layers of these numbers, before questions are routed.
+
+    Raises:
+        ValueError: it does not. The message has the numbers of its layers.
+    """
+    names = [name for name, module in model.named_modules() if hasattr(module, "mixlora_adapter")]
+    known = sorted({int(match[1]) for match in map(LAYER.search, names) if match})
+    if unknown := [layer for layer in layers if layer not in known]:
+        raise Refusal(f"the adapter has the layers {_listed(known)}, got {_listed(unknown)}")
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def record(

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mixlora_kernels.peft import ConditionalMixLoRAConfig
 
-from ..refusal import Refusal
+from ..refusal import Missing, Refusal
 from .layouts import (
     ARGUMENTS,
     LAYOUTS,
@@ -156,38 +156,36 @@ def to_released(adapter: str | Path, folder: str | Path, base: str | Path | None
             only the adapter and the projector, and ``load_state_dict`` needs ``strict=False``.
 
     Returns:
-        The report: ``layers``, ``copied`` (the number of tensors from ``base``), and ``unused`` keys of the adapter.
+        The report: ``layers``, and ``copied``, the number of tensors from ``base``.
 
     Raises:
-        ValueError: the adapter is not a MixLoRA adapter, or computes something that the released code does not.
+        ValueError: the folder has no MixLoRA adapter, or the adapter computes something that the released code does
+            not. The message names its setting or its tensors.
+        FileNotFoundError: the adapter has no weights, or see ``reading``.
     """
-    config = PeftConfig.from_pretrained(adapter)
-    if not isinstance(config, ConditionalMixLoRAConfig):
-        raise Refusal(f"{adapter} holds no MixLoRA adapter, its type is {config.peft_type}")
-    kinds = {
-        ("instance", "published"): "input_lora_a_param",
-        ("instance", "none"): "input",
-        ("task", "none"): "task_embed",
-    }
-    kind = "random" if config.routing == "random" else kinds.get((config.routing, config.conditioning))
-    if kind is None or config.gate != "binary":
-        raise Refusal(
-            "the released code has no counterpart of this adapter's "
-            f"routing={config.routing!r}, conditioning={config.conditioning!r}, gate={config.gate!r}"
-        )
-    state, unused, layers = {}, [], set()
+    config = read_config(adapter)
+    kind = released_kind(config)
+    state, foreign, layers = {}, [], set()
     pattern = re.compile(r"base_model\.model\.(.+?)\.mixlora_adapter\.(\w+)")
-    for key, tensor in load_file(Path(adapter, WEIGHTS)).items():
+    projector = {f"base_model.model.{path}.{name}": name for _, path in LAYOUTS.values() for name in ("weight", "bias")}
+    if not Path(adapter, WEIGHTS).is_file():
+        raise Missing(f"missing: {Path(adapter, WEIGHTS)}, the weights of the adapter")
+    for key, tensor in stream(Path(adapter, WEIGHTS)):
         match = pattern.fullmatch(key)
-        layout = next((names for names in LAYOUTS.values() if key.startswith(f"base_model.model.{names[1]}.")), None)
         if match and ".layers." in match[1]:
             layers.add(match[1])
             name = f"base_model.model.model.layers.{match[1].split('.layers.')[1]}."
             state |= disassemble(name, match[2], tensor, config)
-        elif layout:
-            state[RELEASED_PROJECTOR + key.removeprefix(f"base_model.model.{layout[1]}.")] = tensor
+        elif key in projector:
+            state[RELEASED_PROJECTOR + projector[key]] = tensor
         else:
-            unused.append(key)
+            foreign.append(key.removeprefix("base_model.model."))
+    if foreign:
+        raise Refusal(
+            f"{adapter} holds trained tensors that the released code has no place for ({', '.join(foreign)}): it has "
+            "MixLoRA layers in the decoder, and one linear map as the projector; train without other modules, and the "
+            "projector only of a LLaVA with projector_hidden_act='linear'"
+        )
     copied = {} if base is None else {key: t for key, t in stream(base) if key not in state}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +196,46 @@ def to_released(adapter: str | Path, folder: str | Path, base: str | Path | None
         mix_loraA=True, mix_start_layer=0, mix_mm_projector=False, used_scored_weight=False, ifs_weight=1,
     )  # fmt: skip
     torch.save(arguments, folder / ARGUMENTS)
-    return {"layers": len(layers), "copied": len(copied), "unused": unused}
+    return {"layers": len(layers), "copied": len(copied)}
+
+
+def read_config(adapter: str | Path) -> ConditionalMixLoRAConfig:
+    """The configuration of a MixLoRA adapter.
+
+    Raises:
+        ValueError: the folder has no adapter, or one of another method.
+    """
+    try:
+        config = PeftConfig.from_pretrained(adapter)
+    except (ValueError, TypeError, OSError) as error:
+        raise Refusal(f"{adapter} holds no adapter: {str(error)[:500]}") from error
+    if not isinstance(config, ConditionalMixLoRAConfig):
+        raise Refusal(f"{adapter} holds no MixLoRA adapter, its type is {config.peft_type}")
+    return config
+
+
+def released_kind(config: ConditionalMixLoRAConfig) -> str:
+    """The released code's ``cond_type`` of an adapter.
+
+    Raises:
+        ValueError: the released code does not compute what the adapter computes. The message names the settings.
+    """
+    kinds = {
+        ("instance", "published"): "input_lora_a_param",
+        ("instance", "none"): "input",
+        ("task", "none"): "task_embed",
+    }
+    kind = "random" if config.routing == "random" else kinds.get((config.routing, config.conditioning))
+    # A task's embedding has no padding, and is the same in each decoding step. Random routing reads no tokens.
+    fixed = {"instance": ("gate", "pool", "decode"), "random": ("gate", "decode"), "task": ("gate",)}[config.routing]
+    published = ConditionalMixLoRAConfig.published()
+    if kind is None or any(getattr(config, name) != getattr(published, name) for name in fixed):
+        got = ", ".join(f"{name}={getattr(config, name)!r}" for name in ("routing", "conditioning", *fixed))
+        raise Refusal(
+            f"the released code has no counterpart of this adapter's {got}: train with the settings of "
+            "ConditionalMixLoRAConfig.published()"
+        )
+    return kind
 
 
 def disassemble(name: str, parameter: str, tensor: Tensor, config: ConditionalMixLoRAConfig) -> dict[str, Tensor]:

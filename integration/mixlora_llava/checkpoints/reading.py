@@ -67,8 +67,11 @@ def load(file: str | Path):
     """Load a file that torch saved, if it holds only tensors, plain values and a SimpleNamespace.
 
     Raises:
+        FileNotFoundError: there is no such file.
         ValueError: the file holds anything else, or is truncated or corrupt.
     """
+    if not Path(file).is_file():
+        raise Missing(f"missing: {file}; give the folder of a released checkpoint")
     with Path(file).open("rb") as start:
         archive = start.read(2) == b"PK"
     if archive and not zipfile.is_zipfile(file):

@@ -4,7 +4,8 @@ import argparse
 from pathlib import Path
 
 from ..refusal import Refusal
-from .model_arguments import add_model
+from .model_arguments import add_model, chosen_template
+from .values import count
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,12 +15,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", type=Path, help="without it, the untuned model answers")
     parser.add_argument("--task", help="for an adapter that routes by task: the task's name")
     parser.add_argument("--factors", action="store_true", help="show which factors each layer chose")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
+    parser.add_argument("--max-new-tokens", type=count, default=256)
 
 
 def run(options: argparse.Namespace) -> None:
     if options.factors and not options.adapter:
         raise Refusal("--factors needs --adapter")
+    if options.task and not options.adapter:
+        raise Refusal("--task needs --adapter")
 
     from transformers import TextStreamer
 
@@ -37,10 +40,14 @@ def run(options: argparse.Namespace) -> None:
             if options.task not in embeddings:
                 raise Refusal(f"--task must be one of {', '.join(embeddings)}, got {options.task}")
             embedding = embeddings[options.task]
+        elif options.task:
+            raise Refusal(
+                f"--task is for an adapter with task embeddings, which {options.adapter} has not: leave it out"
+            )
     if options.factors:
         side = routing_side(model)  # refuses an adapter of another method before the answer
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    text = build_prompt(options.prompt, options.template)
+    text = build_prompt(options.prompt, chosen_template(options))
     answer(
         model, processor, [text], [image], max_new_tokens=options.max_new_tokens, embedding=embedding, streamer=streamer
     )

@@ -9,11 +9,12 @@ import json
 from pathlib import Path
 
 from ..checkpoints.layouts import LAYOUTS
+from .values import folder, place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("source", type=folder)
+    parser.add_argument("target", type=place)
     parser.add_argument("--layout", choices=list(LAYOUTS), default="transformers", help="of the model to be adapted")
     parser.add_argument("--back", action="store_true", help="from an adapter to the released layout")
     parser.add_argument("--base", type=Path, help="with --back: a released checkpoint to take the frozen model from")

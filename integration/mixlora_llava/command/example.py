@@ -9,10 +9,11 @@ import argparse
 from pathlib import Path
 
 from ..refusal import Refusal
+from .values import place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--output", type=Path, default=Path("llava_example"))
+    parser.add_argument("--output", type=place, default=Path("llava_example"))
     parser.add_argument("--quick", action="store_true", help="fewer steps and questions")
 
 

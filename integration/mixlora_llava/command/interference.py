@@ -9,16 +9,17 @@ import json
 from pathlib import Path
 
 from .. import shipped
+from .values import count, device, place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", required=True, metavar="NAME", help="of the training, for model and data")
     parser.add_argument("--adapter", type=Path, action="append", required=True)
     parser.add_argument("--tasks", nargs="+", help="by default, all of the data's")
-    parser.add_argument("--batches", type=int, default=4, help="of each task")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--batches", type=count, default=4, help="of each task")
+    parser.add_argument("--batch-size", type=count, default=8)
+    parser.add_argument("--device", type=device, help="a torch device; the model stays where it loads by default")
+    parser.add_argument("--output", type=place, required=True)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -29,10 +30,12 @@ def run(options: argparse.Namespace) -> None:
     from ..analysis.interference import measure, plot, sample_batches
     from ..data.dataset import Collator
     from ..model.load import load_adapter, load_llava
+    from ..training.files import check_files
     from ..training.prepare import read_data
     from ..training.settings import Settings
 
     settings, results = Settings.read(file), {}
+    check_files(settings)
     for folder in options.adapter:
         model, processor = load_llava(settings.model, settings.dtype)
         model.to(options.device or model.device)

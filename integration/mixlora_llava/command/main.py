@@ -13,6 +13,7 @@ from pathlib import Path
 
 from .. import shipped
 from ..refusal import Refusal
+from .values import check, takes_path
 
 # The subcommands in the order of the help, each with its description.
 COMMANDS = {
@@ -62,7 +63,7 @@ class Completion(argparse.Action):
             refuse(parser, "completion needs shtab: pip install shtab")
         for each in (parser, *subparsers(parser).values()):
             for action in each._actions:
-                if action.type is Path:
+                if takes_path(action):
                     action.complete = shtab.FILE
         print(shtab.complete(parser, shell=values))
         parser.exit()
@@ -99,8 +100,8 @@ def subparsers(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPa
 
 
 def refuse(parser: argparse.ArgumentParser, message: object) -> None:
-    """Print the error in one sentence, and exit with the status of wrong arguments."""
-    parser.exit(2, f"{parser.prog}: error: {message}\n")
+    """Print the error in one line, and exit with the status of wrong arguments."""
+    parser.exit(2, f"{parser.prog}: error: {' '.join(str(message).splitlines())}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -112,6 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = build_parser()
     options = parser.parse_args(arguments)
     try:
+        check(subparsers(parser)[options.command], options)
         options.run(options)
     except Refusal as error:
         refuse(subparsers(parser)[options.command], error)

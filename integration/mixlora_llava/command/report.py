@@ -1,24 +1,24 @@
 """Show how a trained adapter routes questions: which factors it uses, and where routing collapsed.
 
 For each layer and pool it prints: the part of all choices that fell on the r most used factors (1 if all questions
-    chose
-the same factors, r / E if all factors are used equally), the number of factors that were never chosen, the mean entropy
-of the routers' probabilities, and the part of near-ties, which are choices so close that bfloat16 may change them.
+chose the same factors, r / E if all factors are used equally), the number of factors that were never chosen, the mean
+entropy of the routers' probabilities, and the part of near-ties, which are choices so close that bfloat16 may change
+them.
 """
 
 import argparse
 import json
-from pathlib import Path
 
-from .model_arguments import add_model, add_routed_questions
+from .model_arguments import add_model, add_routed_questions, chosen_template
+from .values import count, device, place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_routed_questions(parser)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--device", help="a torch device; the model stays where it loads by default")
-    parser.add_argument("--output", type=Path, help="also write routing.json and routing.png into this folder")
+    parser.add_argument("--batch-size", type=count, default=8)
+    parser.add_argument("--device", type=device, help="a torch device; the model stays where it loads by default")
+    parser.add_argument("--output", type=place, help="also write routing.json and routing.png into this folder")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> None:
     model, embeddings = load_adapter(model, options.adapter)
     model.to(options.device or model.device)
     found = measure(
-        model, processor, questions, options.images, template=options.template, batch_size=options.batch_size,
+        model, processor, questions, options.images, template=chosen_template(options), batch_size=options.batch_size,
         embeddings=embeddings,
     )  # fmt: skip
     print(describe(found))

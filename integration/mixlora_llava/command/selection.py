@@ -6,25 +6,28 @@ t-SNE maps with the Jaccard metric (tsne.json and a picture).
 
 import argparse
 import json
-from pathlib import Path
 
-from .model_arguments import add_model, add_routed_questions
+from .model_arguments import add_model, add_routed_questions, chosen_template
+from .values import place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model(parser)
     add_routed_questions(parser)
     parser.add_argument("--layers", type=int, nargs="+", help="for the maps")
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=place, required=True)
 
 
 def run(options: argparse.Namespace) -> None:
-    from ..analysis.selection import record, write
+    from ..analysis.selection import check_layers, record, write
     from ..model.load import load_adapter, load_llava, read_source
     from ..scoring.predict import read_tasks
 
     questions = read_tasks(options.questions, options.per_task)
     model, processor = load_llava(read_source(options.model))
     model, embeddings = load_adapter(model, options.adapter)
-    selections = record(model, processor, questions, options.images, template=options.template, embeddings=embeddings)
+    check_layers(model, options.layers or [])
+    selections = record(
+        model, processor, questions, options.images, template=chosen_template(options), embeddings=embeddings
+    )
     print(json.dumps(write(selections, options.output, options.layers), indent=1))

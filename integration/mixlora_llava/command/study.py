@@ -5,24 +5,30 @@
     mixlora study time               # measure the time of training steps while nothing else runs
     mixlora study plan               # list the runs and the time that they take
 
-A study that was stopped resumes where it stopped.
+A study that was stopped resumes where it stopped. Raw results are those of --results: the repository has them in
+integration/mixlora_llava/study/results, and --quick makes others. "mixlora study report --quick" repeats their report.
 """
 
 import argparse
 from pathlib import Path
 
-CHECKOUT = Path(__file__).parents[1] / "study" / "results"  # only a checkout has this folder
-RESULTS = CHECKOUT if CHECKOUT.is_dir() else Path("llava_study")
+from .values import amount, count, place
+
+REPOSITORY = Path(__file__).parents[1] / "study" / "results"  # an editable installation has it, a wheel does not
+RESULTS = REPOSITORY if REPOSITORY.is_dir() else Path("llava_study")
 QUICK_RESULTS = Path("llava_study_quick")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("what", choices=["run", "report", "time", "plan"], nargs="?", default="run")
     parser.add_argument("--quick", action="store_true", help="a small base and four methods: minutes instead of hours")
-    parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
-    parser.add_argument("--minutes", type=float, help="after which no run is begun any more")
-    parser.add_argument("--results", type=Path, help="folder of the base and of runs/; by default the checkout's own")
-    parser.add_argument("--seconds", type=float, help="of a run of 400 steps, for plan; by default as measured")
+    parser.add_argument("--workers", type=count, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--minutes", type=amount, help="after which no run is begun any more")
+    parser.add_argument(
+        "--results", type=place, help=f"folder of the base and of runs/; by default {QUICK_RESULTS} with --quick, and "
+        "otherwise the repository's own if the package was installed from it with -e, or llava_study",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=amount, help="of a run of 400 steps, for plan; by default as measured")
 
 
 def run(options: argparse.Namespace) -> None:

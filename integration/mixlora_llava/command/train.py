@@ -1,7 +1,7 @@
 """Tune a LLaVA with MixLoRA or LoRA.
 
 If a run was stopped or killed, the same command resumes it from its last complete checkpoint, and it ends with the same
-weights. On several GPUs:
+weights. If the run is finished, the command says so and trains no further. On several GPUs:
 
     accelerate launch --config_file "$(mixlora --path zero3)" -m mixlora_llava train --config vision_flan_7b
 """

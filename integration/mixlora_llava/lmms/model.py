@@ -15,6 +15,7 @@ from lmms_eval.api.model import lmms
 from ..data.dataset import IGNORED
 from ..model.generate import answer, build_prompt
 from ..model.load import load_adapter, load_llava, read_source
+from ..training.remembered import trained_template
 
 
 class MixLoRALlava(lmms):
@@ -23,7 +24,7 @@ class MixLoRALlava(lmms):
     Args:
         pretrained: the folder or hub name of a LLaVA, or its parts as JSON.
         adapter: the adapter's folder; None: the untuned model.
-        template: the conversation's template.
+        template: the conversation's template; None: that of the adapter's training, or ``"v1"`` where none is recorded.
         batch_size: the number of questions in a batch.
         device: a torch device; by default the device of this process.
         task: the task whose embedding an adapter with task routing uses.
@@ -35,7 +36,7 @@ class MixLoRALlava(lmms):
         self,
         pretrained: str,
         adapter: str | None = None,
-        template: str = "v1",
+        template: str | None = None,
         batch_size: int | str = 1,
         device: str | None = None,
         dtype: str = "auto",
@@ -46,6 +47,8 @@ class MixLoRALlava(lmms):
         self._rank, self._world_size = state.process_index, state.num_processes
         # lmms-eval gathers the processes' counts on it.
         self.device = state.device if device is None or state.num_processes > 1 else torch.device(device)
+        if template is None:
+            template = (trained_template(adapter) if adapter else None) or "v1"
         model, self.processor = load_llava(read_source(pretrained), dtype)
         self.embedding = None
         model.to(self.device)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -31,8 +32,17 @@ def model_digest(model: nn.Module) -> str:
         if tensor.is_meta:
             raise ValueError(f"{name} is on the meta device and has no value: load the model before it is asked")
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        total.update(_bytes(tensor))
     return total.hexdigest()[:32]
+
+
+def tensor_digest(tensor: torch.Tensor) -> str:
+    """The digest of one tensor's dtype, shape and values, 32 hexadecimal digits."""
+    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + _bytes(tensor).tobytes()).hexdigest()[:32]
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def _settings(model: nn.Module) -> dict:

@@ -1,6 +1,7 @@
 """Task embeddings for ``routing="task"``: Equation 10 with LLaVA's own language model as the encoder (Appendix B)."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,6 +25,33 @@ def read_definitions(file: str | Path, tasks: list[str]) -> dict[str, str]:
     if missing := [task for task in tasks if not isinstance(definitions.get(task), str)]:
         raise Refusal(f"{file} has no definition of the tasks {missing}")
     return {task: definitions[task] for task in tasks}
+
+
+def routes_by_task(model: nn.Module) -> bool:
+    """Whether a model has an adapter whose routers read the task's embedding."""
+    configs = getattr(model, "peft_config", {}).values()
+    return any(getattr(config, "routing", None) == "task" for config in configs)
+
+
+def of_tasks(
+    model: nn.Module,
+    embeddings: dict[str, Tensor] | None,
+    tasks: Iterable[str],
+    remedy: str = "leave their questions out",
+) -> dict[str, Tensor | None]:
+    """The embedding that a model needs for each task, or None for each if it does not route by task.
+
+    Raises:
+        ValueError: a task has no embedding. The message ends with the remedy.
+    """
+    tasks = list(tasks)
+    if not routes_by_task(model):
+        return dict.fromkeys(tasks)
+    known = embeddings or {}
+    if missing := [task for task in tasks if task not in known]:
+        there = f", only of {', '.join(known)}" if known else ""
+        raise Refusal(f"there is no embedding of the tasks {', '.join(missing)}{there}: {remedy}")
+    return {task: known[task] for task in tasks}
 
 
 @torch.no_grad()

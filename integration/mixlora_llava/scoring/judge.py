@@ -4,9 +4,10 @@ import re
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from ..data.conversation import TEMPLATES
+from ..model.load import reading
 from .exact import EXACT, Judge, exact
 
 
@@ -55,9 +56,29 @@ def read_verdict(text: str) -> bool | None:
     return None if first is None else first[1] == "yes"
 
 
+def check_judge(name: str) -> None:
+    """Check a judge without its weights, before questions are answered for it.
+
+    Raises:
+        ValueError: there is no causal language model with a tokenizer of this name.
+    """
+    if name == EXACT:
+        return
+    with reading("judge", name):
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name))
+        AutoTokenizer.from_pretrained(name)
+
+
 def load_judge(name: str, device: str | None = None) -> Judge:
-    """Return the exact judge for ``"exact"``, or a language model from a folder or the hub."""
+    """Return the exact judge for ``"exact"``, or a language model from a folder or the hub.
+
+    Raises:
+        ValueError: see ``check_judge``.
+    """
     if name == EXACT:
         return exact
-    model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-    return LanguageModelJudge(model.to(device or model.device), AutoTokenizer.from_pretrained(name))
+    with reading("judge", name):
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    return LanguageModelJudge(model.to(device or model.device), tokenizer)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..refusal import Refusal
+from .answers import failed
 
 
 def says_yes(answer: str) -> bool:
@@ -39,6 +40,11 @@ def score(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float | in
     for number, answer in enumerate(answers, 1):
         if not isinstance(answer, str):
             raise Refusal(f"answer {number} must be a text, got {answer!r}")
+    return {**_figures(answers, labels), "unpaired": abs(len(answers) - len(labels))}
+
+
+def _figures(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float | int | None]:
+    """The script's figures. A figure that would be 0 / 0 is None."""
     said = [says_yes(answer) for answer in answers]
     pairs = list(zip(said, (label != "no" for label in labels)))
     tp, fp, tn, fn = (
@@ -48,22 +54,30 @@ def score(answers: Sequence[str], labels: Sequence[str]) -> dict[str, float | in
     recall = tp / (tp + fn) if tp + fn else None
     f1 = 2 * precision * recall / (precision + recall) if precision and recall else None
     return {
-        "accuracy": (tp + tn) / len(pairs),
+        "accuracy": (tp + tn) / len(pairs) if pairs else None,
         "precision": precision,
         "recall": recall,
         "f1": f1,
-        "yes_ratio": said.count(True) / len(said),
+        "yes_ratio": said.count(True) / len(said) if said else None,
         "tp": tp,
         "fp": fp,
         "tn": tn,
         "fn": fn,
-        "unpaired": abs(len(answers) - len(labels)),
     }
 
 
 def score_predictions(rows: Sequence[dict]) -> dict[str, float | int | None]:
-    """Score predictions in the released format; their targets may be written Yes and No."""
-    return score([row["predict"] for row in rows], [row["target"].strip().lower() for row in rows])
+    """Score predictions in the released format; their targets may be written Yes and No.
+
+    Rows whose image could not be used are left out, because the script would count their empty answers as yes.
+
+    Returns:
+        As ``score``, with ``errors``, the number of these rows, in the place of ``unpaired``. If no row is left, the
+        figures are None.
+    """
+    answered = [row for row in rows if not failed(row)]
+    figures = _figures([row["predict"] for row in answered], [row["target"].strip().lower() for row in answered])
+    return {**figures, "errors": len(rows) - len(answered)}
 
 
 def read_field(file: str | Path, field: str) -> list[str]:

@@ -1,8 +1,7 @@
 """Answer files of questions, in the released format.
 
 Questions are JSONL files, one for each task, with ``unique_id, image_path, prompt, target``. A stopped run resumes
-where it stopped. Each answer records the model and the adapter that gave it. A run does not resume with answers of
-another model.
+where it stopped, if its answers were made in the same way; see ``resuming``.
 """
 
 import json
@@ -13,13 +12,14 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ..data.images import BadImage, find_image, load_image
-from ..model.digest import model_digest
+from ..model.digest import model_digest, tensor_digest
 from ..model.generate import answer, build_prompt
-from ..refusal import Refusal
+from ..refusal import Missing, Refusal
+from .answers import ERROR, failed, read_answers, write_answers
+from .resuming import DIGEST, IMAGE, OPTIONS, check_answers, image_digest
 
 logger = logging.getLogger(__name__)
 FIELDS = ("unique_id", "image_path", "prompt", "target")
-DIGEST = "model_digest"  # the field of an answer's metadata with the digest of model and adapter
 
 
 def question_files(place: Path) -> list[Path]:
@@ -38,7 +38,8 @@ def read_questions(file: str | Path) -> list[dict]:
     """Read the questions of a task.
 
     Raises:
-        ValueError: a line is not JSON, lacks a field, or has a field that is not text; or an id occurs twice.
+        ValueError: a line is not JSON, lacks a field, or has a field that is not text; an id occurs twice; or there are
+            no questions.
     """
     questions, ids = [], set()
     for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
@@ -54,6 +55,8 @@ def read_questions(file: str | Path) -> list[dict]:
             raise Refusal(f"{file}, line {number}: the id {question['unique_id']!r} occurs twice")
         ids.add(question["unique_id"])
         questions.append(question)
+    if not questions:
+        raise Refusal(f"{file} holds no questions: give a file with a question in each line")
     return questions
 
 
@@ -74,11 +77,13 @@ def predict(
     model_id: str = "",
     embedding: Tensor | None = None,
     digest: str | None = None,
+    max_new_tokens: int = 64,
     **options,
 ) -> list[dict]:
     """Answer questions, and write each batch's answers as lines of ``output``.
 
-    If an image cannot be used, the answer is empty, which counts as wrong, and ``metadata`` gives the reason.
+    If an image cannot be used, the answer is empty, which counts as wrong, and ``metadata`` gives the reason as
+    ``error``. The next run asks such a question again.
 
     Args:
         images: the folder that ``image_path`` is relative to.
@@ -87,48 +92,44 @@ def predict(
             depend on padding.
         embedding: the task's embedding, for ``routing="task"``.
         digest: the model's ``model_digest``, if it is known. It is written to each answer's ``metadata``.
-        options: see ``generate.answer``.
+        max_new_tokens, options: see ``generate.answer``.
 
     Returns:
-        All rows: ``question_id, prompt, predict, target, image_path, answer_id, model_id, metadata``.
+        All rows in the order of the questions: ``question_id, prompt, predict, target, image_path, answer_id,
+        model_id, metadata``.
 
     Raises:
-        ValueError: the file has answers to other questions, or of another model or adapter.
+        ValueError: the file has answers to other questions, about other images, of another model or adapter, or of
+            other options; or the folder of images does not exist.
     """
-    output = Path(output)
-    rows = _finished(output)
+    output, images = Path(output), Path(images)
+    if not images.is_dir():
+        raise Missing(f"missing: {images}, which must be the folder of the questions' images")
     digest = digest or model_digest(model)
-    _check_answers(output, rows, questions, template, digest)
+    options = {"max_new_tokens": max_new_tokens} | options
+    made_with = json.loads(json.dumps(options, default=str))  # as it is read from a file again
+    made_with["task_embedding"] = None if embedding is None else tensor_digest(embedding)
+    rows = {row["question_id"]: row for row in read_answers(output) if not failed(row)}
+    check_answers(output, list(rows.values()), questions, images, template, digest, made_with)
     if _averages_padding(model) and batch_size > 1:
         logger.warning("pool='all' averages over padding: questions are answered one by one")
         batch_size = 1
     output.parent.mkdir(parents=True, exist_ok=True)
+    write_answers(output, list(rows.values()))  # without an incomplete line, and without those that failed
+    left = [question for question in questions if question["unique_id"] not in rows]
     with output.open("a", encoding="utf-8") as stream:
-        for start in range(len(rows), len(questions), batch_size):
-            new = _answer_batch(
-                model, processor, questions[start : start + batch_size], Path(images), template, embedding, options
-            )
-            for row in new:
-                row["metadata"][DIGEST] = digest
+        for start in range(0, len(left), batch_size):
+            batch = left[start : start + batch_size]
+            for row in _answer_batch(model, processor, batch, images, template, embedding, options):
+                row["metadata"] |= {DIGEST: digest, OPTIONS: made_with}
                 row |= {"answer_id": uuid.uuid4().hex, "model_id": model_id}
                 stream.write(json.dumps(row) + "\n")
+                rows[row["question_id"]] = row
             stream.flush()
-            rows += new
-    return rows
-
-
-def _check_answers(output: Path, rows: list[dict], questions: list[dict], template: str, digest: str) -> None:
-    """Refuse to resume with answers of another model or adapter, or to other questions."""
-    asked = [(q["unique_id"], build_prompt(q["prompt"], template), q["target"]) for q in questions[: len(rows)]]
-    if [(row["question_id"], row["prompt"], row["target"]) for row in rows] != asked:
-        raise Refusal(f"{output} holds answers to other questions: give another output, or delete it")
-    if others := {row["metadata"].get(DIGEST) for row in rows} - {digest}:
-        names = ", ".join(sorted({row["model_id"] for row in rows} - {""})) or "unnamed"
-        whose = "an unknown model" if others == {None} else f"another model or adapter ({names}; digest {others.pop()})"
-        raise Refusal(
-            f"{output} holds answers of {whose}, and the digest of this one is {digest}: give another output, or "
-            "delete it"
-        )
+    ordered = [rows[question["unique_id"]] for question in questions]
+    if ordered != list(rows.values()):  # questions that failed before were answered last
+        write_answers(output, ordered)
+    return ordered
 
 
 def _answer_batch(model, processor, questions, folder, template, embedding, options) -> list[dict]:
@@ -136,10 +137,12 @@ def _answer_batch(model, processor, questions, folder, template, embedding, opti
     for number, question in enumerate(questions):
         metadata = {"question": question["prompt"]}
         try:
-            pictures[number] = load_image(find_image(folder, question["image_path"]))
+            file = find_image(folder, question["image_path"])
+            pictures[number] = load_image(file)
+            metadata[IMAGE] = image_digest(file)
         except BadImage as error:
             logger.warning("%s is counted as wrong: %s", question["unique_id"], error)
-            metadata["error"] = str(error)
+            metadata[ERROR] = str(error)
         rows.append(
             {
                 "question_id": question["unique_id"],
@@ -156,18 +159,6 @@ def _answer_batch(model, processor, questions, folder, template, embedding, opti
         for number, text in zip(pictures, said):
             rows[number]["predict"] = text
     return rows
-
-
-def _finished(output: Path) -> list[dict]:
-    """Read the complete lines of a file, and cut off an incomplete last line of a stopped run."""
-    if not output.is_file():
-        return []
-    content = output.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with output.open("r+b") as stream:
-            stream.truncate(len(whole))
-    return [json.loads(line) for line in whole.decode("utf-8").splitlines()]
 
 
 def _averages_padding(model: nn.Module) -> bool:

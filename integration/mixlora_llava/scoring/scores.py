@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from . import mme, pope
+from .answers import failed
 from .exact import Judge
 
 # The seven sets whose mean is the paper's MMAvg, and the files of their predictions.
@@ -29,7 +30,7 @@ def score_folder(folder: str | Path, judge: Judge) -> dict:
     Returns:
         ``tasks``: for each task ``accuracy``, in percent by the judge; ``count``; ``unclear``, the number of verdicts
         that are neither yes nor no, which count as wrong; and ``errors``, the number of images that could not be used.
-        POPE's tasks also have ``pope``, the official figures.
+        POPE's tasks also have ``pope``, the official figures without these images; see ``pope.score_predictions``.
         ``average``: over all tasks but MME's.
         ``mm_avg``: the paper's MMAvg, None if a set is missing; ``mm_sets``, its parts.
         ``mme``: the official scores, if all 14 subtasks exist. The folder ``mme`` then has their ``.txt`` files for the
@@ -62,7 +63,7 @@ def score_task(name: str, rows: list[dict], judge: Judge) -> dict:
         "accuracy": 100 * verdicts.count(True) / len(rows) if rows else None,
         "count": len(rows),
         "unclear": verdicts.count(None),
-        "errors": sum("error" in row.get("metadata", {}) for row in rows),
+        "errors": sum(map(failed, rows)),
     }
     return score | ({"pope": pope.score_predictions(rows)} if name.startswith("pope") else {})
 

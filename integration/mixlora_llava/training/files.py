@@ -1,8 +1,9 @@
-"""Check that the files and folders that the settings name exist."""
+"""Check that the files and folders that the settings name exist, and that the output folder can be made."""
 
 from pathlib import Path
 
-from ..refusal import Missing
+from ..places import in_the_way
+from ..refusal import Missing, Refusal
 from .settings import Settings
 
 
@@ -30,6 +31,9 @@ def check_files(settings: Settings) -> None:
 
     Raises:
         Missing: a file or folder is missing. The message is that of ``say_missing``.
+        Refusal: a file stands where the output folder must be.
     """
+    if file := in_the_way(settings.output):
+        raise Refusal(f"output must be a folder, and {file} is a file: give another output")
     if found := missing_files(settings):
         raise Missing(say_missing(found))

@@ -2,7 +2,9 @@
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 from peft import LoraConfig, PeftConfig
@@ -35,9 +37,18 @@ FIXED = {"output_dir", "remove_unused_columns", "label_names"}
 OWN = {"r", "num_factors", "alpha", "dropout", "routing", "task_dim"}
 
 
-def some_fields(kind: type, without: set[str]) -> Any:
-    """A TypedDict of a dataclass's fields, except those in ``without``, with the types of the dataclass."""
-    hints = typing.get_type_hints(kind)
+# The ranges of TrainingArguments' fields, which it does not check itself.
+RANGES = {
+    "per_device_train_batch_size": Annotated[int, Field(ge=1)],
+    "gradient_accumulation_steps": Annotated[int, Field(ge=1)],
+    "num_train_epochs": Annotated[float, Field(gt=0)],
+}
+
+
+def some_fields(kind: type, without: set[str], ranges: Mapping[str, Any] = MappingProxyType({})) -> Any:
+    """A TypedDict of a dataclass's fields, except those in ``without``, with the types of the dataclass, or those in
+    ``ranges``."""
+    hints = typing.get_type_hints(kind) | dict(ranges)
     names = [entry.name for entry in dataclasses.fields(kind) if entry.init and entry.name not in without]
     made = TypedDict(kind.__name__, {name: hints[name] for name in names}, total=False)
     made.__pydantic_config__ = ConfigDict(
@@ -107,7 +118,7 @@ class Settings(BaseModel):
     task_definitions: str | None = Field(None, min_length=1)
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device_tflops: float | None = Field(None, gt=0)
-    training: some_fields(TrainingArguments, FIXED) = {}
+    training: some_fields(TrainingArguments, FIXED, RANGES) = {}
 
     @model_validator(mode="after")
     def _agree(self) -> "Settings":

@@ -1,10 +1,10 @@
 """Tune a LLaVA with MixLoRA or LoRA.
 
-A run that was stopped or killed resumes from its last complete checkpoint, and ends with the same weights.
+A run that was stopped or killed resumes from its last complete checkpoint, and ends with the same weights. A run that
+is finished is not trained further.
 """
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,15 +18,14 @@ from ..data.dataset import Collator, Conversations
 from ..model.load import TASKS, load_llava
 from ..model.task_embeddings import embed_tasks, read_definitions
 from ..refusal import Refusal
+from .checkpoints import last_checkpoint
 from .files import check_files
 from .plan import announce
 from .prepare import patch, read_data
+from .remembered import remember
 from .settings import Settings
 
-logger = logging.getLogger(__name__)
-SETTINGS = "settings.json"
 BAD_RECORDS = "bad_records.json"
-LATER = {"strict", "device_tflops"}  # these may change when a run resumes, because they do not change its result
 
 
 class LengthGrouped(Sampler):
@@ -71,6 +70,9 @@ class LlavaTrainer(Trainer):
 def train(settings: Settings, fresh: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> dict:
     """Run a training to its end, from the last complete checkpoint if there is one.
 
+    If that checkpoint is the run's end, no model is loaded. The checkpoint's adapter is copied to the output folder,
+    because the run may have been killed before it was saved there.
+
     Args:
         fresh: raise an error instead of resuming.
         callbacks: callbacks for the Trainer.
@@ -87,8 +89,13 @@ def train(settings: Settings, fresh: bool = False, callbacks: Sequence[TrainerCa
     if resume and fresh:
         raise Refusal(f"{output} already holds a run: leave out --fresh to resume it")
     check_files(settings)
-    remember(settings, output, resume is not None)
     arguments = training_arguments(settings)
+    remember(settings, output, resume is not None)
+    if resume and resume.is_final:
+        if arguments.should_save:
+            print(f"the run is finished: {resume.folder} is its end, and there is nothing left to train")
+            resume.place_adapter(output)
+        return summary(resume.state["log_history"], resume.state["global_step"], read_problems(output))
     set_seed(arguments.seed)
     model, processor = load_llava(settings.model, settings.dtype)
     dataset = read_data(settings, processor)
@@ -107,14 +114,22 @@ def train(settings: Settings, fresh: bool = False, callbacks: Sequence[TrainerCa
     if trainer.is_world_process_zero():
         announce(patched, dataset, settings, trainer, collator)
         write_problems(dataset, output)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        if embeddings is not None:  # before the training, so that a finished run lacks nothing but the adapter
+            save_file(embeddings, output / TASKS)
+    trainer.train(resume_from_checkpoint=str(resume.folder) if resume else None)
     trainer.save_model(str(output))
     if trainer.is_world_process_zero():
         write_problems(dataset, output)  # again, because images may have become unreadable since
-        if embeddings is not None:
-            save_file(embeddings, output / TASKS)
-    losses = {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row}
-    return {"loss": losses, "bad_records": dataset.problems, "steps": trainer.state.global_step}
+    return summary(trainer.state.log_history, trainer.state.global_step, dataset.problems)
+
+
+def summary(history: list[dict], steps: int, problems: dict) -> dict:
+    """The result of ``train``, from the Trainer's history."""
+    return {
+        "loss": {row["step"]: row["loss"] for row in history if "loss" in row},
+        "bad_records": problems,
+        "steps": steps,
+    }
 
 
 def write_problems(dataset: Conversations, output: Path) -> None:
@@ -122,37 +137,23 @@ def write_problems(dataset: Conversations, output: Path) -> None:
     (output / BAD_RECORDS).write_text(json.dumps(dataset.problems, indent=1), encoding="utf-8")
 
 
+def read_problems(output: Path) -> dict:
+    """What ``write_problems`` wrote."""
+    file = output / BAD_RECORDS
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def training_arguments(settings: Settings) -> TrainingArguments:
+    """transformers' arguments of a run.
+
+    Raises:
+        ValueError: transformers refuses the values in ``training``.
+    """
     # The collator makes its batch of more than the model's arguments; unknown columns must reach it.
     fixed = {"output_dir": settings.output, "remove_unused_columns": False, "label_names": ["labels"]}
     # Every parameter that is trained has a gradient in every step; see ``Collator``.
     defaults = {"report_to": "none", "ddp_find_unused_parameters": False}
-    return TrainingArguments(**(defaults | settings.training | fixed))
-
-
-def last_checkpoint(output: Path) -> Path | None:
-    """The last complete checkpoint. The Trainer writes a checkpoint's state file last."""
-    found = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True)
-    for path in found:
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-            return path
-        except (FileNotFoundError, json.JSONDecodeError):
-            logger.warning("%s was not written to its end, and is not used", path)
-    return None
-
-
-def remember(settings: Settings, output: Path, resumes: bool) -> None:
-    """Write the settings beside the checkpoints; when a run resumes, compare them."""
-    file = output / SETTINGS
-    now = settings.model_dump(mode="json")
-    if resumes and file.is_file():
-        before = json.loads(file.read_text(encoding="utf-8"))
-        changed = [name for name in now if now[name] != before.get(name) and name not in LATER]
-        if changed:
-            differences = "; ".join(f"{name}: {before.get(name)!r}, now {now[name]!r}" for name in changed)
-            raise Refusal(
-                f"{output} holds a run with other settings ({differences}): give another output, or delete it"
-            )
-    output.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(now, indent=2), encoding="utf-8")
+    try:
+        return TrainingArguments(**(defaults | settings.training | fixed))
+    except ValueError as error:
+        raise Refusal(f"training: {error}") from error
