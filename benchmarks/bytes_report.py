@@ -42,7 +42,7 @@ COLUMNS = {
     "torch_launches": ("torch", str),
     "launches_beyond_frozen": ("launches beyond", str),
 }  # and the time relative to the frozen layer's, on each device
-RESULTS = Path(__file__).resolve().parent / "results" / "cpu" / "bytes.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "local" / "cpu" / "bytes.json"
 
 
 class Device(NamedTuple):

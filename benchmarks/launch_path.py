@@ -52,7 +52,7 @@ COLUMNS = {
     "torch_launches": ("torch", str),
     "launches_beyond_frozen": ("launches beyond", str),
 }
-RESULTS = Path(__file__).resolve().parent / "results" / "cpu" / "launch_path.json"
+RESULTS = Path(__file__).resolve().parent / "results" / "local" / "cpu" / "launch_path.json"
 
 
 def main() -> None:

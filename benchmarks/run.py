@@ -30,7 +30,7 @@ from report.summary import summarise
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SECONDS = {"cpu": 140.0, "cuda": 360.0}
-RESULTS = Path(__file__).resolve().parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results" / "local"  # the folders beside it are committed
 
 
 def main() -> int:
@@ -87,7 +87,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="time to spend on all of it; what must run may take more "
                         "(default 140, on a GPU 360, with --quick 30)")  # fmt: skip
     parser.add_argument("--commit", help="the source's commit, where it is no checkout that git could be asked about")
-    parser.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results/<device>)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results/local/<device>)")
     arguments = parser.parse_args()
     names = [name for given in arguments.suite or ["all"] for name in given.split(",")]
     unknown = set(names) - {*SUITES, "all"}

@@ -36,8 +36,10 @@ class Kernel(NamedTuple):
 class Utilities:
     """What Triton asks about a device and loads onto it."""
 
+    shared = SHARED
+
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED}
+        return {"max_shared_mem": self.shared}
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple:
         """Module and function, registers, spilled registers, threads."""
@@ -48,14 +50,19 @@ class Driver:
     """What Triton's runtime calls of a driver.
 
     Attributes:
+        target, device: what Triton compiles for, and the number that it keeps the kernels under.
         record: is told of every launch; None, as while times are taken: nobody is.
     """
+
+    target, device = GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32), 0
 
     def __init__(self):
         self.utils = Utilities()
         self.record: Callable[[Kernel], None] | None = None
         self.texts: dict[str, str] = {}  # of the compiled kernels in Triton's own language, by hash
-        triton.knobs.runtime.kernel_load_start_hook.add(self._read)
+        triton.knobs.runtime.kernel_load_start_hook.add(
+            lambda _module, _function, name, files, key: self.read(name, files, key)
+        )
 
     def launcher_cls(self, source, metadata) -> Callable:
         """What launches one compiled kernel."""
@@ -69,10 +76,10 @@ class Driver:
         return launch
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 10 * CAPABILITY[0] + CAPABILITY[1], 32)
+        return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -83,7 +90,8 @@ class Driver:
     def get_device_interface(self):
         return torch.cuda
 
-    def _read(self, _module, _function, name: str, files: dict[str, str], key: str) -> None:
+    def read(self, name: str, files: dict[str, str], key: str) -> None:
+        """Read what Triton compiled, when it is loaded."""
         self.texts[key] = Path(files[f"{name}.ttir"]).read_text(encoding="utf-8")
 
 

@@ -137,6 +137,18 @@ def test_the_byte_report(tmp_path, backend):
 
 
 @pytest.mark.slow
+def test_the_committed_bytes_are_those_of_the_kernels(tmp_path):
+    """At LLaVA-7B's size, where they also meet the bar."""
+    out = tmp_path / "bytes.json"
+    run_script("benchmarks/bytes_report.py", "--out", str(out))
+    committed = ROOT / "benchmarks" / "results" / "cpu" / "bytes.json"
+    now, then = (json.loads(path.read_text(encoding="utf-8")) for path in (out, committed))
+    assert now["summary"] == then["summary"] and all(bar["met"] for bar in now["summary"])
+    counted = [{(row["implementation"], row["dropout"]): row["bytes"] for row in told["rows"]} for told in (now, then)]
+    assert counted[0] == counted[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_the_launch_path(tmp_path, backend):
     out = tmp_path / "path.json"
