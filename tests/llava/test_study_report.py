@@ -86,6 +86,14 @@ def test_the_pages_commands_find_the_raw_results(tmp_path, monkeypatch, capsys):
     assert "give a folder with raw results as --results" in capsys.readouterr().err
 
 
+def test_the_quick_plan_is_that_of_the_quick_study(tmp_path, capsys):
+    """Four methods on one suite: a seed of each, and three rates of each but the untuned one."""
+    main(["study", "plan", "--quick", "--results", str(tmp_path), "--seconds", "40"])
+    said = capsys.readouterr().out
+    assert "| 1 | conflict8 | untuned, lora_r4, paper, tied_text_balanced | 1 | 13 |" in said
+    assert "13 runs at least, 0.1 hours of one core" in said and "Steps of a run: conflict8 150." in said
+
+
 def test_what_is_no_raw_result_is_refused(tmp_path):
     (tmp_path / "x.json").write_text("{}")
     with pytest.raises(ValueError, match="is no raw result"):

@@ -35,15 +35,17 @@ def run(options: argparse.Namespace) -> None:
     from ..study import base, plan, report, timing, work
 
     results = options.results or (QUICK_RESULTS if options.quick else RESULTS)
+    recipe, *planned = (
+        (base.QUICK, plan.QUICK, plan.QUICK_STEPS) if options.quick else (base.Recipe(), plan.FULL, plan.STEPS)
+    )
     if options.what == "plan":
-        print(report.plan_text(results / "runs", options.seconds))
+        print(report.plan_text(results / "runs", options.seconds, *planned))
         return
     if options.what == "time":
-        timing.write(results, base.make(base.QUICK if options.quick else base.Recipe(), results))
+        timing.write(results, base.make(recipe, results))
     if options.what == "run":
-        sizes = (base.QUICK, plan.QUICK, plan.QUICK_STEPS) if options.quick else (base.Recipe(), plan.FULL, plan.STEPS)
         work.go_on(
-            results, *sizes, workers=options.workers, count=160 if options.quick else None,
+            results, recipe, *planned, workers=options.workers, count=160 if options.quick else None,
             seconds=options.minutes and 60 * options.minutes,
         )  # fmt: skip
     print(report.write(results))

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean, median
 
@@ -123,12 +124,18 @@ def provenance(found: list[Record]) -> str:
 `mixlora study run` goes on with what is missing."""
 
 
-def plan_text(folder: Path, seconds: float | None = None) -> str:
+def plan_text(
+    folder: Path,
+    seconds: float | None = None,
+    waves: tuple[plan.Wave, ...] = plan.FULL,
+    steps: Mapping[str, int] = plan.STEPS,
+) -> str:
     """The plan as Markdown: the waves in order, with the number of their runs and the time that they take.
 
     Args:
         folder: the folder of raw results, from which the time of a run is estimated.
         seconds: the time of a run of 400 steps, if there are no raw results.
+        waves, steps: the plan's runs, and the steps of a run of each suite.
 
     Raises:
         ValueError: there is neither.
@@ -143,8 +150,8 @@ def plan_text(folder: Path, seconds: float | None = None) -> str:
             )
         seconds = median(each)
     rows, runs, total = [], 0, 0.0
-    for number, (wave, count) in enumerate(plan.least().items(), 1):
-        lengths = mean(plan.steps(suite, method) for suite in wave.suites for method in wave.methods)
+    for number, (wave, count) in enumerate(plan.least(waves).items(), 1):
+        lengths = mean(plan.steps(suite, method, steps) for suite in wave.suites for method in wave.methods)
         takes = count * seconds * lengths / 400
         runs, total = runs + count, total + takes
         rows.append([
@@ -157,5 +164,5 @@ def plan_text(folder: Path, seconds: float | None = None) -> str:
         "beyond them while the best is at an end, which the counts leave out.\n\n"
         + grid(["wave", "suites", "methods", "seeds", "runs at least", "hours of one core"], rows)
         + f"\n\n{runs} runs at least, {total / 3600:.1f} hours of one core, {total / 7200:.1f} on two: {seconds:.0f} s "
-        f"of computing for a run of 400 steps. Steps of a run: {', '.join(f'{k} {v}' for k, v in plan.STEPS.items())}."
+        f"of computing for a run of 400 steps. Steps of a run: {', '.join(f'{k} {v}' for k, v in steps.items())}."
     )
