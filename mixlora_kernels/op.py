@@ -115,7 +115,7 @@ def _group(
     given, seeds = context.routing, None
     if given is not None:
         check_routing(given, config, G, instances.count)
-        given = given.contiguous()
+        given = given.prepare(torch.promote_types(x.dtype, torch.float32))
     elif not routes:
         given, seeds = _draw(G, instances.count, config, x, bool(p))
     if p and seeds is None:

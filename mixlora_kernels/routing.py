@@ -27,11 +27,13 @@ class Routing(NamedTuple):
         """The same routing without its autograd graph, to be kept beyond one step."""
         return Routing(*(tensor.detach() for tensor in self))
 
-    def contiguous(self) -> "Routing":
-        """The same routing with contiguous tensors; itself if they are."""
-        if all(tensor.is_contiguous() for tensor in self):
+    def prepare(self, dtype: torch.dtype) -> "Routing":
+        """The same routing with contiguous tensors and a gate of this precision at least; itself if it has them. A
+        product with a gate of lower precision would be rounded to that."""
+        if self.gate.dtype is dtype and all(tensor.is_contiguous() for tensor in self):
             return self
-        return Routing(*(tensor.contiguous() for tensor in self))
+        index_a, index_b, gate, probs_a, probs_b = (tensor.contiguous() for tensor in self)
+        return Routing(index_a, index_b, gate.to(torch.promote_types(gate.dtype, dtype)), probs_a, probs_b)
 
     def member(self, g: int) -> "Routing":
         """The routing of sibling g, from a group's routing with tensors [G, B, ...]."""
@@ -87,8 +89,9 @@ class Instances(NamedTuple):
         """Sum over each instance's tokens: [B, L, K] or [N, K] -> [B, K]. The adjoint of ``expand``."""
         if self.length is not None:
             return values.sum(dim=1, dtype=dtype)
-        total = values.new_zeros(self.count, values.shape[-1], dtype=dtype)
-        return total.index_add_(0, packed(self.segment), values.to(dtype))
+        running = running_dtype(dtype, values.device)
+        total = values.new_zeros(self.count, values.shape[-1], dtype=running)
+        return total.index_add_(0, packed(self.segment), values.to(running)).to(dtype)
 
 
 class RoutingContext(NamedTuple):
@@ -164,6 +167,12 @@ def find_instances(x: Tensor, context: RoutingContext, needs_mean: bool) -> Inst
     _check_pooled(instances)
     mean_weights = _find_mean_weights(instances, torch.promote_types(x.dtype, torch.float32))
     return Instances(count, length, cu_seqlens, segment, mask, mean_weights)
+
+
+def running_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype for a sum in ``dtype`` to which ``index_add_`` adds one token after the other: float64 on a CPU, where
+    the errors of a long running sum in float32 would add up. On a GPU, float64 would cost too much."""
+    return torch.float64 if dtype is torch.float32 and device.type == "cpu" else dtype
 
 
 def packed(tensor: Tensor | None) -> Tensor:

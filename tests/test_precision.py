@@ -100,3 +100,35 @@ def test_backward_under_autocast_is_the_backward_outside():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = torch.autograd.grad(y.square().sum(), [x, layer.adapter.lora_A])
     assert all(torch.equal(a, b) for a, b in zip(inside, outside))
+
+
+@pytest.mark.parametrize("form", ["rows", "masked", "packed", "float16"])
+def test_a_long_mean_of_equal_tokens_is_the_token(form):
+    """A running sum of 20,000 float32 numbers would be wrong in the fifth digit, and shift every probability."""
+    L, kind = 20_000, torch.float16 if form == "float16" else torch.float32
+    token = (0.1 + 0.01 * torch.arange(16.0)).to(kind)
+    x = token.expand(1, L, 16).contiguous()
+    torch.manual_seed(0)
+    layer = mk.MixLoRALinear(16, 12, mk.MixLoRAConfig(r=4, num_factors=16), dtype=kind)
+    with torch.no_grad():
+        layer.adapter.router_A.normal_()
+    context = None
+    if form == "masked":
+        x = torch.cat((x, torch.zeros(1, 1, 16)), 1)
+        context = mk.RoutingContext(torch.arange(L + 1)[None] < L)
+    elif form == "packed":
+        context = mk.RoutingContext(cu_seqlens=torch.tensor([0, L]))
+    _, routing = layer(x, context, return_routing=True)
+    wanted = torch.softmax(layer.adapter.router_A.double() @ token.double(), 0)
+    assert relative_error(routing.probs_a[0], wanted) <= 1e-6
+
+
+def test_the_gates_gradient_of_a_long_instance():
+    """A sum over tokens, packed as in rows."""
+    L, found = 20_000, []
+    layer = make_layer(dtype=torch.float32)
+    x = make_input(1, 1, 12, dtype=torch.float32).detach().expand(1, L, 12).contiguous()
+    for context in (None, mk.RoutingContext(cu_seqlens=torch.tensor([0, L]))):
+        y = layer(x, context)
+        found.append(torch.autograd.grad(y.sum(), layer.adapter.router_A)[0])
+    assert relative_error(*found) <= 1e-6

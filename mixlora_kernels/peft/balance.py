@@ -35,7 +35,7 @@ def add_balance_loss(output: Any, passes: "Sequence[ForwardPass]", inputs: Model
     if not balanced or not torch.is_grad_enabled() or not any(forward_pass.training for forward_pass in balanced):
         return output
     loss = output[0] if isinstance(output, tuple) else getattr(output, "loss", None)
-    if not inputs.has_labels or not isinstance(loss, Tensor):
+    if not inputs.has_labels or not isinstance(loss, Tensor) or loss.dim():  # some models give (logits, loss)
         return _warn(WITHOUT_LOSS, output)
     added = _weighted_loss(balanced)
     if not added.requires_grad:

@@ -1,8 +1,7 @@
 """Find a decoder's cache of keys and values, by its type and not by the name of its argument.
 
 The name has changed: ``past_key_values`` up to transformers 5.23, ``cache`` from 5.24 on. If the cache were missed,
-    each
-generated token would be routed anew. Therefore an argument that looks like a cache of an unknown kind is refused.
+each generated token would be routed anew. Therefore an argument that looks like a cache of an unknown kind is refused.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,13 +30,17 @@ class KeptRouting:
         length: number of tokens of the prefill.
         routings: the routing of each layer, by (layer, adapter).
         repeated: the layers that ran more than once in the prefill, of which only the last routing is known.
+        rows: the rows of the prefill that had each adapter, by its name; None: all.
         seen: number of tokens that followed the prefill.
     """
 
     ATTRIBUTE = "_mixlora_routing"
 
-    def __init__(self, length: int, routings: dict[tuple[str, str], Recorded], repeated: frozenset[str] = frozenset()):
-        self.length, self.routings, self.repeated, self.seen = length, routings, repeated, 0
+    def __init__(
+        self, length: int, routings: dict[tuple[str, str], Recorded], repeated: frozenset[str],
+        rows: dict[str, tuple[int, ...] | None],
+    ):  # fmt: skip
+        self.length, self.routings, self.repeated, self.rows, self.seen = length, routings, repeated, rows, 0
 
 
 class Past(NamedTuple):
@@ -77,11 +80,15 @@ class Past(NamedTuple):
             "empty cache, and assist with a model without such an adapter"
         )
 
-    def routing_of(self, keys: Sequence[str], name: str, rows: int) -> Routing:
-        """The routing that the prefill found for the G layers, [G, rows, ...].
+    def routing_of(self, keys: Sequence[str], name: str, rows: tuple[int, ...] | None, count: int) -> Routing:
+        """The routing that the prefill found for the G layers, [G, count, ...].
+
+        Args:
+            keys, name: the layers' names and the adapter's.
+            rows: the rows of the forward that have the adapter; None: all. ``count`` is their number.
 
         Raises:
-            ValueError: the prefill found none, or none for so many rows, or several.
+            ValueError: the prefill found none, or none for these rows, or several.
         """
         routings = {} if self.kept is None else self.kept.routings
         found = [routings[key, name] for key in keys if (key, name) in routings]
@@ -102,11 +109,16 @@ class Past(NamedTuple):
                 "tokens: leave it out of target_modules, or use decode='token'"
             )
         routing = join(found)
-        kept_rows = routing.index_a.shape[-2]
-        if kept_rows == 1 and rows > 1:  # one instance with several continuations
-            return Routing(*(tensor.expand(-1, rows, -1) for tensor in routing))
+        kept_count, kept_rows = routing.index_a.shape[-2], self.kept.rows.get(name)
+        if kept_count == 1 and kept_rows is None:  # one instance, perhaps with several continuations
+            return Routing(*(tensor.expand(-1, count, -1) for tensor in routing))
+        if kept_count != count:
+            raise ValueError(f"the cache was filled for {kept_count} rows, the forward has {count}")
         if kept_rows != rows:
-            raise ValueError(f"the cache was filled for {kept_rows} rows, the forward has {rows}")
+            raise ValueError(
+                f"adapter {name!r} had the rows {kept_rows or 'all'} when the cache was filled, and has "
+                f"{rows or 'all'} now: give adapter_names in the order of the prompts"
+            )
         return routing
 
 

@@ -69,6 +69,7 @@ class ForwardPass:
         self._contexts: dict[tuple[str, str, str], RoutingContext] = {}
         self._instances: dict[tuple, Instances] = {}
         self._repeated: set[str] = set()
+        self._rows: dict[str, tuple[int, ...] | None] = {}
         self._tokens: tuple[Tensor | None, Tensor | None] | None = None
 
     def record(self, key: str, name: str, routing: Routing, g: int) -> None:
@@ -80,7 +81,8 @@ class ForwardPass:
     def keep_routing(self, cache: Any) -> None:
         """Keep the recorded routings in a cache that this forward has filled, for the tokens that follow."""
         prompt = self.L - max(self.keep - 1, 0)
-        setattr(cache, KeptRouting.ATTRIBUTE, KeptRouting(prompt, self.routings, frozenset(self._repeated)))
+        kept = KeptRouting(prompt, self.routings, frozenset(self._repeated), self._rows)
+        setattr(cache, KeptRouting.ATTRIBUTE, kept)
 
     def prepare(
         self, keys: Sequence[str], name: str, config: MixLoRAConfig, x: Tensor, rows: list[int] | None = None
@@ -96,6 +98,7 @@ class ForwardPass:
             ValueError: routing depends on the tokens, and x does not have the forward's tokens; or the forward's
                 arguments contradict one another, or one is missing.
         """
+        self._rows[name] = None if rows is None or len(rows) == self.B else tuple(rows)
         x, context = self._prepare(keys, name, config, x, rows)
         context = context.to(x.device)  # the model's layers may be on several devices
         if rows is not None:
@@ -135,11 +138,14 @@ class ForwardPass:
         if self.cached and config.decode == "prompt":
             if self.L > 1:
                 self.past.check_chunks(self.L, verifies=self.keep == self.L)
-            routing = self.past.routing_of(keys, name, B)
+            routing = self.past.routing_of(keys, name, self._rows[name], B)
             return (x if fits else rows_as_instances(x)), RoutingContext(routing=routing)
         context = self._context(config)
         if not fits:
-            if context.mask is None and context.cu_seqlens is None and x.shape[0] == B and x.dim() <= 3:
+            # A head that gets the last tokens alone has rows as well, and would be routed by these tokens.
+            last = x.dim() == 3 and x.shape[1] == self.inputs.logits_to_keep
+            whole = context.mask is None and context.cu_seqlens is None
+            if whole and x.shape[0] == B and x.dim() <= 3 and not last:
                 return rows_as_instances(x), context if rows is None else _of_rows(context, rows)
             raise ValueError(
                 f"{keys[0]} gets an input of shape {tuple(x.shape)}, the forward's tokens are {(B, self.L)}: MixLoRA "
@@ -208,9 +214,12 @@ class ForwardPass:
                 starts[:, 0] = True
         elif self.cached and self.L > 1 and self.keep == self.L:
             starts = torch.ones(self.B, self.L, dtype=torch.bool, device=self._device)
-        cu_seqlens = None if starts is None else cumulative_lengths(starts)
-        count = self.B if cu_seqlens is None else len(cu_seqlens) - 1
-        task, task_mask = (_expand_rows(tensor, count) for tensor in (task, task_mask))
+        cu_seqlens = None
+        if starts is not None:
+            cu_seqlens = cumulative_lengths(starts)
+            mask = None if mask is None else mask.reshape(1, -1)  # of the rows end to end
+        elif self.inputs.repeats_task:
+            task, task_mask = (_expand_rows(tensor, self.B) for tensor in (task, task_mask))
         return RoutingContext(mask=mask, cu_seqlens=cu_seqlens, task=task, task_mask=task_mask)
 
     def _last(self, count: int) -> Tensor:

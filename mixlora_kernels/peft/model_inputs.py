@@ -14,6 +14,7 @@ class ModelInputs:
         labels: [B, L], the tokens to predict. Labels of other shapes, such as a classifier's, are ignored.
         logits_to_keep: the number of last tokens whose logits are computed.
         task, task_mask: a task embedding and its mask.
+        repeats_task: whether the embedding is repeated for beams and returned sequences.
         generates: whether the model can generate. Only then are labels tokens.
         media_ids: the result of ``media.media_ids`` for the model.
         input_ids: [B, L], the ids of the tokens, if the model got them.
@@ -24,12 +25,12 @@ class ModelInputs:
     def __init__(
         self, labels: Tensor | None = None, logits_to_keep: Any = None, task: Tensor | None = None,
         task_mask: Tensor | None = None, generates: bool = True, media_ids: tuple[int, ...] | str = (),
-        input_ids: Tensor | None = None, items: Any = None, continues: bool = False,
+        input_ids: Tensor | None = None, items: Any = None, continues: bool = False, repeats_task: bool = True,
     ):  # fmt: skip
         self.has_labels, self.continues = labels is not None, continues
         self.labels = labels if generates and labels is not None and labels.dim() == 2 else None
         self.logits_to_keep = logits_to_keep if isinstance(logits_to_keep, int) else 0
-        self.task, self.task_mask, self.generates = task, task_mask, generates
+        self.task, self.task_mask, self.repeats_task, self.generates = task, task_mask, repeats_task, generates
         self.media_ids, self.input_ids, self.items = media_ids, input_ids, items
 
 
@@ -41,7 +42,9 @@ def by_name(module: nn.Module, args: tuple, kwargs: dict) -> dict:
 def uncached_ids(named: dict, training: bool) -> Tensor | None:
     """The ids [B, L] of a decoder's tokens, from a whole model's arguments by name, if the forward may be a step of
     ``generate(use_cache=False)``: it is told to make no cache, and gets no labels. None otherwise."""
-    if training or named.get("use_cache") is not False or named.get("labels") is not None:
+    if training and torch.is_grad_enabled():
+        return None
+    if named.get("use_cache") is not False or named.get("labels") is not None:
         return None
     if torch.compiler.is_compiling():  # a compiled graph cannot compare values
         return None

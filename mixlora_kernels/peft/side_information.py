@@ -118,13 +118,14 @@ class SideInformation:
             )
         named, running = by_name(module, args, kwargs), self.running
         task, task_mask = running.task
-        if "task_embedding" in kwargs:
+        given = "task_embedding" in kwargs
+        if given:
             kwargs = dict(kwargs)
             task, task_mask = kwargs.pop("task_embedding"), kwargs.pop("task_mask", None)
         ids = uncached_ids(named, module.training)
         inputs = ModelInputs(
             named.get("labels"), named.get("logits_to_keep"), task, task_mask, self._generates, self._media_ids,
-            named.get("input_ids"), named.get("num_items_in_batch"), grows(ids, running.uncached),
+            named.get("input_ids"), named.get("num_items_in_batch"), grows(ids, running.uncached), not given,
         )  # fmt: skip
         running.enter(inputs)
         running.uncached = ids
@@ -142,7 +143,7 @@ class SideInformation:
         if inputs is not None:  # all of the encoder's tokens are prompt; the labels belong to the decoder
             inputs = ModelInputs(
                 task=inputs.task, task_mask=inputs.task_mask, generates=False, media_ids=inputs.media_ids,
-                input_ids=inputs.input_ids,
+                input_ids=inputs.input_ids, repeats_task=inputs.repeats_task,
             )  # fmt: skip
         self._enter(module, args, kwargs, inputs)
 

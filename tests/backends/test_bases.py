@@ -69,3 +69,20 @@ def test_a_sibling_without_a_gradient(backend, device):
     factors = [layer.adapter.factors] * 2
     (_, y), _ = mk.mixlora_siblings(x, [frozen, frozen], factors, layer.config, both, backend=backend)
     assert torch.equal(torch.autograd.grad(y, x, dy)[0], expected)
+
+
+@needs_triton
+@pytest.mark.parametrize("double", ["lora_A", "lora_B", "router_A"])
+def test_parameters_in_float64(double, device):
+    """Triton's interpreter converts float64 to bfloat16 wrongly; the kernels get float32."""
+    layer = make_layer(20, 37, dtype=torch.bfloat16, backend="triton").to(device)
+    x = make_input(2, 5, 20, dtype=torch.bfloat16).detach().to(device).requires_grad_()
+    outputs = []
+    for dtype in (torch.float32, torch.float64):
+        parameter = torch.nn.Parameter(getattr(layer.adapter, double).detach().to(dtype))
+        setattr(layer.adapter, double, parameter)
+        y = layer(x)
+        dx, gradient = torch.autograd.grad(y.square().sum(), [x, parameter])
+        assert gradient.dtype == dtype
+        outputs.append((y, dx, gradient.float()))
+    assert outputs[0][0].isfinite().all() and all(map(torch.equal, *outputs))

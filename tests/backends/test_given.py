@@ -59,3 +59,21 @@ def test_a_factor_may_be_paired_twice_in_decoding(backend, tokens, device):
         with torch.no_grad():
             found.append(layer.eval()(x, context))
     assert relative_error(*found) <= CLOSE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [5, 20])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_a_gate_of_low_precision_is_a_number_like_any_other(backend, tokens, dtype, device):
+    """The scale, 14 / 3 here, is not rounded to the gate's dtype; nor are the factors' gradients."""
+    found = []
+    for kind in (torch.float32, dtype):
+        layer, x, context = prepare(backend, [0, 1, 2], [3, 4, 5], tokens, device)
+        index_a, index_b, gate, *probs = context.routing
+        gate = gate.detach().to(kind).requires_grad_()  # 0.5, 1, 2 and 3, which both hold
+        y = layer(x, mk.RoutingContext(routing=mk.Routing(index_a, index_b, gate, *probs)))
+        inputs = [x, layer.adapter.lora_A, layer.adapter.lora_B, gate]
+        *gradients, dgate = torch.autograd.grad(y.square().sum(), inputs)
+        assert dgate.dtype == kind
+        found.append((y, *gradients, dgate.to(dtype)))
+    assert all(map(torch.equal, *found))

@@ -82,19 +82,53 @@ def test_a_kept_routing(backend, form, device):
     assert all(map(torch.equal, *outputs))
 
 
+class ChannelsFirst(torch.nn.Module):
+    """A frozen base whose output has its channels first in memory."""
+
+    in_features, out_features = 12, 20
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv1d(12, 20, 1)
+
+    def forward(self, x):
+        return self.convolution(x.mT).mT
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bases_output_while_decoding(backend, device):
+    torch.manual_seed(0)
+    layer = mk.MixLoRALinear.from_linear(ChannelsFirst(), mk.MixLoRAConfig(r=3, num_factors=7)).to(device).eval()
+    torch.nn.init.normal_(layer.adapter.lora_B)
+    layer.backend, x = backend, torch.randn(1, 3, 12, device=device)
+    assert layer.base_layer(x).stride() == (60, 1, 3)
+    with torch.no_grad():
+        y, routing = layer(x, return_routing=True)
+        assert relative_error(layer(x, mk.RoutingContext(routing=routing)), y) < CLOSE
+
+
 @needs_triton
-def test_forward_mode_is_refused_not_lost(device):
+@pytest.mark.parametrize("what", ["x", "lora_A", "lora_B", "gate"])
+def test_forward_mode_is_refused_not_lost(what, device):
     """A kernel would drop the update's tangent."""
     layer = make_layer(dtype=torch.float32, backend="triton").to(device).requires_grad_(False).eval()
     x = make_input(2, 1, 12).detach().float().to(device)
     _, routing = layer(x, return_routing=True)
-    context = mk.RoutingContext(routing=routing)
+    varied = {"x": x, "gate": routing.gate, "lora_A": layer.adapter.lora_A, "lora_B": layer.adapter.lora_B}
+    base = mk.FrozenLinear(layer.base_layer.weight, layer.base_layer.bias)
+
+    def compute(value, backend):
+        x, gate, *pools = ((varied | {what: value})[name] for name in varied)
+        factors = mk.Factors(*pools, *layer.adapter.factors[2:])
+        context = mk.RoutingContext(routing=mk.Routing(*routing[:2], gate, *routing[3:]))
+        return mk.mixlora(x, base, factors, layer.config, context, backend=backend)[0]
+
+    value = varied[what]
     with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
-        layer(forward_ad.make_dual(x, torch.ones_like(x)), context)
-    layer.backend = "torch"  # which differentiates it
-    with forward_ad.dual_level():
-        y = layer(forward_ad.make_dual(x, torch.ones_like(x)), context)
+        compute(forward_ad.make_dual(value, torch.ones_like(value)), "triton")
+    with forward_ad.dual_level():  # plain torch differentiates it
+        y = compute(forward_ad.make_dual(value, torch.ones_like(value)), "torch")
         tangent = forward_ad.unpack_dual(y).tangent
     step = 1e-3
-    wanted = (layer(x + step, context) - layer(x - step, context)) / (2 * step)
+    wanted = (compute(value + step, "torch") - compute(value - step, "torch")) / (2 * step)
     assert relative_error(tangent, wanted) < 1e-3

@@ -149,3 +149,27 @@ def test_a_classifiers_loss_has_it():
         model = adapt(classifier, balance=weight, task_type="SEQ_CLS", **TIED).train()
         losses.append(model(**given).loss.item())
     assert losses[0] - losses[1] == pytest.approx(0.5 * expected(model), rel=1e-4)
+
+
+class LogitsFirst(torch.nn.Module):
+    """A model of one's own that returns (logits, loss)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.q_proj = torch.nn.Embedding(96, 32), torch.nn.Linear(32, 96)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.q_proj(self.embedding(input_ids))
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_logits_are_no_loss():
+    ids, found = torch.arange(24).view(3, 8) + 3, []
+    for weight in (0.5, 0.0):
+        model = adapt(LogitsFirst(), balance=weight, target_modules=["q_proj"], task_type=None).train()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found.append(model(input_ids=ids, labels=ids))
+        assert any("balance has no effect" in str(one.message) for one in caught) == bool(weight)
+    assert all(map(torch.equal, *found))

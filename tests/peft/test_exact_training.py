@@ -196,6 +196,21 @@ def test_packing_of_several_rows():
     check(model, logits, *expected)
 
 
+def test_the_prompts_of_several_packed_rows():
+    """pool="prompt" with labels: each instance is routed by its own prompt."""
+    model = adapt(build(), pool="prompt")
+    instances, ends = prompts(3, lengths=(9, 4, 5)), (4, 2, 3)
+    labels = [tokens.clone() for tokens in instances]
+    for label, end in zip(labels, ends):
+        label[:end] = -100
+    alone = [model(input_ids=t[None], labels=label[None]).logits[0] for t, label in zip(instances, labels)]
+    ids, label = (torch.stack((rows[0], torch.cat(rows[1:]))) for rows in (instances, labels))
+    positions = torch.stack((torch.arange(9), torch.cat((torch.arange(4), torch.arange(5)))))
+    logits = model(input_ids=ids, labels=label, position_ids=positions, use_cache=False).logits
+    for found, wanted in zip((logits[0], logits[1, :4], logits[1, 4:]), alone):
+        assert relative(found, wanted) < TOLERANCE
+
+
 @pytest.mark.parametrize("form", ["padded", "packed"])
 def test_only_the_prompt_routes_where_it_is_told_to(form):
     """pool="prompt": training routes as generation will, so the answer may be anything."""

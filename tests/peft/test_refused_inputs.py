@@ -276,3 +276,52 @@ def test_every_name_of_a_mask_beside_an_input_without_tokens(name):
         forward_pass = ForwardPass(None, {name: mask}, ModelInputs(), False, find_past({}, None))
         with pytest.raises(ValueError, match=f"^{name} marks padding"):
             forward_pass.prepare(["layers.0.q"], "default", ConditionalMixLoRAConfig(), torch.zeros(2, 3, 4))
+
+
+def test_a_head_that_gets_the_last_token_alone():
+    """generate() asks for the logits of one token: the head's mean over the prompt cannot be computed from it."""
+    model = adapt(build(), target_modules=["lm_head"]).eval()
+    assert model(input_ids=IDS).logits.isfinite().all()
+    for call in (lambda: model(input_ids=IDS, logits_to_keep=1), lambda: model.generate(input_ids=IDS)):
+        with pytest.raises(ValueError, match=r"lm_head gets an input of shape \(2, 1, .*leave this layer out"):
+            call()
+
+
+def test_rows_that_had_another_adapter_in_the_prompt():
+    model, token = adapt(build()), IDS[:, :1]
+    names = ["default", "__base__"]
+    for later, message in (
+        ({}, "filled for 1 rows, the forward has 2"),
+        (
+            {"adapter_names": names[::-1]},
+            r"'default' had the rows \(0,\) when the cache was filled, and has \(1,\) now",
+        ),
+    ):
+        with torch.no_grad():
+            cache = model(input_ids=IDS, adapter_names=names, use_cache=True).past_key_values
+            kept = copy.deepcopy(cache)
+            with pytest.raises(ValueError, match=message):
+                model(input_ids=token, past_key_values=cache, **later)
+            found = model(input_ids=token, past_key_values=kept, adapter_names=names).logits[0]
+            cache = model(input_ids=IDS[:1], use_cache=True).past_key_values
+            assert torch.allclose(found, model(input_ids=token[:1], past_key_values=cache).logits[0], atol=1e-5)
+
+
+def test_generation_without_a_cache_in_training_mode():
+    with pytest.raises(ValueError, match="MixLoRA cannot tell which of them are the prompt"):
+        adapt(build()).train().generate(input_ids=IDS, use_cache=False, max_new_tokens=3, eos_token_id=None)
+
+
+def test_fewer_task_embeddings_than_instances():
+    """Only for beams and returned sequences is one repeated, and then row by row."""
+    model, task = adapt(build(), routing="task", task_dim=4), torch.randn(2, 4)
+    four = {"input_ids": IDS.repeat(2, 1)}
+    packed = {"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2], [0, 1, 0, 1, 2, 3]])}
+    for batch in (four, packed):
+        with pytest.raises(ValueError, match=r"task must have the shape .* with B=4"):
+            model(**batch, task_embedding=task)
+    with task_embedding(model, task):
+        with pytest.raises(ValueError, match=r"task must have the shape .* with B=4"):
+            model(**packed)
+        repeated = model(**four).logits
+    assert torch.equal(repeated, model(**four, task_embedding=task[[0, 0, 1, 1]]).logits)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ...routing import Instances, Routing, can_look
+from ...routing import Instances, Routing, can_look, running_dtype
 from ..base import Gradients, Group, Needs, Saved
 from .dropout import project_dropped, project_dropped_backward
 from .rank_r import add, choose_rows, collect, pick, products
@@ -84,15 +84,20 @@ def mean(x: Tensor, instances: Instances, dtype: torch.dtype) -> Tensor:
     # Sum x directly if that makes no copy. On a CPU, a sum in another dtype first converts all of x.
     if mask is None and instances.length is not None and (x.dtype == dtype or not look):
         return instances.by_token(x).sum(dim=1, dtype=dtype) * instances.mean_weight()
-    total = x.new_zeros(instances.count, x.shape[1], dtype=dtype)
+    total = x.new_zeros(instances.count, x.shape[1], dtype=running_dtype(dtype, x.device) if look else dtype)
     instance = instances.instance_of_token(x.device)
     for rows in _blocks(x):
         part = x[rows].to(dtype)
         if mask is not None and not (look and mask[rows].all()):
             # Not multiplied by 0, because padding may hold infinite values.
             part = part.masked_fill(~mask[rows, None], 0)
-        total.index_add_(0, instance[rows], part)
-    return total * instances.mean_weight()
+        if look:  # a block's sums first: one running sum of all tokens would add up their rounding errors
+            first, last = instance[rows][[0, -1]].tolist()
+            sums = part.new_zeros(last - first + 1, part.shape[1]).index_add_(0, instance[rows] - first, part)
+            total[first : last + 1] += sums
+        else:
+            total.index_add_(0, instance[rows], part)
+    return total.to(dtype) * instances.mean_weight()
 
 
 def _mean_backward(dx: Tensor, dpooled: Tensor, instances: Instances) -> None:

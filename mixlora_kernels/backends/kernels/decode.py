@@ -8,6 +8,7 @@ once more costs less than a second launch. Products and sums are float32.
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,18 +27,28 @@ MOST_PAIRS = 64
 def decodes(group: Group) -> bool:
     """``Backend.decodes``. Not for forward-mode differentiation, which the kernel knows nothing of; ``Node`` refuses
     it."""
-    return len(group.x) * group.options.r <= MOST_PAIRS and forward_ad.unpack_dual(group.x).tangent is None
+    if len(group.x) * group.options.r > MOST_PAIRS:
+        return False
+    read = [group.x, *(pool for own in group.factors for pool in (own.lora_A, own.lora_B))]
+    if group.given is not None:
+        read.append(group.given.gate)
+    return all(forward_ad.unpack_dual(tensor).tangent is None for tensor in read)
 
 
 def decode(group: Group) -> Sequence[Tensor]:
     """``Backend.decode``."""
     x, instances, routing = group.x, group.instances, group.given
-    ys = [frozen_product(x, *base) if isinstance(base, FrozenLinear) else base.clone() for base in group.bases]
+    ys = [frozen_product(x, *base) if isinstance(base, FrozenLinear) else dense(base) for base in group.bases]
     DECODE.on(x)(
         ys, x, [own.lora_A for own in group.factors], [own.lora_B for own in group.factors], routing.index_a,
         routing.index_b, routing.gate, group.options.scale, instances.segment, instances.count, instances.length or 0,
     )  # fmt: skip
     return ys
+
+
+def dense(y: Tensor) -> Tensor:
+    """A copy in which the elements of a row are neighbours; a plain clone keeps the strides of a transposed tensor."""
+    return y.clone(memory_format=torch.contiguous_format)
 
 
 @triton.jit(do_not_specialize=["scale", "B", "L"])

@@ -71,11 +71,14 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def as_pools(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The siblings' pools for a kernel, which takes a tuple of pointers of one type."""
+    """The siblings' pools for a kernel, which takes a tuple of pointers of one type: at most float32, in which the
+    kernels compute."""
     for tensor in tensors:
-        if tensor.dtype is not tensors[0].dtype or not tensor.is_contiguous():
-            dtype = tensor.dtype if len({tensor.dtype for tensor in tensors}) == 1 else torch.float32
-            return tuple(tensor.to(dtype).contiguous() for tensor in tensors)
+        dtype = tensor.dtype
+        if dtype is not tensors[0].dtype or dtype is torch.float64 or not tensor.is_contiguous():
+            if dtype is torch.float64 or any(other.dtype is not dtype for other in tensors):
+                dtype = torch.float32
+            return tuple(own.to(dtype).contiguous() for own in tensors)
     return tuple(tensors)
 
 
