@@ -22,6 +22,11 @@ MUTATIONS = [
         "tests/backends/test_siblings.py::test_as_single_layers",
     ),
     Mutation(
+        "decode: a transposed output is copied as it lies", f"{_KERNELS}/decode.py",
+        "y.clone(memory_format=torch.contiguous_format)", "y.clone()",
+        "tests/backends/test_strided.py::test_a_bases_output_while_decoding",
+    ),
+    Mutation(
         "pool: the mean is a sum", f"{_KERNELS}/pool.py",
         "row = tl.sum(total, 0) * token_weight", "row = tl.sum(total, 0)", _MODE,
     ),

@@ -9,6 +9,16 @@ _EVERY_MODE = "tests/test_functional.py::test_every_mode"
 
 MUTATIONS = [
     Mutation(
+        "operation: a given gate keeps its low precision", "mixlora_kernels/routing.py",
+        "gate.to(torch.promote_types(gate.dtype, dtype))", "gate",
+        "tests/backends/test_given.py::test_a_gate_of_low_precision_is_a_number_like_any_other",
+    ),
+    Mutation(
+        "project: one running sum for a long mean", "mixlora_kernels/backends/eager/project.py",
+        "sums = part.new_zeros(last - first + 1, part.shape[1]).index_add_(0, instance[rows] - first, part)", "sums = part.sum(0)",
+        "tests/test_precision.py::test_a_long_mean_of_equal_tokens_is_the_token",
+    ),
+    Mutation(
         "reference: of equal probabilities the higher index", _REFERENCE,
         "torch.sort(p, descending=True, stable=True).indices[:r]",
         "len(p) - 1 - torch.sort(p.flip(0), descending=True, stable=True).indices[:r]",

@@ -42,8 +42,28 @@ MUTATIONS = [
     ),
     Mutation(
         "shapes: hidden states that begin with the tokens are instances", f"{_PEFT}/forward_pass.py",
-        "and context.cu_seqlens is None and x.shape[0] == B and x.dim() <= 3:", "and context.cu_seqlens is None:",
+        "if whole and x.shape[0] == B and x.dim() <= 3 and not last:", "if whole:",
         "tests/peft/test_refused_inputs.py::test_hidden_states_that_begin_with_the_tokens",
+    ),
+    Mutation(
+        "shapes: a head is routed by the last token", f"{_PEFT}/forward_pass.py",
+        "x.dim() <= 3 and not last:", "x.dim() <= 3:",
+        "tests/peft/test_refused_inputs.py::test_a_head_that_gets_the_last_token_alone",
+    ),
+    Mutation(
+        "shapes: packed rows keep the mask of rows", f"{_PEFT}/forward_pass.py",
+        "mask = None if mask is None else mask.reshape(1, -1)", "pass",
+        "tests/peft/test_exact_training.py::test_the_prompts_of_several_packed_rows",
+    ),
+    Mutation(
+        "cache: a routing is any row's", f"{_PEFT}/cache.py",
+        "if kept_rows != rows:", "if False:",
+        "tests/peft/test_refused_inputs.py::test_rows_that_had_another_adapter_in_the_prompt",
+    ),
+    Mutation(
+        "task: fewer embeddings are repeated in every forward", f"{_PEFT}/forward_pass.py",
+        "elif self.inputs.repeats_task:", "else:",
+        "tests/peft/test_refused_inputs.py::test_fewer_task_embeddings_than_instances",
     ),
     Mutation(
         "devices: the mask stays where it was", f"{_PEFT}/forward_pass.py",
