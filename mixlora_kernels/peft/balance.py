@@ -19,6 +19,11 @@ WITHOUT_LOSS = (
     "could be added to. Let the trainer pass labels to the model (label smoothing and loss functions of your own take "
     "them out), or set balance=0"
 )
+OTHER_LOSS = (
+    "balance has no effect in this training: the trainer computes its loss from the log-probabilities that the model "
+    "returns, as TRL's SFTTrainer does, and ignores the model's loss, which the load-balancing loss is added to. Use "
+    "transformers' Trainer, or set balance=0"
+)
 WITHOUT_GRADIENT = (
     "balance has no effect in this training: the routers' probabilities have no gradient. Checkpoint activations with "
     "gradient_checkpointing_kwargs={'use_reentrant': False}, train the routers, or set balance=0"
@@ -40,7 +45,10 @@ def add_balance_loss(output: Any, passes: "Sequence[ForwardPass]", inputs: Model
     added = _weighted_loss(balanced)
     if not added.requires_grad:
         return _warn(WITHOUT_GRADIENT, output)
-    loss = loss + _part(inputs) * added.to(loss.device, loss.dtype)
+    if getattr(output, "log_probs", None) is not None:
+        return _warn(OTHER_LOSS, output)
+    shifted = all(forward_pass.encoded is None for forward_pass in passes)  # labels of decoders behind encoders are not
+    loss = loss + _part(inputs, shifted) * added.to(loss.device, loss.dtype)
     if isinstance(output, tuple):
         return (loss, *output[1:])
     output.loss = loss
@@ -64,11 +72,13 @@ def _weighted_loss(passes: "Sequence[ForwardPass]") -> Tensor:
     return torch.stack([loss.to(total[0].device) for loss in total]).sum()
 
 
-def _part(inputs: ModelInputs) -> Any:
-    """This batch's part of the optimiser step's labelled tokens; 1 if the model averages over this batch."""
+def _part(inputs: ModelInputs, shifted: bool) -> Any:
+    """This batch's part of the optimiser step's labelled tokens; 1 if the model averages over this batch. ``shifted``:
+    each label is predicted by the token before it, so that the first label is not counted."""
     if inputs.items is None or inputs.labels is None:
         return 1.0
-    return (inputs.labels[:, 1:] != IGNORED).sum() / inputs.items
+    labels = inputs.labels[:, 1:] if shifted else inputs.labels
+    return (labels != IGNORED).sum() / inputs.items
 
 
 def _warn(message: str, output: Any) -> Any:

@@ -13,6 +13,7 @@ from .cache import KeptRouting, Past, uncached_error, unknown_cache_error, unsee
 from .media import find_media, text_of_prompt
 from .model_inputs import ModelInputs
 from .recorded import Recorded
+from .rows import expand_rows, of_rows, rows_as_instances
 from .siblings import Siblings
 from .tokens import (
     IGNORED,
@@ -117,7 +118,7 @@ class ForwardPass:
         if self._is_encoded(x):
             context = self._context(config)
             context = RoutingContext(self._encoder_padding(config), task=context.task, task_mask=context.task_mask)
-            return (x, context) if rows is None else (x[rows], _of_rows(context, rows))
+            return (x, context) if rows is None else (x[rows], of_rows(context, rows))
         if rows is not None:
             x = x[rows]
         if self.shape is None:
@@ -128,7 +129,7 @@ class ForwardPass:
                     "inputs_embeds, so that MixLoRA cannot keep the prompt's routing: leave its layers out of "
                     "target_modules"
                 )
-            return rows_as_instances(x), context if rows is None else _of_rows(context, rows)
+            return rows_as_instances(x), context if rows is None else of_rows(context, rows)
         B, fits = self.B if rows is None else len(rows), True
         if x.shape[:-1] != (B, self.L):
             if x.shape[:-1].numel() == B * self.L and (x.dim() == 2 or x.shape[0] == B):
@@ -146,13 +147,13 @@ class ForwardPass:
             last = x.dim() == 3 and x.shape[1] == self.inputs.logits_to_keep
             whole = context.mask is None and context.cu_seqlens is None
             if whole and x.shape[0] == B and x.dim() <= 3 and not last:
-                return rows_as_instances(x), context if rows is None else _of_rows(context, rows)
+                return rows_as_instances(x), context if rows is None else of_rows(context, rows)
             raise ValueError(
                 f"{keys[0]} gets an input of shape {tuple(x.shape)}, the forward's tokens are {(B, self.L)}: MixLoRA "
                 "cannot tell which of them belong to an instance, so leave this layer out of target_modules"
             )
         if rows is not None:
-            context = _of_rows(context, rows)
+            context = of_rows(context, rows)
         if context.cu_seqlens is not None and B > 1:
             x = x.reshape(1, B * self.L, x.shape[-1])
         return x, context
@@ -219,7 +220,7 @@ class ForwardPass:
             cu_seqlens = cumulative_lengths(starts)
             mask = None if mask is None else mask.reshape(1, -1)  # of the rows end to end
         elif self.inputs.repeats_task:
-            task, task_mask = (_expand_rows(tensor, self.B) for tensor in (task, task_mask))
+            task, task_mask = (expand_rows(tensor, self.B) for tensor in (task, task_mask))
         return RoutingContext(mask=mask, cu_seqlens=cu_seqlens, task=task, task_mask=task_mask)
 
     def _last(self, count: int) -> Tensor:
@@ -281,23 +282,3 @@ class ForwardPass:
 def _kind(config: MixLoRAConfig) -> tuple[str, str, str]:
     """The settings of an adapter that its context depends on."""
     return config.routing, config.pool, config.decode
-
-
-def rows_as_instances(x: Tensor) -> Tensor:
-    """Take each row of an input [B, d_in] as an instance of one token, because nothing tells how they form
-    sequences."""
-    return x.unsqueeze(1) if x.dim() == 2 else x
-
-
-def _of_rows(context: RoutingContext, rows: list[int]) -> RoutingContext:
-    if context.cu_seqlens is not None:
-        raise ValueError("adapter_names chooses an adapter for each row, which packed instances do not have")
-    task, task_mask = (None if tensor is None else tensor[rows] for tensor in (context.task, context.task_mask))
-    return RoutingContext(None if context.mask is None else context.mask[rows], task=task, task_mask=task_mask)
-
-
-def _expand_rows(tensor: Tensor | None, count: int) -> Tensor | None:
-    """Repeat each instance's entry, as generate() repeats rows for beams and returned sequences."""
-    if tensor is None or tensor.shape[0] == count or count % tensor.shape[0]:
-        return tensor
-    return tensor.repeat_interleave(count // tensor.shape[0], dim=0)

@@ -10,7 +10,7 @@ from ..adapter import MixLoRAAdapter, frozen_map
 from ..op import mixlora_siblings
 from ..routing import Routing, RoutingContext
 from .config import ConditionalMixLoRAConfig
-from .forward_pass import rows_as_instances
+from .rows import rows_as_instances
 from .siblings import Family
 from .side_information import SideInformation
 

@@ -96,7 +96,7 @@ MUTATIONS = [
     ),
     Mutation(
         "balance: every accumulated batch adds all of it", f"{_PEFT}/balance.py",
-        "loss = loss + _part(inputs) *", "loss = loss + 1.0 *",
+        "loss = loss + _part(inputs, shifted) *", "loss = loss + 1.0 *",
         "tests/peft/test_balance.py::test_accumulated_batches_add_their_parts",
     ),
     Mutation(

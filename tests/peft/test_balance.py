@@ -173,3 +173,19 @@ def test_logits_are_no_loss():
             found.append(model(input_ids=ids, labels=ids))
         assert any("balance has no effect" in str(one.message) for one in caught) == bool(weight)
     assert all(map(torch.equal, *found))
+
+
+def test_labels_behind_an_encoder_are_all_counted():
+    """They are not shifted: with all tokens of the step in one batch, the whole loss is added."""
+    found = []
+    for weight in (1.0, 0.0):
+        torch.manual_seed(0)
+        config = hf.T5Config(
+            vocab_size=96, d_model=32, d_ff=48, d_kv=8, num_layers=1, num_heads=4, decoder_start_token_id=0,
+            dropout_rate=0.0,
+        )  # fmt: skip
+        model = adapt(hf.T5ForConditionalGeneration(config), balance=weight, task_type="SEQ_2_SEQ_LM", **TIED).train()
+        inputs = {"input_ids": torch.arange(12).view(3, 4) + 3, "labels": torch.tensor([[5], [6], [7]])}
+        found.append([model(**inputs, **extra).loss.item() for extra in ({}, {"num_items_in_batch": 3})])
+    (balanced, divided), (plain, _) = found
+    assert balanced - plain > 1 and divided == pytest.approx(balanced, rel=1e-6)

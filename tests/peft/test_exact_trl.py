@@ -1,5 +1,7 @@
 """TRL's trainers around pool="prompt": the log-probabilities they train on are those that sampling has."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -63,8 +65,24 @@ def train(kind, args, rows, watch, **options):
         for name, parameter in trainer.model.named_parameters():
             if "router" in name:
                 parameter.normal_()
-    trainer.model.register_forward_hook(watch, with_kwargs=True)
+    if watch is not None:
+        trainer.model.register_forward_hook(watch, with_kwargs=True)
     return trainer
+
+
+def test_sft_tells_that_balance_has_no_effect(tmp_path):
+    """The trainer's loss comes from log-probabilities. If that changed, or their name, there would be no warning."""
+    rows, weights = [{"prompt": p + " ", "completion": a} for p, a in zip(PROMPTS, ANSWERS)], []
+    args = trl.SFTConfig(output_dir=str(tmp_path), per_device_train_batch_size=4, max_length=32, **COMMON)
+    for balance in (0.0, 100.0):
+        trainer = train(trl.SFTTrainer, args, rows, None)
+        trainer.model.peft_config["default"].balance = balance
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer.train()
+        assert any("from the log-probabilities" in str(one.message) for one in caught) == bool(balance)
+        weights.append([p.detach().clone() for p in trainer.model.parameters() if p.requires_grad])
+    assert all(map(torch.equal, *weights))
 
 
 def test_sft(tmp_path):
