@@ -99,3 +99,44 @@ def test_a_folder_without_questions_is_refused(tmp_path):
     for place in (tmp_path, tmp_path / "none.jsonl"):
         with pytest.raises(ValueError, match="neither a file of questions nor a folder"):
             predict.question_files(place)
+
+
+@pytest.mark.parametrize(
+    ("predict", "target"),
+    [
+        ("3.5", "35"), ("-5", "5"), ("10:30", "1030"), ("1/2", "12"), ("+", "-"), ("C++", "C"), ("", "+"), ("", "?"),
+        ("की", "के"), (".5", "5"),
+    ],
+)  # fmt: skip
+def test_signs_and_marks_count(predict, target):
+    assert exact([{"predict": predict, "target": target}, {"predict": target, "target": predict}]) == [False, False]
+
+
+def test_composed_and_decomposed_letters_are_the_same():
+    assert exact([{"predict": "resume\u0301.", "target": "resumé"}, {"predict": "a temple .", "target": "temple"}]) == [
+        True, True,
+    ]  # fmt: skip
+
+
+def row(predict="seven", target="seven", **metadata):
+    return {"predict": predict, "target": target, "prompt": "", "image_path": "", "metadata": metadata}
+
+
+def test_an_answer_that_could_not_be_given_is_wrong_whatever_the_judge_says():
+    score = scores.score_task("x", [row(error="missing"), row()], judge=lambda rows: [None, True])
+    assert score == {"accuracy": 50.0, "count": 2, "unclear": 0, "errors": 1}
+
+
+def test_answers_of_two_adapters_have_no_common_score(tmp_path):
+    for name, digest in (("one", "d1"), ("two", "d2")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row(model_digest=digest)) + "\n")
+    with pytest.raises(ValueError, match="several models or adapters, such as those in one and two"):
+        scores.score_folder(tmp_path, exact)
+
+
+def test_a_task_may_have_the_name_of_one_of_mmes(tmp_path):
+    rows = [row("3", "3"), row("3", "4\u2028")]  # a separator within a text ends no line
+    lines = [json.dumps(each, ensure_ascii=False) + "\n" for each in rows]
+    (tmp_path / "count.jsonl").write_text("".join(lines), encoding="utf-8")
+    report = scores.score_folder(tmp_path, exact)
+    assert report["tasks"]["count"]["accuracy"] == report["average"] == 50.0 and report["mme"] is None

@@ -238,6 +238,15 @@ def test_strict_stops_at_bad_records(folder):
         train.train(settings(folder, "strict", strict=True, data=str(folder / "bad.json")))
 
 
+def test_routing_by_task_needs_the_task_of_each_record(folder):
+    records = json.loads((folder / "data/train.json").read_text())
+    nameless = {key: value for key, value in records[0].items() if key != "task_name"} | {"id": "nameless"}
+    (folder / "nameless.json").write_text(json.dumps([*records[:7], nameless]))
+    changes = {"method": "mixlora_task", "task_definitions": str(folder / "data/definitions.json")}
+    with pytest.raises(ValueError, match="task_name in each record, these have none: nameless"):
+        train.train(settings(folder, "nameless", **changes, data=str(folder / "nameless.json")))
+
+
 def test_bad_records_do_not_stop_a_run_and_are_left_in_its_folder(folder):
     """One is found before the first step, one when it is trained on."""
     records = json.loads((folder / "data/train.json").read_text())

@@ -44,7 +44,9 @@ def run(options: argparse.Namespace) -> None:
         table = None if embeddings is None else torch.stack([embeddings[task] for task in data.task_ids])
         collator = Collator(processor.tokenizer.pad_token_id, table)
         tasks = options.tasks or list(data.task_ids)
-        results[folder.name] = measure(
+        names = [each.resolve().name for each in options.adapter]
+        name = folder.resolve().name
+        results[name if names.count(name) == 1 else str(folder)] = measure(
             adapted, sample_batches(data, collator, tasks, options.batches, options.batch_size)
         )
     options.output.mkdir(parents=True, exist_ok=True)

@@ -183,6 +183,11 @@ class Conversations(Dataset):
             logger.warning("%s: %d ids name several records, all of which are used: %s", file, len(again), _some(again))
         return cls(records, lengths, encoder, dict(problems), strict)
 
+    def check_tasks(self) -> None:
+        """Raise a ValueError unless each record names its task, which ``routing="task"`` needs."""
+        if lacking := [record.id for record in self.records if record.task is None]:
+            raise Refusal(f"routing by task needs a task_name in each record, these have none: {_some(lacking)}")
+
     def __len__(self) -> int:
         return len(self.records)
 

@@ -19,7 +19,7 @@ def read_answers(file: str | Path) -> list[dict]:
     content = Path(file).read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     try:
-        rows = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+        rows = [json.loads(line) for line in whole.decode("utf-8").split("\n")[:-1]]
         for row in rows:
             row["metadata"].get(ERROR), row["question_id"], row["prompt"], row["target"], row["model_id"]
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -42,7 +42,9 @@ def read_questions(file: str | Path) -> list[dict]:
             no questions.
     """
     questions, ids = [], set()
-    for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+    with Path(file).open(encoding="utf-8") as stream:
+        lines = list(stream)  # not splitlines(), which also splits at U+2028 within a text
+    for number, line in enumerate(lines, 1):
         try:
             question = json.loads(line)
         except json.JSONDecodeError as error:
@@ -51,6 +53,8 @@ def read_questions(file: str | Path) -> list[dict]:
             raise Refusal(f"{file}, line {number}: lacks {missing if isinstance(question, dict) else FIELDS}")
         if wrong := [name for name in FIELDS[1:] if not isinstance(question[name], str)]:
             raise Refusal(f"{file}, line {number}: {wrong} must be texts")
+        if not isinstance(question["unique_id"], str | int):
+            raise Refusal(f"{file}, line {number}: unique_id must be a text or a whole number")
         if question["unique_id"] in ids:
             raise Refusal(f"{file}, line {number}: the id {question['unique_id']!r} occurs twice")
         ids.add(question["unique_id"])

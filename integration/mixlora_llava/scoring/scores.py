@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+from ..refusal import Refusal
 from . import mme, pope
 from .answers import failed
 from .exact import Judge
+from .resuming import DIGEST
 
 # The seven sets whose mean is the paper's MMAvg, and the files of their predictions.
 MM_SETS = {
@@ -21,7 +23,8 @@ MM_SETS = {
 
 def read_predictions(file: str | Path) -> list[dict]:
     """Read rows in the released format."""
-    return [json.loads(line) for line in Path(file).read_text(encoding="utf-8").splitlines()]
+    with Path(file).open(encoding="utf-8") as lines:  # not splitlines(), which also splits at U+2028 within a text
+        return [json.loads(line) for line in lines]
 
 
 def score_folder(folder: str | Path, judge: Judge) -> dict:
@@ -34,17 +37,27 @@ def score_folder(folder: str | Path, judge: Judge) -> dict:
         ``average``: over all tasks but MME's.
         ``mm_avg``: the paper's MMAvg, None if a set is missing; ``mm_sets``, its parts.
         ``mme``: the official scores, if all 14 subtasks exist. The folder ``mme`` then has their ``.txt`` files for the
-        tool.
+        tool. If some are missing, files of these names are tasks like others.
+
+    Raises:
+        ValueError: the files hold answers of several models or adapters.
     """
-    folder, tasks, subtasks = Path(folder), {}, []
-    for file in sorted(folder.glob("*.jsonl")):
-        rows = read_predictions(file)
-        if file.stem in mme.PERCEPTION + mme.COGNITION:
+    folder, tasks = Path(folder), {}
+    files = {file.stem: read_predictions(file) for file in sorted(folder.glob("*.jsonl"))}
+    whose = {row.get("metadata", {}).get(DIGEST): name for name, rows in files.items() for row in rows}
+    if len(whose) > 1:
+        raise Refusal(
+            f"{folder} holds answers of several models or adapters, such as those in {' and '.join(whose.values())}: "
+            "give each an output of its own"
+        )
+    subtasks = {*mme.PERCEPTION, *mme.COGNITION}
+    whole = subtasks <= files.keys()
+    for name, rows in files.items():
+        if whole and name in subtasks:
             (folder / "mme").mkdir(exist_ok=True)
-            mme.write_subtask(folder / "mme" / f"{file.stem}.txt", rows)
-            subtasks.append(file.stem)
+            mme.write_subtask(folder / "mme" / f"{name}.txt", rows)
         else:
-            tasks[file.stem] = score_task(file.stem, rows, judge)
+            tasks[name] = score_task(name, rows, judge)
     sets = {
         name: _mean([tasks[task]["accuracy"] for task in members if task in tasks]) for name, members in MM_SETS.items()
     }
@@ -53,12 +66,13 @@ def score_folder(folder: str | Path, judge: Judge) -> dict:
         "average": _mean([task["accuracy"] for task in tasks.values()]),
         "mm_sets": sets,
         "mm_avg": None if None in sets.values() else _mean(list(sets.values())),
-        "mme": mme.score_folder(folder / "mme") if len(subtasks) == 14 else None,
+        "mme": mme.score_folder(folder / "mme") if whole else None,
     }
 
 
 def score_task(name: str, rows: list[dict], judge: Judge) -> dict:
-    verdicts = judge(rows)
+    # A judge may call an empty answer right; one that could not be given counts as wrong.
+    verdicts = [False if failed(row) else verdict for row, verdict in zip(rows, judge(rows))]
     score = {
         "accuracy": 100 * verdicts.count(True) / len(rows) if rows else None,
         "count": len(rows),

@@ -101,6 +101,7 @@ def train(settings: Settings, fresh: bool = False, callbacks: Sequence[TrainerCa
     dataset = read_data(settings, processor)
     embeddings = None
     if settings.routing == "task":
+        dataset.check_tasks()
         definitions = read_definitions(settings.task_definitions, list(dataset.task_ids))
         embeddings = embed_tasks(model, processor.tokenizer, definitions)
     set_seed(arguments.seed)  # so that the adapter's initial values do not depend on how the model was loaded
